@@ -1,0 +1,236 @@
+"""DynamicConv: a router and the kernels of several experts."""
+
+from typing import List, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import dynamic_conv2d, pair
+
+__all__ = ["DynamicConv", "Router", "set_temperature"]
+
+ROUTING = ("sigmoid", "softmax")
+
+
+class Router(nn.Linear):
+    """Mixing coefficients of a picture: its global average -> linear -> sigmoid or softmax.
+
+    Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), under autocast too:
+    a saturated half-precision sigmoid has no gradient.
+
+    Args:
+        in_channels: Channels of the tensor that it reads.
+        num_experts: Coefficients for each sample.
+        activation: 'sigmoid' (the released code; coefficients are independent) or 'softmax' (they sum to one).
+        hidden: None for the single linear layer of the released code; a width for the two-layer perceptron of the
+            paper's text, with a ReLU between the layers.
+        temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
+            anneal it with `set_temperature`.
+
+    There is no normalisation layer, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int = 4,
+        activation: str = "sigmoid",
+        hidden: Optional[int] = None,
+        temperature: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if activation not in ROUTING:
+            raise ValueError(f"routing must be one of {', '.join(ROUTING)}, got {activation!r}")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"routing_hidden must be None or at least 1, got {hidden}")
+        _check_temperature(temperature)
+        super().__init__(in_channels if hidden is None else hidden, num_experts, device=device, dtype=dtype)
+        self.hidden = None if hidden is None else nn.Linear(in_channels, hidden, device=device, dtype=dtype)
+        self.softmax = activation == "softmax"
+        self.num_experts = num_experts
+        self.register_buffer("temperature", torch.tensor(float(temperature), device=device), persistent=self.softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or not torch.is_autocast_enabled(x.device.type):
+            return self._route(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x)
+
+    def _route(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        pooled = x.to(dtype).mean((2, 3))
+        if self.hidden is not None:
+            pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
+        logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
+        if self.softmax:
+            return torch.softmax(logits / self.temperature.to(dtype), dim=1)
+        return torch.sigmoid(logits)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}"
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def set_temperature(model: nn.Module, temperature: float) -> int:
+    """Set the temperature of every softmax router in `model` (for annealing); returns how many there are."""
+    _check_temperature(temperature)
+    routers = [m for m in model.modules() if isinstance(m, Router) and m.softmax]
+    for router in routers:
+        router.temperature.fill_(temperature)
+    return len(routers)
+
+
+class DynamicConv(nn.Module):
+    """Convolution whose kernel is mixed for each sample from `num_experts` kernels.
+
+    Input (B, in_channels, H, W) -> output (B, out_channels, H', W'). `weight` is (E * out_channels, in_channels /
+    groups, kh, kw): the kernels of E static convolutions, stacked. Sigmoid coefficients need not sum to one.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: As of torch.nn.Conv2d, but for the
+            default kernel of 1 and no bias; pairs are (h, w). A bias is mixed as the kernels are.
+        padding: As timm's: '' is symmetric, half of (stride - 1) + dilation * (kernel - 1); 'same' is TensorFlow's
+            (the output has ceil(size / stride) positions, the odd zero comes last); 'valid' is none; or a number or
+            a pair.
+        num_experts: Kernels to mix.
+        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor.
+        routing_hidden, temperature: As of `Router`; not with a shared router.
+
+    Raises:
+        ValueError: Numbers that do not fit each other; the message shows them.
+
+    To route once for several convolutions, hand on the coefficients: `r = router(x); a(x, r) + b(x, r)`.
+    Cost: E times the parameters of the static convolution, and E products more for each of its parameters and sample.
+    Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
+    """
+
+    transposed = False
+    output_padding = (0, 0)
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, Tuple[int, int]] = 1,
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[str, int, Tuple[int, int]] = "",
+        dilation: Union[int, Tuple[int, int]] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        num_experts: int = 4,
+        routing: Union[str, Router] = "sigmoid",
+        routing_hidden: Optional[int] = None,
+        temperature: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"in_channels={in_channels} and out_channels={out_channels} must be positive and divide by "
+                f"groups={groups}"
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = _positive(kernel_size=kernel_size, stride=stride, dilation=dilation)
+        self.pad_same, self.padding = _resolve_padding(padding, self.kernel_size, self.stride, self.dilation)
+        if isinstance(routing, Router):
+            self.routing = _shared(routing, in_channels, num_experts, routing_hidden)
+        else:
+            self.routing = Router(in_channels, num_experts, routing, routing_hidden, temperature, device, dtype)
+        self.num_experts = num_experts
+        shape = (num_experts * out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every expert as torch.nn.Conv2d draws its kernel. The router is left alone: it may be shared."""
+        for kernel in self.expert_kernels():
+            nn.init.kaiming_uniform_(kernel, a=5**0.5)
+        if self.bias is not None:
+            bound = (self.weight[0].numel()) ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.jit.ignore
+    def expert_kernels(self) -> List[Tensor]:
+        """The kernels one by one, each (out_channels, in_channels / groups, kh, kw): views, for initialisers."""
+        return list(self.weight.detach().chunk(self.num_experts))
+
+    def forward(self, x: Tensor, routing_weights: Optional[Tensor] = None) -> Tensor:
+        if routing_weights is None:
+            if not torch.jit.is_scripting() and (x.ndim != 4 or x.shape[1] != self.in_channels):
+                raise ValueError(f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+            routing_weights = self.routing(x)
+        if self.pad_same:
+            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return dynamic_conv2d(
+            x, self.weight, routing_weights, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        padding = "'same'" if self.pad_same else self.padding
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"num_experts={self.num_experts}"
+        )
+
+
+def _positive(**pairs: Union[int, Tuple[int, int]]) -> List[Tuple[int, int]]:
+    for name, value in pairs.items():
+        if min(pair(value)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return [pair(value) for value in pairs.values()]
+
+
+def _shared(router: Router, in_channels: int, num_experts: int, hidden: Optional[int]) -> Router:
+    reads = router.in_features if router.hidden is None else router.hidden.in_features
+    if (reads, router.num_experts) != (in_channels, num_experts):
+        raise ValueError(
+            f"the shared router reads {reads} channels and weighs {router.num_experts} experts, this convolution has "
+            f"in_channels={in_channels} and num_experts={num_experts}"
+        )
+    if hidden is not None:
+        raise ValueError(f"routing_hidden={hidden} has no meaning beside a shared router: give it to the Router")
+    return router
+
+
+def _resolve_padding(
+    padding: Union[str, int, Tuple[int, int]],
+    kernel_size: Tuple[int, int],
+    stride: Tuple[int, int],
+    dilation: Tuple[int, int],
+) -> Tuple[bool, Tuple[int, int]]:
+    """(pad by the input's size on every call?, fixed padding)."""
+    if not isinstance(padding, str):
+        if min(pair(padding)) < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
+        return False, pair(padding)
+    if padding not in ("", "same", "valid"):
+        raise ValueError(f"padding must be '', 'same', 'valid', a number or a pair, got {padding!r}")
+    if padding == "valid":
+        return False, (0, 0)
+    spans = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    if padding == "same" and (stride != (1, 1) or any(s % 2 for s in spans)):
+        return True, (0, 0)
+    return False, tuple((s - 1 + span) // 2 for s, span in zip(stride, spans, strict=True))
+
+
+def _pad_same(x: Tensor, kernel_size: Tuple[int, int], stride: Tuple[int, int], dilation: Tuple[int, int]) -> Tensor:
+    """Zeros around x so that a convolution gives ceil(size / stride) positions; the odd one comes last."""
+    height = _same_total(x.shape[2], kernel_size[0], stride[0], dilation[0])
+    width = _same_total(x.shape[3], kernel_size[1], stride[1], dilation[1])
+    return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
+
+
+def _same_total(size: int, kernel: int, stride: int, dilation: int) -> int:
+    return max(((size + stride - 1) // stride - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)

@@ -1,0 +1,277 @@
+"""`dynamic_conv2d`: one convolution kernel a sample, mixed from several experts; the same sum computed in several orders.
+
+For sample b, with routing weights alpha and expert kernels W_e: W_b = sum_e alpha_be W_e and y_b = W_b * x_b. The
+experts are one 4-D tensor, expert-major: `weight[e * out : (e + 1) * out]` is the kernel of expert e.
+
+A strategy is a plain function `(x, weight, routing_weights, stride, padding, dilation, groups) -> y`. `STRATEGIES` names
+them all, `choose_strategy` says which one runs where.
+"""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["STRATEGIES", "choose_strategy", "dynamic_conv2d", "pair"]
+
+# Gating the inputs beats mixing a kernel for every sample up to this many output positions (measured on two CPU cores,
+# 80 to 960 channels, batch 128: at 4 positions 2 to 3 times faster in training, at 16 slower).
+GATED_POSITIONS = 4
+
+
+def pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    """(h, w) from a number, which stands for both, or from two numbers."""
+    if isinstance(value, int):
+        return value, value
+    h, w = value
+    return int(h), int(w)
+
+
+def _mix(weight: Tensor, routing_weights: Tensor) -> Tensor:
+    """Experts (E * out, in / groups, kh, kw) and routing (B, E) -> kernels (B, out * in / groups * kh * kw)."""
+    return routing_weights @ weight.reshape(routing_weights.shape[1], -1)
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int],
+    padding: Tuple[int, int],
+    dilation: Tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Mix B kernels, fold the batch into the channels, convolve once with B * groups groups. Takes every shape."""
+    batch, experts = routing_weights.shape
+    out = weight.shape[0] // experts
+    kernels = _mix(weight, routing_weights).reshape(batch * out, weight.shape[1], weight.shape[2], weight.shape[3])
+    folded = x.reshape(1, batch * x.shape[1], x.shape[2], x.shape[3])
+    y = F.conv2d(folded, kernels, None, stride, padding, dilation, batch * groups)
+    return y.reshape(batch, out, y.shape[2], y.shape[3])
+
+
+def _subsample(x: Tensor, stride: Tuple[int, int]) -> Tensor:
+    """The positions that a strided 1 x 1 kernel reads."""
+    if stride[0] == 1 and stride[1] == 1:
+        return x
+    return x[:, :, :: stride[0], :: stride[1]]
+
+
+def _batched_matmul(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int],
+    padding: Tuple[int, int],
+    dilation: Tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Mix B kernels and apply each to its sample by one batched matrix product. Pointwise only; the batch stays free."""
+    x = _subsample(x, stride)
+    batch, channels, height, width = x.shape
+    out = weight.shape[0] // routing_weights.shape[1]
+    kernels = _mix(weight, routing_weights).reshape(batch, out, channels)
+    return torch.bmm(kernels, x.reshape(batch, channels, height * width)).reshape(batch, out, height, width)
+
+
+def _gated_inputs(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int],
+    padding: Tuple[int, int],
+    dilation: Tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """[W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product: no kernel a sample, E times the products. Pointwise."""
+    x = _subsample(x, stride)
+    batch, channels, height, width = x.shape
+    experts = routing_weights.shape[1]
+    out = weight.shape[0] // experts
+    rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, 1, channels)
+    gated = (rows * routing_weights.reshape(batch, 1, experts, 1)).reshape(-1, experts * channels)
+    stacked = weight.reshape(experts, out, channels).transpose(0, 1).reshape(out, experts * channels)
+    return F.linear(gated, stacked).reshape(batch, height, width, out).permute(0, 3, 1, 2)
+
+
+def _shifted(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int],
+    padding: Tuple[int, int],
+    dilation: Tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Depthwise: multiply shifted copies of x by one tap each and add them up. The batch stays free; compilers fuse it."""
+    kh, kw = weight.shape[2], weight.shape[3]
+    kernels = _mix(weight, routing_weights).reshape(x.shape[0], groups, kh * kw)
+    height = (x.shape[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    width = (x.shape[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
+    y: Optional[Tensor] = None
+    for tap in range(kh * kw):
+        top, left = tap // kw * dilation[0], tap % kw * dilation[1]
+        rows = x[:, :, top : top + (height - 1) * stride[0] + 1 : stride[0]]
+        seen = rows[:, :, :, left : left + (width - 1) * stride[1] + 1 : stride[1]]
+        term = seen * kernels[:, :, tap, None, None]
+        y = term if y is None else y + term
+    assert y is not None
+    return y
+
+
+def _wide(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int],
+    padding: Tuple[int, int],
+    dilation: Tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
+    experts = routing_weights.shape[1]
+    out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
+    # A grouped convolution wants its kernels group by group, and they lie expert by expert.
+    by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1)
+    y = F.conv2d(x, by_group.reshape(weight.shape), None, stride, padding, dilation, groups)
+    height, width = y.shape[2], y.shape[3]
+    y = y.reshape(-1, groups, experts, out // groups, height, width)
+    return (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
+
+
+STRATEGIES = {
+    "grouped": _grouped,
+    "batched_matmul": _batched_matmul,
+    "gated_inputs": _gated_inputs,
+    "shifted": _shifted,
+    "wide": _wide,
+}
+
+
+def _is_pointwise(weight: Tensor, padding: Tuple[int, int], groups: int) -> bool:
+    return weight.shape[2] == 1 and weight.shape[3] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> bool:
+    return groups == x.shape[1] and weight.shape[0] == groups * routing_weights.shape[1]
+
+
+def choose_strategy(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Tuple[int, int] = (1, 1),
+    padding: Tuple[int, int] = (0, 0),
+    groups: int = 1,
+    free_batch: bool = False,
+) -> str:
+    """Name of the strategy that runs; `free_batch` asks for one that does not write the batch size into a graph."""
+    if _is_pointwise(weight, padding, groups):
+        # Rounded up, as the strided positions 0, s, 2s, ... are counted.
+        positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
+        if not free_batch and positions <= GATED_POSITIONS:
+            return "gated_inputs"
+        return "batched_matmul"
+    if not free_batch:
+        return "grouped"
+    return "shifted" if _is_depthwise(x, weight, routing_weights, groups) else "wide"
+
+
+def _check(x: Tensor, weight: Tensor, routing_weights: Tensor, bias: Optional[Tensor], groups: int) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x must be (batch, channels, height, width), got shape {tuple(x.shape)}")
+    if weight.ndim != 4:
+        raise ValueError(f"weight must be (experts * out, in / groups, kh, kw), got shape {tuple(weight.shape)}")
+    if routing_weights.ndim != 2 or routing_weights.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"routing_weights must be (batch, experts) with batch = {x.shape[0]}, got shape "
+            f"{tuple(routing_weights.shape)}: one row of mixing coefficients for each sample of x"
+        )
+    experts = routing_weights.shape[1]
+    if experts < 1 or weight.shape[0] % experts:
+        raise ValueError(f"weight has {weight.shape[0]} kernels, which {experts} experts cannot share evenly")
+    out = weight.shape[0] // experts
+    if groups < 1 or x.shape[1] != weight.shape[1] * groups or out % groups:
+        raise ValueError(
+            f"x has {x.shape[1]} channels and each expert {out} kernels of {weight.shape[1]} channels, which "
+            f"groups={groups} does not fit: channels must be {weight.shape[1]} * groups, kernels divide by groups"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (experts * out,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_strategy(strategy: str, pointwise: bool, depthwise: bool) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+    if strategy in ("batched_matmul", "gated_inputs") and not pointwise:
+        raise ValueError(f"strategy {strategy!r} takes only 1 x 1 kernels without padding and groups; try 'grouped'")
+    if strategy == "shifted" and not depthwise:
+        raise ValueError("strategy 'shifted' takes only depthwise kernels, in = out = groups; try 'grouped'")
+
+
+def _graph_must_keep_batch_free() -> bool:
+    """Is a graph being recorded that people run with other batch sizes: a trace, an exported program?"""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def dynamic_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: Tuple[int, int] = (1, 1),
+    padding: Tuple[int, int] = (0, 0),
+    dilation: Tuple[int, int] = (1, 1),
+    groups: int = 1,
+    strategy: Optional[str] = None,
+) -> Tensor:
+    """Convolve each sample with a kernel of its own, mixed from experts.
+
+    Args:
+        x: Input (B, in, H, W).
+        weight: Kernels of all experts, expert-major, (E * out, in / groups, kh, kw).
+        routing_weights: Mixing coefficients (B, E), any values; cast to the dtype of `weight`.
+        bias: Biases of all experts, (E * out,), mixed as the kernels are; or None.
+        stride, padding, dilation: Numbers or (h, w) pairs; zeros are padded on both sides.
+        groups: Groups of each sample's convolution.
+        strategy: A name in `STRATEGIES`, used or refused and never replaced; None: the fast one for this shape.
+
+    Returns:
+        (B, out, H', W'), with H' and W' as torch.nn.Conv2d has them. An empty batch gives an empty output.
+
+    Raises:
+        ValueError: Shapes, groups or the strategy do not fit; the message shows the values.
+
+    Source: CondConv, arXiv:1904.04971; the expert-major 4-D weight is ours.
+    """
+    if not torch.jit.is_scripting():
+        stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
+        _check(x, weight, routing_weights, bias, groups)
+        if strategy is not None:
+            depthwise = _is_depthwise(x, weight, routing_weights, groups)
+            _check_strategy(strategy, _is_pointwise(weight, padding, groups), depthwise)
+    if x.shape[0] == 0:
+        # No sample, no kernel to mix; the first expert's shape decides the output's.
+        return F.conv2d(x, weight[: weight.shape[0] // routing_weights.shape[1]], None, stride, padding, dilation, groups)
+    routing_weights = routing_weights.to(weight.dtype)
+    if strategy is None:
+        free_batch = False
+        if not torch.jit.is_scripting():
+            free_batch = _graph_must_keep_batch_free()
+        strategy = choose_strategy(x, weight, routing_weights, stride, padding, groups, free_batch)
+    # A chain and not a look-up in STRATEGIES, because TorchScript has no tables of functions.
+    if strategy == "grouped":
+        y = _grouped(x, weight, routing_weights, stride, padding, dilation, groups)
+    elif strategy == "batched_matmul":
+        y = _batched_matmul(x, weight, routing_weights, stride, padding, dilation, groups)
+    elif strategy == "gated_inputs":
+        y = _gated_inputs(x, weight, routing_weights, stride, padding, dilation, groups)
+    elif strategy == "shifted":
+        y = _shifted(x, weight, routing_weights, stride, padding, dilation, groups)
+    else:
+        y = _wide(x, weight, routing_weights, stride, padding, dilation, groups)
+    if bias is not None:
+        y = y + _mix(bias, routing_weights).to(y.dtype)[:, :, None, None]
+    return y

@@ -1,0 +1,207 @@
+"""Blocks of GhostNet with dynamic convolutions: ConvBnAct, GhostModule, GhostBottleneck.
+
+Every block builds its convolutions with `conv_layer`, which is called as torch.nn.Conv2d is. None means DynamicConv with
+`num_experts` experts; torch.nn.Conv2d gives the static block; functools.partial sets a router.
+"""
+
+import math
+from functools import partial
+from typing import Callable, Optional, Type
+
+import torch
+from timm.layers import DropPath, SqueezeExcite, make_divisible
+from torch import Tensor, nn
+
+from .dynamic_conv import DynamicConv
+
+__all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
+
+ConvLayer = Optional[Callable[..., nn.Module]]
+ActLayer = Optional[Type[nn.Module]]
+
+
+def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Module]:
+    return partial(DynamicConv, num_experts=num_experts) if conv_layer is None else conv_layer
+
+
+def _act(act_layer: ActLayer) -> nn.Module:
+    return nn.Identity() if act_layer is None else act_layer()
+
+
+class ConvBnAct(nn.Module):
+    """Convolution, batch norm, activation; with `skip`, the input is added where its shape is the output's.
+
+    Input (B, in_chs, H, W) -> output (B, out_chs, H', W'). `pad_type` is DynamicConv's `padding`.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        pad_type: str = "",
+        skip: bool = False,
+        act_layer: ActLayer = nn.ReLU,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        num_experts: int = 4,
+        conv_layer: ConvLayer = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if pad_type == "":
+            pad_type = ((stride - 1) + dilation * (kernel_size - 1)) // 2
+        conv = _conv_layer(conv_layer, num_experts)
+        self.conv = conv(
+            in_chs, out_chs, kernel_size, stride=stride, padding=pad_type, dilation=dilation, bias=False, **dd
+        )
+        self.bn1 = norm_layer(out_chs, **dd)
+        self.act1 = _act(act_layer)
+        self.has_residual = skip and stride == 1 and in_chs == out_chs
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(self.conv(x)))
+        return x + self.drop_path(y) if self.has_residual else y
+
+
+class GhostModule(nn.Module):
+    """Half of the channels by an ordinary convolution, the rest from them by a cheap depthwise one.
+
+    Input (B, inp, H, W) -> output (B, oup, H', W'). The primary convolution makes ceil(oup / ratio) channels, the cheap
+    one ratio - 1 more for each; what exceeds `oup` is cut off. With ratio 1 there is no cheap part.
+
+    Args:
+        inp, oup: Channels in and out.
+        kernel_size, stride: Of the primary convolution.
+        ratio: Output channels for each primary one, at least 1.
+        dw_size: Kernel of the cheap convolution, odd (an even one changes the size of the picture).
+        act_layer: After each part; None for none.
+        num_experts, conv_layer: See this file's first lines.
+
+    Source: GhostNet, arXiv:1911.11907.
+    """
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        kernel_size: int = 1,
+        ratio: int = 2,
+        dw_size: int = 3,
+        stride: int = 1,
+        act_layer: ActLayer = nn.ReLU,
+        num_experts: int = 4,
+        conv_layer: ConvLayer = None,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if ratio < 1:
+            raise ValueError(f"ratio must be at least 1, got {ratio}")
+        if dw_size % 2 == 0 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size={kernel_size} and dw_size={dw_size} must be odd: with an even kernel the two halves of "
+                "a Ghost module differ in height and width"
+            )
+        dd = {"device": device, "dtype": dtype}
+        conv = _conv_layer(conv_layer, num_experts)
+        self.out_channels = oup
+        primary = math.ceil(oup / ratio)
+        cheap = primary * (ratio - 1)
+        self.primary_conv = nn.Sequential(
+            conv(inp, primary, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
+            norm_layer(primary, **dd),
+            _act(act_layer),
+        )
+        self.cheap_operation = nn.Sequential()
+        if cheap:
+            self.cheap_operation = nn.Sequential(
+                conv(primary, cheap, dw_size, stride=1, padding=dw_size // 2, groups=primary, bias=False, **dd),
+                norm_layer(cheap, **dd),
+                _act(act_layer),
+            )
+        self.has_cheap = cheap > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.primary_conv(x)
+        if self.has_cheap:
+            x = torch.cat([x, self.cheap_operation(x)], dim=1)
+        return x[:, : self.out_channels]
+
+
+class GhostBottleneck(nn.Module):
+    """Ghost module up, depthwise convolution where stride > 1, squeeze-and-excitation, Ghost module down, shortcut.
+
+    Input (B, in_chs, H, W) -> output (B, out_chs, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_chs, out_chs: Channels in and out.
+        dw_kernel_size: Of the strided depthwise convolution and of a projecting shortcut; odd.
+        stride: Of both of these.
+        act_layer: Of the first Ghost module and of squeeze-and-excitation.
+        se_ratio: Width of squeeze-and-excitation relative to the middle; 0 or None for none.
+        drop_path: Probability of dropping the residual branch of a sample in training.
+        mid_chs: Middle width, as in the released ParameterNet; None: 2 * in_chs, as in the article's form.
+        num_experts, conv_layer: See this file's first lines. The strided depthwise convolution is always static.
+
+    Source: GhostNet, arXiv:1911.11907; ParameterNet, arXiv:2306.14525.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        dw_kernel_size: int = 3,
+        stride: int = 1,
+        act_layer: ActLayer = nn.ReLU,
+        se_ratio: Optional[float] = 0.0,
+        drop_path: float = 0.0,
+        num_experts: int = 4,
+        mid_chs: Optional[int] = None,
+        conv_layer: ConvLayer = None,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if dw_kernel_size % 2 == 0:
+            raise ValueError(f"dw_kernel_size must be odd, got {dw_kernel_size}")
+        dd = {"device": device, "dtype": dtype}
+        conv = _conv_layer(conv_layer, num_experts)
+        ghost = partial(GhostModule, conv_layer=conv, norm_layer=norm_layer, **dd)
+        mid_chs = 2 * in_chs if mid_chs is None else mid_chs
+        depthwise = {"stride": stride, "padding": dw_kernel_size // 2, "bias": False}
+
+        self.ghost1 = ghost(in_chs, mid_chs, act_layer=act_layer)
+        self.conv_dw, self.bn_dw = nn.Identity(), nn.Identity()
+        if stride > 1:
+            self.conv_dw = nn.Conv2d(mid_chs, mid_chs, dw_kernel_size, groups=mid_chs, **depthwise, **dd)
+            self.bn_dw = norm_layer(mid_chs, **dd)
+        self.se = nn.Identity()
+        if se_ratio:
+            width = make_divisible(mid_chs * se_ratio, 4)
+            self.se = SqueezeExcite(
+                mid_chs, rd_channels=width, act_layer=act_layer or nn.ReLU, gate_layer="hard_sigmoid", **dd
+            )
+        self.ghost2 = ghost(mid_chs, out_chs, act_layer=None)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or in_chs != out_chs:
+            self.shortcut = nn.Sequential(
+                conv(in_chs, in_chs, dw_kernel_size, groups=in_chs, **depthwise, **dd),
+                norm_layer(in_chs, **dd),
+                conv(in_chs, out_chs, 1, bias=False, **dd),
+                norm_layer(out_chs, **dd),
+            )
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ghost1(x)
+        y = self.bn_dw(self.conv_dw(y))
+        y = self.ghost2(self.se(y))
+        return self.shortcut(x) + self.drop_path(y)

@@ -1,0 +1,3 @@
+from . import parameternet
+
+__all__ = ["parameternet"]

@@ -1,0 +1,30 @@
+"""timm's builder, with checkpoints that are verified before they reach a network."""
+
+from typing import Any, Callable
+
+from timm.models import build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
+
+from .. import weights
+
+__all__ = ["build_model"]
+
+
+def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """`timm.models.build_model_with_cfg`, except that `pretrained=True` reads through `parameternet.weights`.
+
+    timm reads whatever file it finds; here the content is held against its recorded digest first, and handed to
+    timm's own loading (filter, other input channels, other classes, strictness) as a state dict.
+    """
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get("pretrained_cfg"), pretrained_cfg_overlay=overlay)
+    if not overlay.get("state_dict"):
+        overlay = {**overlay, "source": "", "state_dict": weights.resolve(cfg.to_dict())}
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    # The configuration outlives the loading; the tensors in it need not. The original says where they came from.
+    kept = {**model.pretrained_cfg, "state_dict": None, "source": cfg.source}
+    model.pretrained_cfg = model.default_cfg = {name: value for name, value in kept.items() if value is not None}
+    return model

@@ -1,0 +1,373 @@
+"""ParameterNet: GhostNets whose convolutions mix several expert kernels for each picture.
+
+Paper: `ParameterNet: Parameters Are All You Need` - https://arxiv.org/abs/2306.14525 (CVPR 2024)
+Released code: huawei-noah/Efficient-AI-Backbones, parameternet_pytorch (Apache-2.0): `parameternet_600m` is the network
+of that file. It never published the 300M network; ours is a reconstruction from the parameter counts of the paper's
+tables. The smaller ones are our own.
+
+Where we differ from the released file on purpose, the function in eval mode being the same: stochastic depth grows
+over single blocks and not over stages; features are tapped at the last block of each resolution; pooling and the head
+are apart from `forward_features`; and timm's arguments and methods work.
+"""
+
+from functools import partial
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Linear, SelectAdaptivePool2d, get_act_layer, make_divisible
+from timm.models import (
+    checkpoint_seq,
+    feature_take_indices,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
+from torch import Tensor, nn
+
+from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
+from ._builder import build_model
+
+__all__ = ["ParameterNet"]
+
+register_notrace_module(DynamicConv)
+
+# One row a block: kernel, middle width, output width, squeeze-and-excitation ratio, stride; one list a stage.
+RELEASED_STAGES = (
+    ((3, 16, 16, 0, 1),),
+    ((3, 48, 24, 0, 2),),
+    ((3, 72, 24, 0, 1),),
+    ((5, 72, 40, 0.25, 2),),
+    ((3, 120, 40, 0.25, 1), (3, 120, 40, 0.25, 1)),
+    ((3, 240, 80, 0, 2),),
+    (
+        (3, 200, 80, 0, 1),
+        (3, 200, 80, 0, 1),
+        (3, 200, 80, 0, 1),
+        (3, 480, 112, 0.25, 1),
+        (3, 672, 112, 0.25, 1),
+        (3, 672, 112, 0.25, 1),
+    ),
+    ((5, 672, 160, 0.25, 2),),
+    ((3, 960, 160, 0.25, 1),) * 5,
+)
+GHOSTNET_STAGES = (
+    ((3, 16, 16, 0, 1),),
+    ((3, 48, 24, 0, 2),),
+    ((3, 72, 24, 0, 1),),
+    ((5, 72, 40, 0.25, 2),),
+    ((5, 120, 40, 0.25, 1),),
+    ((3, 240, 80, 0, 2),),
+    (
+        (3, 200, 80, 0, 1),
+        (3, 184, 80, 0, 1),
+        (3, 184, 80, 0, 1),
+        (3, 480, 112, 0.25, 1),
+        (3, 672, 112, 0.25, 1),
+    ),
+    ((5, 672, 160, 0.25, 2),),
+    ((5, 960, 160, 0, 1), (5, 960, 160, 0.25, 1), (5, 960, 160, 0, 1), (5, 960, 160, 0.25, 1)),
+)
+
+
+class ParameterNet(nn.Module):
+    """GhostNet body with dynamic convolutions. Input (B, in_chans, H, W) -> logits (B, num_classes).
+
+    Args:
+        stages: Block table, as above.
+        width: Factor of all widths, which are rounded to multiples of 4.
+        num_experts: Kernels that each dynamic convolution mixes.
+        routing, routing_hidden, temperature: As of DynamicConv.
+        dynamic: False builds the plain static network of the same size.
+        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: As everywhere in timm. Stochastic depth grows
+            linearly from 0 at the first block to `drop_path_rate` at the last.
+        output_stride: 32; dilation is not supported.
+        act_layer: Activation, a class or timm's name for it.
+    """
+
+    def __init__(
+        self,
+        stages: Tuple = GHOSTNET_STAGES,
+        width: float = 1.0,
+        num_experts: int = 4,
+        routing: str = "sigmoid",
+        routing_hidden: Optional[int] = None,
+        temperature: float = 1.0,
+        dynamic: bool = True,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        global_pool: str = "avg",
+        drop_rate: float = 0.2,
+        drop_path_rate: float = 0.0,
+        act_layer: Union[str, Type[nn.Module]] = "hard_swish",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride must be 32, got {output_stride}: dilated stages are not supported")
+        dd = {"device": device, "dtype": dtype}
+        conv_layer = nn.Conv2d
+        if dynamic:
+            conv_layer = partial(
+                DynamicConv,
+                num_experts=num_experts,
+                routing=routing,
+                routing_hidden=routing_hidden,
+                temperature=temperature,
+            )
+        act_layer = get_act_layer(act_layer)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        chs = make_divisible(16 * width, 4)
+        self.conv_stem = conv_layer(in_chans, chs, 3, stride=2, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(chs, **dd)
+        self.act1 = act_layer()
+
+        block = partial(GhostBottleneck, act_layer=act_layer, conv_layer=conv_layer, **dd)
+        taps = [(chs, 2, "act1")]
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(map(len, stages)), device="cpu").tolist())
+        blocks = []
+        reduction = 2
+        for index, rows in enumerate(stages):
+            stage = []
+            for kernel, mid, out, se_ratio, stride in rows:
+                mid, out = make_divisible(mid * width, 4), make_divisible(out * width, 4)
+                stage.append(
+                    block(chs, out, kernel, stride, se_ratio=se_ratio, drop_path=next(drop_paths), mid_chs=mid)
+                )
+                chs = out
+                reduction *= stride
+            # A later stage of the same resolution takes over: the last one is the richest.
+            if taps[-1][1] == reduction:
+                taps.pop()
+            taps.append((chs, reduction, f"blocks.{index}"))
+            blocks.append(nn.Sequential(*stage))
+        blocks.append(nn.Sequential(ConvBnAct(chs, mid, 1, act_layer=act_layer, conv_layer=conv_layer, **dd)))
+        self.blocks = nn.Sequential(*blocks)
+        # The first stage keeps the stem's resolution, yet the stem is what timm's features of reduction 2 mean.
+        if taps[0][2] != "act1":
+            taps[0] = (self.bn1.num_features, 2, "act1")
+        self.feature_info = [{"num_chs": c, "reduction": r, "module": m} for c, r, m in taps]
+        self.stage_ends = [-1] + [int(m.split(".")[1]) for _, _, m in taps[1:]]
+
+        self.num_features = mid
+        self.head_hidden_size = 1280
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.conv_head = nn.Conv2d(mid, self.head_hidden_size, 1, **dd)
+        self.act2 = act_layer()
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        self.classifier = Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
+        return {"stem": r"^conv_stem|bn1", "blocks": [(blocks, None), (r"conv_head", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A fresh classifier of `num_classes` (0: none); `global_pool` '' leaves maps unpooled, None keeps the pooling."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool).train(self.training)
+            self.flatten = (nn.Flatten(1) if global_pool else nn.Identity()).train(self.training)
+        like = next(self.parameters())
+        head = nn.Identity()
+        if num_classes > 0:
+            head = Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        self.classifier = head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """The last features and those of `indices` (of `feature_info`; an int: the last so many; None: all).
+
+        `norm` is without effect, as every feature is normalised already. `stop_early` leaves out what comes after the
+        last feature asked for.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stage_ends), indices)
+        take = [self.stage_ends[i] + 1 for i in take]
+        intermediates = []
+        x = self._stem(x)
+        if 0 in take:
+            intermediates.append(x)
+        # TorchScript cannot slice a Sequential. The final convolution belongs to the last feature.
+        if torch.jit.is_scripting() or not stop_early or last == len(self.stage_ends) - 1:
+            stages = self.blocks
+        else:
+            stages = self.blocks[: self.stage_ends[last] + 1]
+        for index, stage in enumerate(stages, start=1):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if index in take:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Cut off what the features of `indices` do not need; returns the indices taken."""
+        take, last = feature_take_indices(len(self.stage_ends), indices)
+        whole = last == len(self.stage_ends) - 1
+        if whole and not prune_norm and not prune_head:
+            return take
+        self.blocks = self.blocks[: self.stage_ends[last] + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.conv_head, self.act2 = nn.Identity(), nn.Identity()
+        self.reset_classifier(0, "")
+        return take
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.conv_stem(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
+        x = self._stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x, flatten=True)
+        return self.blocks(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map -> logits (B, num_classes), or with `pre_logits` the vector (B, 1280) that the classifier reads."""
+        x = self.flatten(self.act2(self.conv_head(self.global_pool(x))))
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# The released file's names -> ours. Squeeze-and-excitation is timm's module today.
+_RENAMED = {".cond_conv.": ".", ".se.conv_reduce.": ".se.fc1.", ".se.conv_expand.": ".se.fc2."}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """State dicts of the released code, or ours, -> ours, for the channels that `model` has.
+
+    The released code keeps the experts of a convolution as one matrix (experts, numbers), whose elements lie in the
+    order of our (experts * out, in / groups, kh, kw).
+    """
+    state_dict = state_dict.get("state_dict", state_dict)
+    own = model.state_dict()
+    out = {}
+    for name, value in state_dict.items():
+        new = name.removeprefix("module.")
+        for old, ours in _RENAMED.items():
+            new = new.replace(old, ours)
+        if ".cond_conv." in name and new in own and own[new].numel() == value.numel():
+            value = value.reshape(own[new].shape)
+        elif name.endswith("conv_stem.cond_conv.weight"):
+            value = value.reshape(own[new].shape[0], -1, *own[new].shape[2:])
+        out[new] = value
+    _adapt_stem_router(out, model)
+    return out
+
+
+def _adapt_stem_router(state_dict: Dict[str, Tensor], model: nn.Module) -> None:
+    """Follow timm's adaptation of the first kernel to other input channels with the router that reads them."""
+    reader = "conv_stem.routing.hidden.weight"
+    reader = reader if reader in state_dict else "conv_stem.routing.weight"
+    if reader not in state_dict:
+        return
+    weight, in_chans = state_dict[reader], model.in_chans
+    if weight.shape[1] == in_chans:
+        return
+    if in_chans == 1:
+        state_dict[reader] = weight.sum(1, keepdim=True)
+    else:
+        repeats = -(-in_chans // weight.shape[1])
+        state_dict[reader] = weight.repeat(1, repeats)[:, :in_chans] * (weight.shape[1] / in_chans)
+
+
+def _create_parameternet(variant: str, pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+    return build_model(
+        ParameterNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"flatten_sequential": True},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv_stem",
+        "classifier": "classifier",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "parameternet_50m.untrained": _cfg(),
+        "parameternet_150m.untrained": _cfg(),
+        "parameternet_300m.untrained": _cfg(),
+        "parameternet_600m.untrained": _cfg(),
+    }
+)
+
+
+@register_model
+def parameternet_50m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+    """Ours: GhostNet 1.0's stages at width 0.5, Hardswish, 4 experts."""
+    return _create_parameternet("parameternet_50m", pretrained, **dict({"width": 0.5}, **kwargs))
+
+
+@register_model
+def parameternet_150m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+    """Ours: GhostNet 1.0's stages at width 1.0, Hardswish, 4 experts."""
+    return _create_parameternet("parameternet_150m", pretrained, **dict({"width": 1.0}, **kwargs))
+
+
+@register_model
+def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+    """A reconstruction of the paper's ParameterNet-300M: GhostNet 1.0's stages at width 1.45, Hardswish, 4 experts.
+
+    It was never released. Its static twin and the one of 8 experts have the paper's 8.6 M and 25.2 M parameters.
+    """
+    return _create_parameternet("parameternet_300m", pretrained, **dict({"width": 1.45}, **kwargs))
+
+
+@register_model
+def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+    """Official: the network of the released code. Its own stages at width 1.9, Hardswish, 4 experts."""
+    defaults = {"stages": RELEASED_STAGES, "width": 1.9}
+    return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))
