@@ -1,0 +1,452 @@
+"""Where a checkpoint is, and whether it is the one that it claims to be.
+
+Two things are checked before a tensor reaches a network:
+
+- *the file*: the SHA-256 of every checkpoint of ours is recorded in `weights.json` beside this module, and a file that
+  carries one of those names must match, wherever it came from;
+- *the tensors*: every file that `save` writes carries a digest of its tensors in the safetensors metadata.
+
+A reader might ask why: a flipped bit in the payload of a safetensors file is still a valid safetensors file, and the
+Hub's client compares sizes, not content. Only safetensors are read, because unpickling can run code.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parameternet.files import write_bytes
+
+__all__ = [
+    "WeightsDamaged",
+    "WeightsError",
+    "WeightsNotFound",
+    "config",
+    "find",
+    "hub",
+    "known",
+    "local",
+    "places",
+    "read",
+    "resolve",
+    "save",
+    "shipped",
+    "tensors_digest",
+]
+
+FILE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+DIGEST = "tensors_sha256"
+WRITER = "parameternet"
+_PICKLES = (b"PK\x03\x04", b"\x80")  # a torch.save archive, and a bare pickle of older versions
+
+
+class WeightsError(RuntimeError):
+    """A checkpoint cannot be had; the message says why and what to do."""
+
+
+class WeightsNotFound(WeightsError):
+    """No checkpoint of that name, or none in any of the places tried."""
+
+
+class WeightsDamaged(WeightsError):
+    """A file is there, and it is not what it should be."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shipped(kind: str) -> Path:
+    """The folder `weights` or `configs` that belongs to this copy of the package.
+
+    That is the top-level folder of the checkout that the package lies in, or else the copy that a wheel carries.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    if (checkout / "setup.cfg").is_file() and (checkout / kind).is_dir():
+        return checkout / kind
+    return package / "_shipped" / kind
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Our checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`, from the package's `weights.json`."""
+    path = Path(__file__).with_name("weights.json")
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def hub() -> str:
+    """The Hub organisation that holds our checkpoints: `PARAMETERNET_HUB`, or `parameternet`."""
+    return os.environ.get("PARAMETERNET_HUB") or "parameternet"
+
+
+def places(name: str) -> list[Path]:
+    """The files that may hold checkpoint `name` on this machine, in the order in which they are tried."""
+    own = os.environ.get("PARAMETERNET_WEIGHTS")
+    folders = [Path(own).expanduser()] if own else []
+    return [folder / name / FILE_NAME for folder in [*folders, shipped("weights")]]
+
+
+def local(name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """The file that `find(name)` would take without a network, unverified; None if there is none."""
+    here = next((path for path in places(name) if path.is_file()), None)
+    return here or _cached(f"{hub()}/{name}", FILE_NAME, cache_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a name to tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """The verified tensors that timm's resolved `pretrained_cfg` asks for. Models load through this and nothing else.
+
+    ===================================  ==================================================  =========================
+    the name or the cfg says             the file                                            checked
+    ===================================  ==================================================  =========================
+    `<architecture>.<tag>`               `PARAMETERNET_WEIGHTS`, then the checkout or        recorded SHA-256, digest
+                                         wheel, then the Hub
+    `local-dir:DIR`                      `DIR/model.safetensors`                             digest
+    `hf-hub:ORG/NAME[@REVISION]`         that repository's `model.safetensors`               digest; if it is one of
+                                                                                             ours, SHA-256 too
+    `file=PATH` in the cfg's overlay     that file                                           digest
+    `state_dict=...` in the overlay      none: the tensors are given                         nothing
+    ===================================  ==================================================  =========================
+
+    Raises:
+        WeightsNotFound: nothing of that name, with every place that was tried.
+        WeightsDamaged: a file that is not what it should be, with what was expected and what is there.
+    """
+    cfg = pretrained_cfg
+    source, file = cfg.get("source"), cfg.get("file")
+    if cfg.get("state_dict"):
+        return dict(cfg["state_dict"])
+    if source == "local-dir":
+        return read(_in_folder(Path(file)))
+    if source == "hf-hub":
+        return _from_repository(cfg, cache_dir)
+    if file:
+        return read(Path(file))
+    if cfg.get("url"):
+        raise WeightsError(
+            f"weights are not read from a plain address ({cfg['url']}): nothing there says what they should be. "
+            "Download the file and give it as pretrained_cfg_overlay=dict(file='model.safetensors')"
+        )
+    name = _name(cfg)
+    if cfg.get("hf_hub_id") and Path(cfg["hf_hub_id"]).name != name:  # an overlay that points at somebody's repository
+        return _from_repository(cfg, cache_dir)
+    return _load(*_locate(name, cache_dir))
+
+
+def find(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The verified file of checkpoint `name` (`parameternet_50m.tin200`), downloaded if it has to be.
+
+    Raises:
+        WeightsNotFound, WeightsDamaged: as for `resolve`.
+    """
+    path, sha256 = _locate(name, cache_dir)
+    _check_file(path, _bytes(path), sha256)
+    return path
+
+
+def config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """The `config.json` that lies beside the file of `find(name)`: input size, mean and std, class names, figures.
+
+    Raises:
+        WeightsNotFound: there is none.
+        WeightsDamaged: it is not JSON.
+    """
+    path = find(name, cache_dir)
+    beside = path.parent / CONFIG_NAME
+    if not beside.is_file() and path not in places(name):  # the Hub's client fetches file by file
+        beside = _download(f"{hub()}/{name}", CONFIG_NAME, None, cache_dir)
+    try:
+        return json.loads(beside.read_text("utf-8"))
+    except FileNotFoundError:
+        raise WeightsNotFound(
+            f"{path} has no {CONFIG_NAME} beside it: it holds the input size and the class names. "
+            "Copy the whole folder of the checkpoint, not only its weights"
+        ) from None
+    except ValueError as error:
+        raise WeightsDamaged(f"{beside} is not JSON ({error}): copy it again from where it came from") from None
+
+
+def _name(cfg: Mapping[str, Any]) -> str:
+    architecture, tag = cfg.get("architecture"), cfg.get("tag")
+    name = f"{architecture}.{tag}" if tag else str(architecture)
+    if name not in known():
+        raise WeightsNotFound(_unknown(name))
+    return name
+
+
+def _unknown(name: str) -> str:
+    names = sorted(known())
+    near = difflib.get_close_matches(name, names, n=1)
+    have = ", ".join(names) or "none yet"
+    return (
+        f"no weights are recorded for {name}" + (f"; closest: {near[0]}" if near else "") + f". Recorded: {have}. "
+        "Use pretrained=False for random weights, or give your own: 'local-dir:FOLDER' as the model's name, "
+        "or pretrained_cfg_overlay=dict(file='model.safetensors')"
+    )
+
+
+def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, str]:
+    """The unverified file of one of our checkpoints, and the SHA-256 that it must have."""
+    if name not in known():
+        raise WeightsNotFound(_unknown(name))
+    sha256 = known()[name]["sha256"]
+    here = next((path for path in places(name) if path.is_file()), None)
+    if here:
+        return here, sha256
+    repository = f"{hub()}/{name}"
+    cached = _cached(repository, FILE_NAME, cache_dir)
+    if cached and hashlib.sha256(_bytes(cached)).hexdigest() == sha256:
+        return cached, sha256  # content is known, so nobody needs to be asked
+    try:
+        return _download(repository, FILE_NAME, None, cache_dir), sha256
+    except WeightsNotFound as error:
+        raise WeightsNotFound(_nowhere(name, error)) from error
+
+
+def _nowhere(name: str, reason: WeightsNotFound) -> str:
+    lines = [f"the weights of {name} are in none of the places where they could be:"]
+    lines += [f"  {path}: {'no such file' if path.parent.is_dir() else 'no such folder'}" for path in places(name)]
+    lines += [
+        f"  {reason}",
+        "What to do: with a network, and without HF_HUB_OFFLINE, run this again. Elsewhere, download "
+        f"{_address(f'{hub()}/{name}', FILE_NAME)} and {CONFIG_NAME} beside it, put both into FOLDER/{name}/ and set "
+        "PARAMETERNET_WEIGHTS=FOLDER. If another organisation mirrors ours: PARAMETERNET_HUB=NAME",
+    ]
+    return "\n".join(lines)
+
+
+def _in_folder(folder: Path) -> Path:
+    path = folder.expanduser() / FILE_NAME
+    if path.is_file():
+        return path
+    if not folder.expanduser().is_dir():
+        raise WeightsNotFound(f"{folder} is not a folder: local-dir:FOLDER expects FOLDER/{FILE_NAME}")
+    others = sorted(p.name for p in folder.expanduser().iterdir() if p.suffix in {".pth", ".pt", ".bin", ".ckpt"})
+    hint = f"; only safetensors are read: {_conversion(folder / others[0])}" if others else ""
+    raise WeightsNotFound(f"{folder} holds no {FILE_NAME}{hint}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU, after every check that the file allows.
+
+    The bytes are read once, and what was hashed is what is parsed.
+
+    Args:
+        path: The file.
+        sha256: What the whole file must hash to, if that is known.
+
+    Raises:
+        WeightsNotFound: no such file.
+        WeightsDamaged: not safetensors, cut short, or its content is not what `sha256` or its own digest says.
+        WeightsError: another format, with the line that converts it.
+    """
+    return _load(Path(path).expanduser(), sha256)
+
+
+def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write `state_dict` as safetensors that carry the digest of their tensors, whole or not at all.
+
+    The same tensors and metadata always give the same bytes, so that a checkpoint's SHA-256 says something.
+
+    Args:
+        state_dict: Names to tensors, on any device.
+        path: The file to write; its folder must exist.
+        metadata: Words to keep in the file's header; values become text.
+    """
+    tensors = {name: _standalone(name, tensor) for name, tensor in state_dict.items()}
+    words = {str(key): str(value) for key, value in (metadata or {}).items()}
+    words |= {"format": "pt", "writer": WRITER, DIGEST: tensors_digest(tensors)}
+    write_bytes(path, _serialise(tensors, words))
+
+
+def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the sorted tensors: for each one a line of JSON `[name, dtype, shape]`, then its bytes.
+
+    It knows nothing of the file: the same tensors have the same digest however they are stored.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(head).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _standalone(name: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"a state dict maps names to tensors, but {name!r} is a {type(tensor).__name__}: "
+            "if the checkpoint is nested, give its inner dict"
+        )
+    return tensor.detach().cpu().contiguous().clone()  # safetensors refuse tensors that share memory
+
+
+def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save as to_bytes
+
+    data = to_bytes(tensors, metadata)
+    header, payload = _split(data)
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes it in a different order each time
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + payload
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), memoryview(data)[end:]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise WeightsNotFound(f"no such file: {path}") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _load(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    data = _bytes(path)
+    _check_file(path, data, sha256)
+    tensors, metadata = _parse(path, data)
+    _check_tensors(path, tensors, metadata, warn=sha256 is None)
+    return tensors
+
+
+def _check_file(path: Path, data: bytes, sha256: str | None) -> None:
+    got = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and got != sha256:
+        raise WeightsDamaged(
+            f"{path} ({len(data):,} bytes) is not the recorded one: expected SHA-256 {sha256}, got {got}. {_mend(path)}"
+        )
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data), _split(data)[0].get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if data.startswith(_PICKLES) and data[8:9] != b"{":
+            raise WeightsError(
+                f"{path} is a pickle, which can run code; only safetensors are read: {_conversion(path)}"
+            ) from None
+        raise WeightsDamaged(
+            f"{path} ({len(data):,} bytes) is not a whole safetensors file: {error}. {_mend(path)}"
+        ) from error
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], warn: bool) -> None:
+    recorded = metadata.get(DIGEST)
+    if recorded is None and metadata.get("writer") == WRITER:
+        raise WeightsDamaged(f"{path} was written with a digest of its tensors, and it is gone. {_mend(path)}")
+    if recorded is None:
+        if warn:
+            warnings.warn(
+                f"{path} carries no digest, so nothing can tell whether its tensors are as they were saved; "
+                "parameternet.weights.save writes one",
+                stacklevel=4,
+            )
+        return
+    got = tensors_digest(tensors)
+    if got != recorded:
+        raise WeightsDamaged(
+            f"the tensors in {path} are not those that were saved: expected digest {recorded}, got {got}. {_mend(path)}"
+        )
+
+
+def _conversion(path: Path) -> str:
+    target = path.with_suffix(".safetensors") if path.suffix else path.with_name(FILE_NAME)
+    return (
+        f"""convert it with  {Path(sys.executable).name} -c "import torch; from parameternet import weights; """
+        f"""weights.save(torch.load('{path}', weights_only=True), '{target}')" """.rstrip()
+    )
+
+
+def _mend(path: Path) -> str:
+    repository = next((parent for parent in path.parents if parent.name.startswith("models--")), None)
+    if repository:
+        return f"Remove the Hub's cached copy and try again: delete the folder {repository}"
+    return "Remove it and get it again: from the Hub, from the repository, or from whoever wrote it"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _from_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
+    repository, _, revision = cfg["hf_hub_id"].partition("@")
+    organisation, _, name = repository.rpartition("/")
+    ours = organisation == hub() and not revision
+    path = _download(repository, cfg.get("hf_hub_filename") or FILE_NAME, revision or None, cache_dir)
+    return _load(path, known().get(name, {}).get("sha256") if ours else None)
+
+
+def _cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, file, revision=revision, cache_dir=cache_dir)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _download(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """The file in the Hub's cache, fetched or brought up to date if the Hub can be reached.
+
+    Every way in which that can fail becomes one sentence, which begins with the address.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    address = _address(repository, file, revision)
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))  # alone, the download retries for 20 s
+        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+    except errors.HFValidationError as error:
+        raise WeightsNotFound(f"{repository!r} is no name for a Hub repository: {_first_line(error)}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsNotFound(f"{address}: no such repository, or a private one (hf auth login)") from error
+    except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise WeightsNotFound(f"{address}: the repository has no such file or revision") from error
+    except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
+        cached = _cached(repository, file, cache_dir, revision)
+        if cached:
+            return cached
+        raise WeightsNotFound(f"{address}: {_unreachable(error)}, and the Hub's cache here does not hold it") from error
+
+
+def _unreachable(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub gave no answer ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _address(repository: str, file: str, revision: str | None = None) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repository}/resolve/{revision or 'main'}/{file}"

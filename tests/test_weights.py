@@ -1,0 +1,466 @@
+"""Checkpoints are the right ones or they are refused; nothing here reaches beyond this machine."""
+
+import hashlib
+import importlib.util
+import json
+import pickle
+import random
+import re
+import shutil
+import threading
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import parameternet  # noqa: F401  registers the networks
+from parameternet import weights
+
+NAME = "parameternet_50m.tin200"
+CFG = {"architecture": "parameternet_50m", "tag": "tin200"}
+CLOSED = "http://127.0.0.1:9"
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "stem.weight": torch.randn(4, 3, 3, 3, generator=generator).half(),
+        "head.weight": torch.randn(5, 4, generator=generator),
+        "head.bias": torch.randn(5, generator=generator).bfloat16(),
+        "bn.num_batches_tracked": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """No folder of the user's, no Hub, no checkpoint of the checkout."""
+    monkeypatch.delenv("PARAMETERNET_WEIGHTS", raising=False)
+    monkeypatch.delenv("PARAMETERNET_HUB", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", CLOSED)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "shipped", lambda kind: tmp_path / "checkout" / kind)
+
+
+def put(folder, state_dict=None):
+    """A checkpoint named NAME below `folder`."""
+    path = Path(folder, NAME, weights.FILE_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.save(tensors() if state_dict is None else state_dict, path)
+    path.with_name("config.json").write_text(json.dumps({"architecture": "parameternet_50m", "num_classes": 5}))
+    return path
+
+
+def record(monkeypatch, path):
+    data = path.read_bytes()
+    recorded = {NAME: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+    monkeypatch.setattr(weights, "known", lambda: recorded)
+    return recorded
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    path = put(tmp_path / "checkout" / "weights")
+    record(monkeypatch, path)
+    return path
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_keeps_every_bit_and_leaves_nothing_beside(tmp_path):
+    weights.save(tensors(), tmp_path / "a.safetensors", metadata={"epoch": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(weights.read(tmp_path / "a.safetensors"), tensors())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        words = file.metadata()
+    assert words["epoch"] == "3" and words["tensors_sha256"] == weights.tensors_digest(tensors())
+
+
+def test_the_same_tensors_give_the_same_file(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        weights.save(tensors(), path, metadata={"a": 1, "b": 2, "c": 3})
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    weights.save({"a": base, "b": base.t(), "c": base[1]}, tmp_path / "a.safetensors")
+    assert_same(weights.read(tmp_path / "a.safetensors"), {"a": base, "b": base.t(), "c": base[1]})
+
+
+@pytest.mark.parametrize("change", ["name", "dtype", "shape", "value", "sign of zero", "missing"])
+def test_digest_sees(change):
+    other = tensors()
+    if change == "name":
+        other["tail.bias"] = other.pop("head.bias")
+    elif change == "dtype":
+        other["stem.weight"] = other["stem.weight"].view(torch.int16)
+    elif change == "shape":
+        other["head.weight"] = other["head.weight"].reshape(4, 5)
+    elif change == "value":
+        other["bn.num_batches_tracked"] += 1
+    elif change == "missing":
+        del other["empty"]
+    first = {"x": torch.zeros(1)} if change == "sign of zero" else tensors()
+    other = {"x": -torch.zeros(1)} if change == "sign of zero" else other
+    assert weights.tensors_digest(first) != weights.tensors_digest(other)
+
+
+def test_digest_knows_nothing_of_order_and_layout():
+    state_dict = tensors()
+    shuffled = dict(reversed(state_dict.items()))
+    shuffled["head.weight"] = shuffled["head.weight"].t().contiguous().t()
+    assert weights.tensors_digest(shuffled) == weights.tensors_digest(state_dict)
+
+
+def test_nested_state_dict_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"'model' is a dict.*inner dict"):
+        weights.save({"model": tensors()}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_of_another_tool_is_read_with_a_warning(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="carries no digest"):
+        assert_same(weights.read(tmp_path / "a.safetensors"), {"a": torch.ones(2)})
+
+
+def test_file_of_ours_that_lost_its_digest_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save(tensors(), path)
+    path.write_bytes(path.read_bytes().replace(b"tensors_sha256", b"tensors_sha255"))
+    with pytest.raises(weights.WeightsDamaged, match="it is gone"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "old pickle"])
+def test_pickles_are_refused_unopened_with_the_line_that_converts(tmp_path, form):
+    path = tmp_path / "model.bin"
+    torch.save(tensors(), path) if form == "torch.save" else path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    with pytest.raises(weights.WeightsError, match=r"only safetensors are read: convert it with.*weights_only=True"):
+        weights.read(path)
+
+
+def test_the_conversion_line_works(tmp_path):
+    path = tmp_path / "model.bin"
+    torch.save(tensors(), path)
+    with pytest.raises(weights.WeightsError) as caught:
+        weights.read(path)
+    exec(re.search(r'-c "(.*)"', str(caught.value))[1])
+    assert_same(weights.read(tmp_path / "model.safetensors"), tensors())
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(weights.WeightsNotFound, match="no such file"):
+        weights.read(tmp_path / "none.safetensors")
+    with pytest.raises(weights.WeightsNotFound, match="is not a folder"):
+        weights.resolve({"source": "local-dir", "file": str(tmp_path / "none")})
+    torch.save(tensors(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(weights.WeightsNotFound, match=r"holds no model.safetensors.*pytorch_model.bin"):
+        weights.resolve({"source": "local-dir", "file": str(tmp_path)})
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_found_in_the_checkout(checkout):
+    assert weights.find(NAME) == weights.local(NAME) == checkout
+    assert_same(weights.resolve(CFG), tensors())
+    assert weights.config(NAME)["num_classes"] == 5
+
+
+def test_the_users_folder_comes_first_and_is_held_to_the_same_hash(checkout, monkeypatch, tmp_path):
+    monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(tmp_path / "own"))
+    assert weights.find(NAME) == checkout
+    own = put(tmp_path / "own")
+    assert weights.find(NAME) == own
+    put(tmp_path / "own", {"a": torch.ones(1)})  # whole, with a digest that fits, and not ours
+    with pytest.raises(weights.WeightsDamaged, match="is not the recorded one: expected SHA-256") as caught:
+        weights.resolve(CFG)
+    assert str(own) in str(caught.value)
+
+
+def test_no_weights_for_an_architecture(checkout):
+    for cfg in ({"architecture": "parameternet_300m"}, {"architecture": "parameternet_50m", "tag": "in1k"}):
+        with pytest.raises(weights.WeightsNotFound, match=rf"no weights are recorded.*Recorded: {NAME}"):
+            weights.resolve(cfg)
+    with pytest.raises(weights.WeightsNotFound, match=rf"closest: {NAME}"):
+        weights.find("parameternet_50m.tin20")
+
+
+def test_nowhere_lists_every_place_and_what_to_do(checkout, monkeypatch, tmp_path):
+    checkout.unlink()
+    monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(tmp_path / "own"))
+    monkeypatch.setenv("PARAMETERNET_HUB", "mirror")
+    with pytest.raises(weights.WeightsNotFound) as caught:
+        weights.resolve(CFG)
+    message = str(caught.value)
+    for part in (
+        str(tmp_path / "own" / NAME / "model.safetensors: no such folder"),
+        str(checkout) + ": no such file",
+        f"{CLOSED}/mirror/{NAME}/resolve/main/model.safetensors: the Hub gave no answer",
+        "PARAMETERNET_WEIGHTS=FOLDER",
+        "HF_HUB_OFFLINE",
+    ):
+        assert part in message, part
+
+
+def test_an_address_is_not_a_source():
+    with pytest.raises(weights.WeightsError, match="not read from a plain address"):
+        weights.resolve({**CFG, "url": "https://example.org/model.safetensors"})
+
+
+def test_given_tensors_pass_through():
+    given = tensors()
+    assert_same(weights.resolve({**CFG, "state_dict": given}), given)
+
+
+def test_config_beside_the_weights_is_required_and_read_plainly(checkout):
+    beside = checkout.with_name("config.json")
+    beside.write_text("{")
+    with pytest.raises(weights.WeightsDamaged, match="is not JSON"):
+        weights.config(NAME)
+    beside.unlink()
+    with pytest.raises(weights.WeightsNotFound, match="Copy the whole folder"):
+        weights.config(NAME)
+
+
+def test_what_the_package_records_is_what_the_repository_holds(monkeypatch):
+    monkeypatch.undo()
+    for name, facts in weights.known().items():
+        path = weights.shipped("weights") / name / weights.FILE_NAME
+        assert path.is_file(), name
+        assert facts["bytes"] == path.stat().st_size
+        assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert weights.find(name) == path
+
+
+# Networks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network():
+    return timm.create_model("parameternet_50m", width=0.2, num_classes=5).eval()
+
+
+def save_network(network, folder):
+    weights.save(network.state_dict(), folder / weights.FILE_NAME)
+    config = {
+        "architecture": "parameternet_50m",
+        "num_classes": 5,
+        "model_args": {"width": 0.2},
+        "pretrained_cfg": {"first_conv": "conv_stem", "classifier": "classifier", "input_size": [3, 64, 64]},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_timm_builds_a_network_from_a_folder_only_if_it_is_whole(network, tmp_path):
+    save_network(network, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert_same(loaded.state_dict(), network.state_dict())
+    path = tmp_path / weights.FILE_NAME
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(weights.WeightsDamaged, match="not those that were saved: expected digest"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_timm_builds_a_network_from_a_file(network, tmp_path):
+    save_network(network, tmp_path)
+    overlay = {"file": str(tmp_path / weights.FILE_NAME), "num_classes": 5}
+    loaded = timm.create_model("parameternet_50m", pretrained=True, width=0.2, pretrained_cfg_overlay=overlay)
+    assert_same(loaded.state_dict(), network.state_dict())
+
+
+def test_pretrained_without_weights_is_an_error_not_a_random_network(monkeypatch):
+    monkeypatch.setattr(weights, "known", dict)
+    with pytest.raises(weights.WeightsNotFound, match="no weights are recorded for parameternet_300m"):
+        timm.create_model("parameternet_300m", pretrained=True)
+
+
+def test_sixty_damaged_files(network, tmp_path):
+    """A short form of benchmarks/damaged_files.py, which says what the kinds are."""
+    spec = importlib.util.spec_from_file_location(
+        "damaged_files", Path(__file__).parent.parent / "benchmarks" / "damaged_files.py"
+    )
+    damaged_files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(damaged_files)
+    save_network(network, tmp_path)
+    counts = damaged_files.sweep(tmp_path / weights.FILE_NAME, network, files=60)
+    total = {route: sum(by_damage.values(), damaged_files.Counter()) for route, by_damage in counts.items()}
+    assert {route: sum(row.values()) for route, row in total.items()} == dict.fromkeys(total, 60)
+    assert total["recorded SHA-256"] == {"refused": 60}
+    assert total["digest only"]["silently wrong"] == 0
+    assert total["digest only"]["refused"] >= 55  # a flipped bit in the header's remarks may be harmless
+    assert total["timm"]["silently wrong"] > 20, "the sweep no longer makes files that need us"
+
+
+# The Hub ------------------------------------------------------------------------------------------------------------
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub as its client needs: `files` maps 'org/name/file' to bytes."""
+
+    files: dict = {}  # noqa: RUF012
+    asked: list = []  # noqa: RUF012
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, body):
+        repository, _, rest = self.path.partition("/resolve/")
+        key = f"{repository[1:]}/{rest.split('/', 1)[-1]}"
+        self.asked.append(key)
+        data = self.files.get(key)
+        known_repository = any(name.startswith(repository[1:] + "/") for name in self.files)
+        self.send_response(200 if data is not None else 404)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound" if known_repository else "RepoNotFound")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        if body and data:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(FakeHub, "files", {})
+    monkeypatch.setattr(FakeHub, "asked", [])
+    yield FakeHub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def published(hub, checkout):
+    """Our checkpoint is on the Hub, and only there."""
+    for file in ("model.safetensors", "config.json"):
+        hub.files[f"parameternet/{NAME}/{file}"] = checkout.with_name(file).read_bytes()
+        checkout.with_name(file).unlink()
+    return hub
+
+
+def test_the_hub_is_the_last_place_and_is_asked_once(published):
+    assert weights.local(NAME) is None
+    assert_same(weights.resolve(CFG), tensors())
+    assert weights.config(NAME)["num_classes"] == 5
+    before = len(published.asked)
+    assert_same(weights.resolve(CFG), tensors())
+    assert weights.local(NAME).is_file()
+    assert len(published.asked) == before, "known content in the cache needs no network"
+
+
+def test_cache_is_used_when_the_hub_is_gone(published, monkeypatch):
+    weights.find(NAME)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", CLOSED)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_same(weights.resolve(CFG), tensors())
+    assert_same(weights.resolve({"source": "hf-hub", "hf_hub_id": f"parameternet/{NAME}"}), tensors())
+
+
+def test_offline_without_a_cache_says_so(published, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(weights.WeightsNotFound, match="HF_HUB_OFFLINE is set, and the Hub's cache here does not hold"):
+        weights.resolve(CFG)
+
+
+def test_an_organisation_that_somebody_else_owns_cannot_give_its_own_file(published, tmp_path):
+    foreign = put(tmp_path / "foreign", {"a": torch.ones(3)})
+    published.files[f"parameternet/{NAME}/model.safetensors"] = foreign.read_bytes()
+    for cfg in (CFG, {"source": "hf-hub", "hf_hub_id": f"parameternet/{NAME}"}):
+        with pytest.raises(weights.WeightsDamaged, match=r"is not the recorded one.*delete the folder .*models--param"):
+            weights.resolve(cfg)
+
+
+def test_a_damaged_file_in_the_cache_is_named_and_mended_as_told(published):
+    path = weights.find(NAME)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.resolve().write_bytes(data)  # of the right size: the Hub's client does not look further
+    with pytest.raises(weights.WeightsDamaged) as caught:
+        weights.resolve(CFG)
+    folder = re.search(r"delete the folder (\S+)", str(caught.value))[1]
+    shutil.rmtree(folder)
+    assert_same(weights.resolve(CFG), tensors())
+
+
+def test_repositories_of_others_are_checked_by_their_digest(hub, tmp_path):
+    data = bytearray(put(tmp_path).read_bytes())
+    hub.files["somebody/net/model.safetensors"] = bytes(data)
+    cfg = {"source": "hf-hub", "hf_hub_id": "somebody/net@v1"}
+    assert_same(weights.resolve(cfg), tensors())
+    data[-1] ^= 1
+    hub.files["somebody/net/model.safetensors"] = bytes(data)
+    with pytest.raises(weights.WeightsDamaged, match="not those that were saved"):
+        weights.resolve(cfg, cache_dir=tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("repository", "message"),
+    [
+        ("nobody/nothing", "no such repository"),
+        ("somebody/net", "no such file or revision"),
+        ("a/b/c", "is no name for a Hub repository"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_sentence(hub, repository, message):
+    hub.files["somebody/net/README.md"] = b"hello"
+    with pytest.raises(weights.WeightsNotFound, match=message) as caught:
+        weights.resolve({"source": "hf-hub", "hf_hub_id": repository})
+    assert "\n" not in str(caught.value)
+
+
+# Where folders are --------------------------------------------------------------------------------------------------
+
+
+def test_shipped_is_the_checkout_or_the_copy_in_the_package(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    package = tmp_path / "parameternet"
+    package.mkdir()
+    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
+    (tmp_path / "weights").mkdir()
+    assert weights.shipped("weights") == package / "_shipped" / "weights"  # somebody's folder in site-packages
+    (tmp_path / "setup.cfg").touch()
+    assert weights.shipped("weights") == tmp_path / "weights"
+    assert weights.shipped("configs") == package / "_shipped" / "configs"
+
+
+def test_random_bytes_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for seed in range(50):
+        path.write_bytes(random.Random(seed).randbytes(seed * 7))
+        with pytest.raises(weights.WeightsError):
+            weights.read(path)
