@@ -26,6 +26,7 @@ from torch import Tensor
 from parameternet.files import write_bytes
 
 __all__ = [
+    "UnknownWeights",
     "WeightsDamaged",
     "WeightsError",
     "WeightsNotFound",
@@ -34,6 +35,7 @@ __all__ = [
     "hub",
     "known",
     "local",
+    "metadata",
     "places",
     "read",
     "resolve",
@@ -55,6 +57,10 @@ class WeightsError(RuntimeError):
 
 class WeightsNotFound(WeightsError):
     """No checkpoint of that name, or none in any of the places tried."""
+
+
+class UnknownWeights(WeightsNotFound):
+    """No checkpoint of that name is recorded."""
 
 
 class WeightsDamaged(WeightsError):
@@ -123,7 +129,8 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
     ===================================  ==================================================  =========================
 
     Raises:
-        WeightsNotFound: nothing of that name, with every place that was tried.
+        UnknownWeights: no checkpoint of that name is recorded.
+        WeightsNotFound: it is in none of the places, which are listed.
         WeightsDamaged: a file that is not what it should be, with what was expected and what is there.
     """
     cfg = pretrained_cfg
@@ -151,7 +158,7 @@ def find(name: str, cache_dir: str | Path | None = None) -> Path:
     """The verified file of checkpoint `name` (`parameternet_50m.tin200`), downloaded if it has to be.
 
     Raises:
-        WeightsNotFound, WeightsDamaged: as for `resolve`.
+        UnknownWeights, WeightsNotFound, WeightsDamaged: as for `resolve`.
     """
     path, sha256 = _locate(name, cache_dir)
     _check_file(path, _bytes(path), sha256)
@@ -184,7 +191,7 @@ def _name(cfg: Mapping[str, Any]) -> str:
     architecture, tag = cfg.get("architecture"), cfg.get("tag")
     name = f"{architecture}.{tag}" if tag else str(architecture)
     if name not in known():
-        raise WeightsNotFound(_unknown(name))
+        raise UnknownWeights(_unknown(name))
     return name
 
 
@@ -202,7 +209,7 @@ def _unknown(name: str) -> str:
 def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, str]:
     """The unverified file of one of our checkpoints, and the SHA-256 that it must have."""
     if name not in known():
-        raise WeightsNotFound(_unknown(name))
+        raise UnknownWeights(_unknown(name))
     sha256 = known()[name]["sha256"]
     here = next((path for path in places(name) if path.is_file()), None)
     if here:
@@ -276,6 +283,16 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[s
     words = {str(key): str(value) for key, value in (metadata or {}).items()}
     words |= {"format": "pt", "writer": WRITER, DIGEST: tensors_digest(tensors)}
     write_bytes(path, _serialise(tensors, words))
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The words in a safetensors file's header, as `save` was given them, and its own: `tensors_sha256`, `writer`.
+
+    Raises:
+        WeightsNotFound, WeightsDamaged, WeightsError: as for `read`.
+    """
+    path = Path(path).expanduser()
+    return _parse(path, _bytes(path))[1]
 
 
 def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:

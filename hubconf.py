@@ -1,0 +1,50 @@
+"""Entry points for torch.hub: `torch.hub.load("<this repository>", "parameternet_50m", pretrained=True)`.
+
+Nothing but this file is imported until a network is asked for, so that torch.hub can list them, describe them and name
+a package that is missing.
+"""
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
+
+# timm name -> one line about the network; a test holds this list against the registry.
+_NETWORKS = {
+    "parameternet_50m": "Ours: GhostNet's stages at width 0.5, 4 experts; 2.5 M parameters with 200 classes.",
+    "parameternet_150m": "Ours: GhostNet's stages at width 1.0, 4 experts.",
+    "parameternet_300m": "A reconstruction of the paper's ParameterNet-300M; its authors never released it.",
+    "parameternet_600m": "Official: the network of the authors' released code, 34.5 M parameters.",
+}
+
+
+def _entrypoint(name, summary):
+    def create(pretrained=False, **kwargs):
+        return _create(name, pretrained, kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"""{summary}
+
+    Images (B, 3, H, W), normalised -> logits (B, num_classes).
+
+    Args:
+        pretrained (bool): Load weights that are verified before they reach the network; an error if there are none.
+        pretrained_cfg (str): The tag of those weights, such as 'tin200'. Default: the first that there are.
+        **kwargs: timm's and the network's: num_classes, in_chans, features_only, drop_path_rate, num_experts, routing,
+            width, act_layer, dynamic (False: the plain static network of the same size), ...
+
+    Source: ParameterNet, arXiv:2306.14525.
+    """
+    return create
+
+
+def _create(name, pretrained, kwargs):
+    try:
+        import timm
+
+        import parameternet  # noqa: F401  registers the networks
+    except ModuleNotFoundError as error:
+        package = error.name.replace("_", "-")
+        raise ModuleNotFoundError(f"{name} needs {error.name}: pip install {package}", name=error.name) from error
+    return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+for _name, _summary in _NETWORKS.items():
+    globals()[_name] = _entrypoint(_name, _summary)

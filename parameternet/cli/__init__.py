@@ -1,0 +1,100 @@
+"""The command line. One file a command, imported when it is used."""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from parameternet import __version__
+
+__all__ = ["EXTRAS", "main"]
+
+COMMANDS = {
+    "list": "Networks and checkpoints: size, cost, accuracy.",
+    "info": "One network: stages, experts, where parameters and MACs are.",
+    "predict": "Say what is on images.",
+    "train": "Train by a recipe.",
+    "val": "Measure the accuracy of a checkpoint.",
+    "release": "Make a checkpoint of a finished run.",
+    "doctor": "Check this installation, and say how to mend it.",
+}
+
+# what `pip install 'parameternet[extra]'` brings, by the names that are imported
+EXTRAS = {
+    "train": ("yaml", "tqdm", "matplotlib"),
+    "plot": ("matplotlib",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "yolo": ("ultralytics",),
+    "test": ("pytest", "ruff"),
+}
+
+
+class Commands(click.Group):
+    """Imports a command when it is used, and says what went wrong in a sentence."""
+
+    def list_commands(self, ctx: click.Context) -> Sequence[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        try:
+            return getattr(importlib.import_module(f"parameternet.cli.{cmd_name}"), cmd_name)
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"`parameternet {cmd_name}` {_missing(error)}") from error
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
+            hint = f"closest: {', '.join(near)}" if near else f"there are: {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no such command {name!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # click would import every command for this
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params["debug"] or not _is_ours_to_tell(error):
+                raise
+            raise _as_sentence(error, ctx) from error
+
+
+def _is_ours_to_tell(error: Exception) -> bool:
+    """True for what we or the system raise on purpose; anything else is a defect, and its traceback is wanted."""
+    expected = isinstance(error, RuntimeError | ValueError | OSError | ImportError)
+    return expected or type(error).__module__.startswith("parameternet.")
+
+
+def _as_sentence(error: Exception, ctx: click.Context) -> click.ClickException:
+    from parameternet.weights import UnknownWeights
+
+    if isinstance(error, UnknownWeights):
+        return click.UsageError(str(error), ctx)
+    if isinstance(error, ModuleNotFoundError):
+        return click.ClickException(f"this {_missing(error)}")
+    return click.ClickException(str(error) or type(error).__name__)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    if package == "parameternet":
+        return f"is not part of this installation ({error.name} is missing): install parameternet again"
+    extra = next((extra for extra, names in EXTRAS.items() if package in names), None)
+    wanted = f"'parameternet[{extra}]'" if extra else package
+    return f"needs the package {package}: pip install {wanted}"
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="parameternet")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Networks with dynamic convolutions: list, describe, use, train and check them."""

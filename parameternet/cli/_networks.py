@@ -1,0 +1,89 @@
+"""Names of networks, and networks without weights: what `list` and `info` have in common."""
+
+import difflib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import torch
+from torch import nn
+
+import parameternet  # noqa: F401  registers the networks
+from parameternet import weights
+
+__all__ = ["architectures", "build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
+
+
+@cache
+def architectures() -> list[str]:
+    """Every network of this package that timm knows."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("parameternet.")]
+
+
+def names() -> list[str]:
+    """Every checkpoint, and every architecture that has none."""
+    known = weights.known()
+    listed = []
+    for architecture in architectures():
+        tagged = [name for name in known if name.partition(".")[0] == architecture]
+        listed += tagged or [architecture]
+    return listed
+
+
+def resolve(name: str) -> str:
+    """`name` if it is one of ours; a usage error with the nearest names otherwise."""
+    everything = [*architectures(), *weights.known()]
+    if name in everything:
+        return name
+    near = difflib.get_close_matches(name, everything, n=3, cutoff=0.5)
+    raise click.UsageError(
+        f"no network {name!r}" + (f"; closest: {', '.join(near)}" if near else "") + ". All of them: parameternet list"
+    )
+
+
+def config(name: str) -> dict[str, Any]:
+    """The config.json of a checkpoint that is on this machine; of others, what the registry says."""
+    path = weights.local(name) if name in weights.known() else None
+    beside = path.with_name(weights.CONFIG_NAME) if path else None
+    if beside and beside.is_file():
+        return json.loads(beside.read_text("utf-8"))
+    architecture = name.partition(".")[0]
+    cfg = timm.get_pretrained_cfg(name if name in timm.list_pretrained(architecture) else architecture)
+    return {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
+
+
+def build(described: dict[str, Any]) -> nn.Module:
+    """The network of a config, without memory for its parameters: on PyTorch's meta device."""
+    cfg = described["pretrained_cfg"]
+    arguments = {"num_classes": described.get("num_classes", cfg.get("num_classes", 1000))}
+    with torch.device("meta"):
+        return timm.create_model(described["architecture"], **arguments | (described.get("model_args") or {})).eval()
+
+
+def input_size(described: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width that the network is evaluated at."""
+    cfg = described["pretrained_cfg"]
+    return tuple(cfg.get("test_input_size") or cfg.get("input_size") or (3, 224, 224))
+
+
+def top1(described: dict[str, Any]) -> float | None:
+    """Measured accuracy in percent, as the checkpoint's config records it."""
+    return (described.get("metrics") or {}).get("top1")
+
+
+def whereabouts(name: str) -> str | None:
+    """Where the weights are: a path, or the Hub; None for a network that has none."""
+    if name not in weights.known():
+        return None
+    path = weights.local(name)
+    return _short(path) if path else f"Hub: {weights.hub()}/{name}"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,85 @@
+"""`parameternet predict`: what is on images."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from parameternet.cli._output import print_json
+
+
+def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    from PIL import Image
+
+    if path and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise click.BadParameter(f"{path} names no format of pictures: let it end in .png, .jpg or .webp")
+    if path and not path.parent.is_dir():
+        raise click.BadParameter(f"the folder {path.parent} does not exist")
+    return path
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option(
+    "--model", metavar="NAME", help="A checkpoint, a folder or run folder, hf-hub:ORG/NAME.  [default: a small one]"
+)
+@click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes to name.")
+@click.option("--save", type=click.Path(path_type=Path), callback=_picture_path, help="Draw a picture of the result.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    images: tuple[str, ...], model: str | None, topk: int, save: Path | None, device: str | None, as_json: bool
+) -> None:
+    """Say what is on each IMAGE: a file, a folder, or an http(s) address.
+
+    Images that cannot be read are named and the others go on; the exit code is 1 then.
+    """
+    from parameternet.prediction import Predictor, draw
+
+    predictor = Predictor(model, device)
+    results = predictor.predict(images, topk, keep_images=save is not None)
+    if as_json:
+        print_json({"model": predictor.name, "results": [_plain(result) for result in results]})
+    else:
+        _show(results)
+    if save:
+        _save(draw(results, predictor.name), save)
+        click.echo(f"picture: {save}", err=True)
+    if any(result.error for result in results):
+        sys.exit(1)
+
+
+def _plain(result: Any) -> dict[str, Any]:
+    classes = zip(result.indices, result.labels, result.probabilities, strict=True)
+    named = [{"index": index, "label": label, "probability": probability} for index, label, probability in classes]
+    return {"path": result.path, "error": result.error, "classes": named}
+
+
+def _show(results: list[Any]) -> None:
+    for result in results:
+        if result.error:
+            click.echo(f"{result.path}: {result.error}", err=True)
+            continue
+        click.echo(result.path)
+        for label, probability in zip(result.labels, result.probabilities, strict=True):
+            click.echo(f"  {probability:6.1%}  {_bar(probability)}{label}")
+
+
+def _bar(probability: float) -> str:
+    if not sys.stdout.isatty():
+        return ""
+    eighths = round(probability * 20 * 8)
+    bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return click.style(f"{bar:20}", fg="blue") + "  "
+
+
+def _save(picture: Any, path: Path) -> None:
+    from PIL import Image
+
+    from parameternet.files import write_bytes
+
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.registered_extensions()[path.suffix.lower()])
+    write_bytes(path, buffer.getvalue())
