@@ -1,0 +1,81 @@
+"""The files of a run that hold tensors: `last.ckpt`, to go on from, and `best.safetensors`, to use."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parameternet import files
+from parameternet.training.errors import CheckpointError
+
+LAST, BEST = "last.ckpt", "best.safetensors"
+_MAGIC = b"parameternet-last-1 "  # then 64 hexadecimal digits and a newline: the SHA-256 of what follows
+_HEADER = len(_MAGIC) + 65
+
+
+def save_last(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state of a run (tensors, numbers, text, lists, dictionaries) to `last.ckpt`, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or refuses; the old file stands.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    with files.atomic_write(folder / LAST) as file:
+        file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
+        file.write(payload)
+
+
+def load_last(folder: Path) -> dict[str, Any]:
+    """Read `last.ckpt` and check its digest. Tensors arrive on the CPU; nothing but plain data is unpickled.
+
+    Raises:
+        CheckpointError: no such file, not one of ours, or damaged.
+    """
+    path = folder / LAST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; is {folder} a run folder?") from error
+    payload = memoryview(content)[_HEADER:]
+    if content[:_HEADER] != _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        raise CheckpointError(f"{path} is damaged: its content is not what was written; restore a copy or start again")
+    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write weights as safetensors, with the network's config (timm's Hub form) in the metadata."""
+    from parameternet import weights
+
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    weights.save(state, path, {"config": json.dumps(config)})
+
+
+def read_weights(where: str | Path) -> dict[str, Tensor]:
+    """Tensors of a run folder, a weights folder or a safetensors file; only safetensors are read."""
+    from parameternet import weights
+
+    return weights.read(weights_file(where))
+
+
+def weights_file(where: str | Path) -> Path:
+    """The safetensors file that a path means.
+
+    Raises:
+        CheckpointError: nothing there, or another kind of file.
+    """
+    path = Path(where)
+    choices = [path / BEST, path / "model.safetensors"] if path.is_dir() else [path]
+    for choice in choices:
+        if choice.is_file() and choice.suffix == ".safetensors":
+            return choice
+    if path.is_file():
+        raise CheckpointError(f"{path} is not a .safetensors file, and no other kind is read: it could run code")
+    raise CheckpointError(f"no weights at {path}: expected a run folder ({BEST}), a weights folder or a .safetensors file")

@@ -1,0 +1,176 @@
+"""Batches: which images, in which order, how augmented, and on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_loader, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from parameternet.training.errors import DataError
+from parameternet.training.randomness import IMAGE, ORDER, mix, seed_cpu
+from parameternet.training.recipe import Recipe
+from parameternet.training.sources import Memory, Source, Unreadable
+
+
+class Key(NamedTuple):
+    """What a worker is asked for: image `index`, as it looks in `epoch`, at side `size`."""
+
+    index: int
+    epoch: int
+    size: int
+
+
+class Images(Dataset):
+    """Images of a source under a `Key`, transformed; training transforms draw from (seed, epoch, index) alone."""
+
+    def __init__(self, source: Source | Memory, transforms: dict[int, Callable], seed: int | None):
+        self.source, self.transforms, self.seed = source, transforms, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Any, int] | Unreadable:
+        found = self.source.read(key.index)
+        if isinstance(found, Unreadable):
+            return found
+        if self.seed is not None:
+            seed_cpu(mix(IMAGE, self.seed, key.epoch, key.index))
+        return self.transforms[key.size](found[0]), found[1]
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """uint8 images (B, 3, H, W), labels (B,), and the images that could not be read: they leave the batch."""
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
+    if not good:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad
+    return *fast_collate(good), bad
+
+
+class TrainBatches:
+    """Batch sampler of one process: its share of each global batch, shuffled anew by (seed, epoch).
+
+    A global batch is the same set of images for any number of processes. `seek` places it anywhere in a run.
+    The last images that fill no batch are left out; another epoch's order leaves out others.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int):
+        self.images, self.batch_size, self.seed, self.rank, self.world = images, batch_size, seed, rank, world
+        self.seek(0, 0, 0)
+
+    def seek(self, epoch: int, step: int, size: int) -> None:
+        """Start the next iteration at `step` of `epoch`, with images of side `size`."""
+        self.epoch, self.step, self.size = epoch, step, size
+
+    def __len__(self) -> int:
+        return self.images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = torch.Generator().manual_seed(mix(ORDER, self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        share = self.batch_size // self.world
+        for step in range(self.step, len(self)):
+            start = step * self.batch_size + self.rank * share
+            yield [Key(index, self.epoch, self.size) for index in order[start : start + share]]
+
+
+class EvalBatches:
+    """Batch sampler for validation: every image once, over all processes together."""
+
+    def __init__(self, images: int, batch_size: int, size: int, rank: int = 0, world: int = 1):
+        self.mine, self.batch_size, self.size = range(rank, images, world), batch_size, size
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.mine), self.batch_size):
+            yield [Key(index, 0, self.size) for index in self.mine[start : start + self.batch_size]]
+
+
+class Reported:
+    """A loader whose unreadable images have been told to `report`; what is left are (images, labels) pairs."""
+
+    def __init__(self, loader: DataLoader, report: Callable[[Unreadable], None]):
+        self.loader, self.report = loader, report
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, bad in self.loader:
+            for item in bad:
+                self.report(item)
+            yield images, labels
+
+
+def make_loader(
+    images: Images, batches: Any, mean: list[float], std: list[float], workers: int, device: torch.device,
+    report: Callable[[Unreadable], None],
+) -> PrefetchLoader:  # fmt: skip
+    """Batches on `device`: float32 images (B, 3, H, W), normalised, and int64 labels (B,).
+
+    Workers decode, augment and stack bytes; timm's PrefetchLoader moves and normalises them.
+    """
+    loader = DataLoader(
+        images, batch_sampler=batches, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        # the cached images are shared with the workers by forking; elsewhere they are sent, which is slow but works
+        multiprocessing_context="fork" if workers and "fork" in torch.multiprocessing.get_all_start_methods() else None,
+    )  # fmt: skip
+    return PrefetchLoader(Reported(loader, report), mean=tuple(mean), std=tuple(std), device=device)
+
+
+def train_transform_arguments(r: Recipe) -> dict[str, Any]:
+    """A recipe's augmentation as arguments of timm's `create_transform` and `create_loader`."""
+    return dict(
+        is_training=True, no_aug=r.no_aug, train_crop_mode=r.crop_mode, scale=tuple(r.scale), ratio=tuple(r.ratio),
+        hflip=r.hflip, vflip=r.vflip, color_jitter=r.color_jitter, auto_augment=r.auto_augment,
+        interpolation=r.interpolation, mean=tuple(r.mean), std=tuple(r.std),
+    )  # fmt: skip
+
+
+def train_transforms(r: Recipe) -> dict[int, Callable]:
+    """The training transform for every side that the recipe visits; images come out as bytes."""
+    sizes = {r.input_size, *(stage["input_size"] for stage in r.resolution_schedule)}
+    return {size: create_transform(size, use_prefetcher=True, **train_transform_arguments(r)) for size in sizes}
+
+
+def stream_loader(
+    dataset: Any, r: Recipe, batch_size: int, device: torch.device, training: bool, data_config: dict
+) -> PrefetchLoader:
+    """timm's own loader over a stream, which can only be read in order.
+
+    Images that a stream cannot decode are skipped by its reader, which logs them. Augmentation depends on the workers,
+    and a run that is resumed reads on from the beginning of the epoch's stream.
+    """
+    arguments = train_transform_arguments(r) if training else data_config
+    size = r.input_size if training else data_config["input_size"]
+    return create_loader(
+        dataset, **{**arguments, "input_size": size}, batch_size=batch_size, num_workers=max(1, r.workers), device=device,
+        use_prefetcher=True, persistent_workers=True,
+    )  # fmt: skip
+
+
+def check_classes(train: list[str] | None, val: list[str] | None) -> None:
+    """Training and validation must name the same classes, or labels mean different things.
+
+    Raises:
+        DataError: with the classes that one of them lacks.
+    """
+    if train is None or val is None or train == val:
+        return
+    missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    raise DataError(
+        f"training data has {len(train)} classes, validation data {len(val)}, and they must be the same: "
+        f"only in training {_few(missing)}, only in validation {_few(extra)}"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:5]) or 'none'}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"

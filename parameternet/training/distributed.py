@@ -1,0 +1,83 @@
+"""One process, or many that torchrun has started: who am I, and what do we say together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parameternet.training.errors import TrainingError
+
+
+@dataclass
+class Place:
+    """A process among `world`: its rank and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any = None  # group for a few bytes between the CPUs; the gradients have their own
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added over all processes (on the CPU)."""
+        values = values.detach().cpu()
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest `value` that any process has."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def place(device: str = "auto") -> Iterator[Place]:
+    """This process's place; joins the others where torchrun has set RANK and WORLD_SIZE."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else None)
+    if world == 1:
+        yield Place(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Place(rank, world, chosen, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the first accelerator there is, or the CPU; with `local_rank`, that process's own.
+
+    Raises:
+        TrainingError: a device that torch does not know or does not see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

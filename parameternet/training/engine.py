@@ -1,0 +1,499 @@
+"""The run: epochs of steps, checkpoints that survive anything, and a folder that tells what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from timm.utils import ModelEmaV3
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch import Tensor, nn
+
+from parameternet import files
+from parameternet.training import build, checkpoint, distributed, history
+from parameternet.training.data import (
+    EvalBatches, Images, TrainBatches, check_classes, make_loader, stream_loader, train_transforms,
+)  # fmt: skip
+from parameternet.training.distributed import Place
+from parameternet.training.errors import (
+    CheckpointError, DataError, DivergedError, Interrupted, RecipeError, TrainingError,
+)  # fmt: skip
+from parameternet.training.evaluate import autocast, evaluate
+from parameternet.training.hub_config import class_labels, data_config, hub_config
+from parameternet.training.randomness import STEP, mix, seed_all
+from parameternet.training.recipe import Recipe, make_recipe
+from parameternet.training.report import Reporter
+from parameternet.training.sources import Memory, Source, Unreadable, is_stream, open_dataset
+
+
+def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train as the recipe says, into a run folder; a folder that holds a part of this run is gone on with.
+
+    Started by torchrun, every process calls this, and the recipe's batches are shared among them.
+
+    Args:
+        recipe: the whole truth of the run.
+        folder: recipe.yaml, history.csv, curves.png, last.ckpt and best.safetensors are written there.
+        reporter: hears of steps, epochs and notes.
+
+    Returns:
+        `{"best": {...}, "last": {...}, "folder": path}`: rows of the history.
+
+    Raises:
+        RecipeError, DataError, CheckpointError: what is asked for cannot be; said before the first step.
+        DivergedError: the loss is not a number; the last checkpoint is from before.
+        Interrupted: SIGINT or SIGTERM; the checkpoint is written.
+    """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with distributed.place(recipe.device) as place, StopSignals() as signals:
+        reporter = reporter if reporter and place.first else Reporter()
+        try:
+            return Trainer(recipe, Path(folder), place, reporter, signals).fit()
+        finally:
+            reporter.close()
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a wish that the run grants at its next update; a second one stops at once."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> StopSignals:
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self.old = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.default_int_handler(signum, frame)
+        self.received = signum
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.old.items():
+            signal.signal(signum, handler)
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has seen. With the tensors, all that `last.ckpt` needs."""
+
+    epoch: int = 0
+    step: int = 0  # batches done in this epoch
+    updates: int = 0
+    best: float = -math.inf  # top-1 of best.safetensors, percent
+    loss_sum: float = 0.0  # over this epoch, weighted by images
+    loss_images: int = 0
+    seconds: float = 0.0  # spent on this epoch before the process that runs now
+    unreadable: list[str] = field(default_factory=list)  # names, each once
+    rows: list[dict] = field(default_factory=list)
+
+
+class Trainer:
+    """One process of a run. `fit` goes from wherever `last.ckpt` is to the recipe's last epoch."""
+
+    def __init__(self, recipe: Recipe, folder: Path, place: Place, reporter: Reporter, signals: StopSignals):
+        self.recipe, self.folder, self.place, self.reporter, self.signals = recipe, folder, place, reporter, signals
+        self.progress = Progress()
+        self._open_data()
+        self._build()
+        self._open_folder()
+
+    # ------------------------------------------------------------------------------------------------- preparation
+
+    def _open_data(self) -> None:
+        r = self.recipe
+        if r.train is None:
+            raise RecipeError("the recipe names no training data: train=FOLDER, or train=FILE.tar")
+        if r.batch_size % self.place.world:
+            raise RecipeError(f"batch_size {r.batch_size} cannot be shared by {self.place.world} processes")
+        self.bad: dict[str, str] = {}
+        train = open_dataset(r.train, "train", batch_size=self._share, seed=r.seed, is_training=True)
+        val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
+        self.classes = _classes_of(train)
+        check_classes(self.classes, _classes_of(val) if val else None)
+        self.num_classes = self._count_classes()
+        self.labels = class_labels(r.class_names, self.classes, self.num_classes)
+        self.config = data_config(r)
+        self.train_loader = self._train_loader(train)
+        self.val_loader = None if val is None else self._val_loader(val)
+
+    @property
+    def _share(self) -> int:
+        return self.recipe.batch_size // self.place.world
+
+    def _count_classes(self) -> int:
+        given, found = self.recipe.num_classes, len(self.classes) if self.classes else None
+        if given is None and found is None:
+            raise RecipeError("this training data does not tell its classes: set num_classes")
+        if given is not None and found is not None and given < found:
+            raise DataError(f"num_classes is {given}, but the training data has {found} classes")
+        return given or found
+
+    def _train_loader(self, dataset: Any) -> Any:
+        r, place = self.recipe, self.place
+        self.batches = None
+        if is_stream(r.train):
+            return stream_loader(dataset, r, self._share, place.device, True, self.config)
+        source = self._source(dataset, r.train)
+        self.batches = TrainBatches(len(source), r.batch_size, r.seed, place.rank, place.world)
+        if len(self.batches) < r.accumulate:
+            raise DataError(
+                f"{len(source)} training images do not fill one update of batch_size {r.batch_size} x accumulate "
+                f"{r.accumulate}; lower one of them"
+            )
+        images = Images(source, train_transforms(r), r.seed)
+        return make_loader(images, self.batches, r.mean, r.std, r.workers, place.device, self._unreadable)
+
+    def _val_loader(self, dataset: Any) -> Any:
+        r, place = self.recipe, self.place
+        batch = r.val_batch_size or r.batch_size
+        if is_stream(r.val):
+            return stream_loader(dataset, r, batch, place.device, False, self.config)
+        source = self._source(dataset, r.val)
+        return eval_loader(source, self.config, batch, r.workers, place, self._unreadable)
+
+    def _source(self, dataset: Any, spec: str | dict) -> Source | Memory:
+        source = Source(dataset, str(spec))
+        return Memory(source) if self.recipe.cache == "ram" else source
+
+    def _build(self) -> None:
+        r, device = self.recipe, self.place.device
+        self.model = build.make_model(r, self.num_classes).to(device)
+        if r.sync_bn and self.place.world > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if r.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.frozen = build.freeze(self.model, r.freeze)
+        self.optimizer = build.make_optimizer(r, self.model)
+        self.steps = len(self.train_loader) // r.accumulate * r.accumulate  # an epoch is a whole number of updates
+        self.scheduler = build.make_scheduler(r, self.optimizer, self.steps // r.accumulate)
+        self.ema = ModelEmaV3(self.model, decay=r.ema_decay, use_warmup=True) if r.ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=r.amp == "float16")
+        self.mixup = build.make_mixup(r, self.num_classes)
+        self.criterion = build.make_loss(r)
+        self.erase = RandomErasing(r.reprob, mode=r.remode, device=device) if r.reprob else None
+        self.network = self._wrapped()
+
+    def _wrapped(self) -> nn.Module:
+        network = torch.compile(self.model) if self.recipe.compile else self.model
+        if self.place.world == 1:
+            return network
+        ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    # ------------------------------------------------------------------------------------------------------ folder
+
+    def _open_folder(self) -> None:
+        self.board = None
+        if self.place.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.remove_leftovers(self.folder / checkpoint.LAST)
+                files.remove_leftovers(self.folder / checkpoint.BEST)
+            except OSError as error:
+                raise TrainingError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+        self.place.wait()
+        if (self.folder / checkpoint.LAST).exists():
+            self._resume(checkpoint.load_last(self.folder))
+        self.place.wait()
+        if self.place.first:
+            files.write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            self.board = history.Board(self.folder)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        changed = make_recipe(json.loads(state["recipe"])).differences(self.recipe)
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or give "
+                f"its own {self.folder / 'recipe.yaml'} to go on with it"
+            )
+        if state["classes"] != self.classes:
+            raise CheckpointError(f"{self.folder} holds a run on other classes than those of {self.recipe.train}")
+        self.progress = Progress(**json.loads(state["progress"]))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        self.bad = dict.fromkeys(self.progress.unreadable, "")
+
+    def _state(self) -> dict[str, Any]:
+        self.progress.unreadable = sorted(self.bad)
+        return {
+            "recipe": json.dumps(asdict(self.recipe)),
+            "classes": self.classes,
+            "progress": json.dumps(asdict(self.progress)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+        }
+
+    def _save_last(self, must: bool) -> None:
+        """Write `last.ckpt`. Where that fails, go on with the old one, unless this was the last chance (`must`)."""
+        self.saved_at = time.monotonic()
+        if not self.place.first:
+            return
+        try:
+            checkpoint.save_last(self.folder, self._state())
+        except OSError as error:
+            text = f"cannot write {self.folder / checkpoint.LAST}: {error}; the one before it still stands"
+            if must:
+                raise CheckpointError(f"{text}. Make room or fix the permission, then run the command again") from error
+            self.reporter.note(text)
+
+    # --------------------------------------------------------------------------------------------------------- run
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch; see `run`."""
+        self.saved_at = time.monotonic()
+        self.reporter.start(self._facts())
+        while self.progress.epoch < self.recipe.epochs:
+            self._train_epoch()
+            self._close_epoch(self._validate())
+        if self.board:
+            self.board.close()
+        rows = self.progress.rows
+        scored = [row for row in rows if row.get("top1") is not None]
+        best = max(scored, key=lambda row: row["top1"]) if scored else rows[-1]
+        return {"best": best, "last": rows[-1], "folder": str(self.folder)}
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder), "model": self.recipe.model, "classes": self.num_classes,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "epochs": self.recipe.epochs, "steps_per_epoch": self.steps, "device": str(self.place.device),
+            "processes": self.place.world, "epoch": self.progress.epoch, "step": self.progress.step,
+        }  # fmt: skip
+
+    def _train_epoch(self) -> None:
+        p, r = self.progress, self.recipe
+        self._training_mode()
+        if self.mixup:
+            self.mixup.mixup_enabled = not r.mixup_off_epoch or p.epoch < r.mixup_off_epoch
+        self.loss = torch.tensor(p.loss_sum if self.place.first else 0.0, dtype=torch.float64)
+        self.loss_images = p.loss_images if self.place.first else 0
+        self.losses: list[Tensor] = []  # on the device, since the last look at them
+        self.started, self.start_step, self.start_images = time.monotonic() - p.seconds, p.step, self.loss_images
+        self.report_time, self.report_step = time.monotonic(), p.step
+        for images, labels in self._remaining_batches():
+            self._step(images, labels)
+            p.step += 1
+            if p.step % r.accumulate == 0:
+                self._after_update()
+            self._report_step()
+            if p.step == self.steps:
+                break
+
+    def _training_mode(self) -> None:
+        self.network.train()
+        for module in self.frozen:
+            module.eval()
+
+    def _remaining_batches(self) -> Any:
+        p = self.progress
+        if p.step >= self.steps:  # stopped while validating
+            return
+        if self.batches is not None:
+            self.batches.seek(p.epoch, p.step, self.recipe.size_at(p.epoch))
+            yield from self.train_loader
+            return
+        self.train_loader.dataset.set_epoch(p.epoch)
+        for position, batch in enumerate(self.train_loader):  # a stream: read up to where we were
+            if position >= p.step:
+                yield batch
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward of one batch; an update after every `accumulate` of them."""
+        r, p = self.recipe, self.progress
+        seed_all(mix(STEP, r.seed, p.epoch, p.step, self.place.rank))
+        updating = (p.step + 1) % r.accumulate == 0
+        quiet = nullcontext() if updating or self.place.world == 1 else self.network.no_sync()
+        with quiet, autocast(self.place.device, r.amp):
+            loss = self._loss(images, labels)
+            self.scaler.scale(loss / r.accumulate).backward()
+        self.losses.append(loss.detach() * len(images))
+        self.loss_images += len(images)
+        if updating:
+            self._update()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        if not len(images):  # none of the batch could be read; other processes wait for our (zero) gradients
+            size = self.recipe.size_at(self.progress.epoch)
+            return self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
+        if self.erase:
+            images = self.erase(images)
+        if self.mixup:
+            even = len(images) // 2 * 2 or 1  # mixing pairs images, and an unreadable one may have left its partner
+            images, labels = self._mix(images[:even], labels[:even])
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.criterion(self.network(images), labels)
+
+    def _update(self) -> None:
+        r, p = self.recipe, self.progress
+        if r.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), r.clip_grad, mode=r.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        p.updates += 1
+        if self.ema:
+            self.ema.update(self.model, step=p.updates)
+        if self.scheduler:
+            self.scheduler.step_update(p.updates)
+
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if len(images) > 1:
+            return self.mixup(images, labels)
+        images, labels = self.mixup(images.repeat(2, 1, 1, 1), labels.repeat(2))
+        return images[:1], labels[:1]
+
+    def _after_update(self) -> None:
+        """Look at the clock and at the signals: the state is whole here, and only here."""
+        if self.progress.step == self.steps:
+            return  # the end of the epoch does the same, and more
+        due = time.monotonic() - self.saved_at >= 60 * self.recipe.checkpoint_minutes
+        wish = self.place.largest(max(self.signals.received << 1, int(due and self.place.first)))
+        if wish:
+            self._settle_loss()
+            self._save_last(must=wish > 1)
+        if wish > 1:
+            raise self._interrupted(wish >> 1)
+
+    def _interrupted(self, signum: int) -> Interrupted:
+        where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.steps}"
+        name = signal.Signals(signum).name
+        return Interrupted(signum, f"stopped by {name} at {where}; the same command goes on from there")
+
+    def _settle_loss(self) -> None:
+        """Add up the losses since the last look, and stop where one is not a number."""
+        if self.losses:
+            self.loss += torch.stack(self.losses).double().sum().cpu()
+            self.losses = []
+        if not torch.isfinite(self.loss):
+            raise DivergedError(self._diverged())
+        self.progress.loss_sum, self.progress.loss_images = float(self.loss), self.loss_images
+        self.progress.seconds = time.monotonic() - self.started
+
+    def _diverged(self) -> str:
+        p, lr = self.progress, self.optimizer.param_groups[0]["lr"]
+        return (
+            f"the loss is {float(self.loss)} in epoch {p.epoch + 1} by step {p.step} (lr {lr:.3g}): lower lr, warm up for "
+            f"longer (warmup_epochs), set clip_grad or amp=null. {checkpoint.LAST} is from before, if there is one"
+        )
+
+    def _report_step(self) -> None:
+        p, facts = self.progress, {}
+        if p.step % self.recipe.log_every == 0 or p.step == self.steps:
+            self._settle_loss()
+            now = time.monotonic()
+            rate = (p.step - self.report_step) * self.recipe.batch_size / (now - self.report_time)
+            self.report_time, self.report_step = now, p.step
+            mean = p.loss_sum / max(p.loss_images, 1)
+            facts = {"loss": mean, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        self.reporter.step(p.epoch, p.step, self.steps, facts)
+
+    # --------------------------------------------------------------------------------------------------- epoch's end
+
+    def _validate(self) -> dict[str, float] | None:
+        p, r = self.progress, self.recipe
+        if self.val_loader is None or ((p.epoch + 1) % r.val_every and p.epoch + 1 < r.epochs):
+            return None
+        model = self.ema.module if self.ema else self.model
+        found = evaluate(model, self.val_loader, self.place, amp=r.amp, channels_last=r.channels_last,
+                         progress=self._during_validation)  # fmt: skip
+        if not found["images"]:
+            raise DataError(f"not one image of {r.val!r} could be read")
+        return found
+
+    def _during_validation(self, step: int, steps: int) -> None:
+        self.reporter.validating(step, steps)
+        if self.signals.received and self.place.world == 1:  # many processes agree at the end of the epoch
+            self._save_last(must=True)
+            raise self._interrupted(self.signals.received)
+
+    def _close_epoch(self, found: dict[str, float] | None) -> None:
+        p, r = self.progress, self.recipe
+        row = self._row(found)
+        score = row["top1"] if self.val_loader is not None else float(p.epoch)
+        best = score is not None and score > p.best
+        p.rows.append(row)
+        p.best = score if best else p.best
+        if best and self.place.first:
+            self._save_best(row)
+        p.epoch, p.step, p.loss_sum, p.loss_images, p.seconds = p.epoch + 1, 0, 0.0, 0, 0.0
+        signum = self.place.largest(self.signals.received)
+        self._save_last(must=p.epoch == r.epochs or signum > 0)
+        if self.place.first:
+            self._publish(row, best)
+        if signum and p.epoch < r.epochs:
+            raise self._interrupted(signum)
+
+    def _row(self, found: dict[str, float] | None) -> dict[str, Any]:
+        p, found = self.progress, found or {}
+        loss, images = self.place.sum(torch.tensor([p.loss_sum, p.loss_images], dtype=torch.float64)).tolist()
+        seconds = max(p.seconds, 1e-9)
+        return {
+            "epoch": p.epoch + 1, "updates": p.updates, "lr": self.optimizer.param_groups[0]["lr"],
+            "input_size": self.recipe.size_at(p.epoch), "train_loss": loss / max(images, 1), "val_loss": found.get("loss"),
+            "top1": found.get("top1"), "top5": found.get("top5"), "images": found.get("images"),
+            "unreadable": len(self.bad), "images_per_second": images / seconds, "seconds": seconds,
+        }  # fmt: skip
+
+    def _save_best(self, row: dict[str, Any]) -> None:
+        model = self.ema.module if self.ema else self.model
+        config = hub_config(self.model, self.recipe, self.labels, self.config)
+        config["results"] = {name: row[name] for name in ("epoch", "updates", "top1", "top5", "val_loss")}
+        try:
+            checkpoint.save_weights(self.folder / checkpoint.BEST, model.state_dict(), config)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.folder / checkpoint.BEST}: {error}; make room, then run the "
+                                  "command again: it goes on from last.ckpt") from error  # fmt: skip
+
+    def _publish(self, row: dict[str, Any], best: bool) -> None:
+        try:
+            history.write_history(self.folder, self.progress.rows)
+            if not history.draw_curves(self.folder, self.progress.rows) and row["epoch"] == 1:
+                self.reporter.note("no curves.png: pip install matplotlib")
+            self.board.add(row)
+        except OSError as error:
+            self.reporter.note(f"cannot write the history: {error}")
+        self.reporter.epoch(row, best)
+
+    def _unreadable(self, item: Unreadable) -> None:
+        if item.name not in self.bad:
+            self.bad[item.name] = item.why
+            self.reporter.note(f"skipped an unreadable image: {item.name} ({item.why})")
+
+
+def eval_loader(
+    source: Source | Memory, config: dict[str, Any], batch: int, workers: int, place: Place, report: Any
+) -> Any:
+    """A loader that shows every image of `source` once, over all processes, as `config` prepares it."""
+    from timm.data import create_transform
+
+    size = config["input_size"][-1]
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    batches = EvalBatches(len(source), batch, size, place.rank, place.world)
+    images = Images(source, {size: transform}, None)
+    return make_loader(images, batches, config["mean"], config["std"], workers, place.device, report)
+
+
+def _classes_of(dataset: Any) -> list[str] | None:
+    return Source(dataset, "").classes

@@ -1,0 +1,43 @@
+"""What can go wrong in a run, said so that the reader knows what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrainingError(Exception):
+    """Base of everything that training, validation and release raise on purpose."""
+
+
+class RecipeError(TrainingError):
+    """A recipe that cannot be meant: unknown key, wrong type, contradicting fields."""
+
+
+class DataError(TrainingError):
+    """Images or classes that are not what the recipe says."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that is missing, damaged or of another network."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer a number."""
+
+
+class Interrupted(TrainingError):
+    """A signal asked the run to stop, and the checkpoint has been written.
+
+    `signum` is the signal's number; a command exits with 128 + `signum`.
+    """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
+    """`; closest: a, b` for an error message, or an empty string when nothing is near."""
+    close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.5)
+    return f"; closest: {', '.join(close)}" if close else ""

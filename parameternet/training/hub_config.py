@@ -1,0 +1,68 @@
+"""A trained network described as timm's Hub layout has it: how to build it, feed it and name its answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from parameternet.training.errors import DataError
+from parameternet.training.recipe import Recipe
+
+
+def data_config(r: Recipe) -> dict[str, Any]:
+    """How images are prepared for validation, as arguments of timm's `create_transform`."""
+    interpolation = "bicubic" if r.interpolation == "random" else r.interpolation
+    return dict(
+        input_size=(3, r.test_size, r.test_size), interpolation=interpolation, mean=tuple(r.mean), std=tuple(r.std),
+        crop_pct=r.crop_pct, crop_mode="center",
+    )  # fmt: skip
+
+
+def class_labels(path: str | None, classes: list[str] | None, num_classes: int) -> dict[str, Any]:
+    """`label_names` (ids, in the order of the outputs) and, where known, `label_descriptions` (words by id).
+
+    Args:
+        path: lines `id<TAB>words`, or words alone in the order of the outputs.
+        classes: ids that the data has, in the order of their labels.
+
+    Raises:
+        DataError: the file does not name the classes of the data.
+    """
+    if path is None:
+        return {"label_names": classes} if classes else {}
+    try:
+        lines = [line.rstrip("\n").split("\t", 1) for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot read class_names {path}: {error.strerror}") from error
+    ids = [line[0] for line in lines]
+    if len(ids) != num_classes:
+        raise DataError(f"class_names {path} has {len(ids)} lines, the network {num_classes} classes: one line a class")
+    if any(len(line) == 1 for line in lines):  # words alone
+        names = classes or ids
+        return {"label_names": names, "label_descriptions": dict(zip(names, ids, strict=True))}
+    if classes and sorted(ids) != sorted(classes):
+        odd = sorted(set(classes) - set(ids))
+        raise DataError(f"class_names {path} lacks classes of the data: {', '.join(odd[:5])}; its first column must be "
+                        "the names of the class folders")  # fmt: skip
+    return {"label_names": classes or ids, "label_descriptions": dict(lines)}
+
+
+def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run's weights, in timm's Hub form."""
+    own = model.pretrained_cfg
+    pretrained_cfg = {
+        **data, "num_classes": model.num_classes, "input_size": (3, r.input_size, r.input_size),
+        "first_conv": own.get("first_conv"), "classifier": own.get("classifier"), "pool_size": None,
+    }  # fmt: skip
+    if r.test_size != r.input_size:
+        pretrained_cfg["test_input_size"] = data["input_size"]
+    return {
+        "architecture": own.get("architecture") or r.model.split(".")[0],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        **labels,
+        "model_args": r.model_kwargs,
+        "pretrained_cfg": pretrained_cfg,
+    }
