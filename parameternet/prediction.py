@@ -5,7 +5,6 @@
 'tabby'
 """
 
-import difflib
 import io
 import json
 import os
@@ -55,56 +54,55 @@ def load(model: str | Path | None = None) -> nn.Module:
     Args:
         model: `architecture.tag` of ours (`architecture` alone: its first checkpoint), `hf-hub:ORG/NAME`,
             a folder with model.safetensors and config.json (`local-dir:FOLDER` or just the folder), a run folder of
-            `parameternet train`, or a .safetensors file that training wrote. None: the default checkpoint.
+            `parameternet train`, or a .safetensors file with its config inside or beside it. None: the default one.
 
     Raises:
         WeightsError: no such weights, or not the right ones.
+        ValueError: weights of a network that is not of this package.
     """
-    import parameternet  # noqa: F401  registers the networks
-
-    name = str(model or DEFAULT_MODEL)
+    name = _with_tag(str(model or DEFAULT_MODEL))
     path = Path(name.removeprefix("local-dir:")).expanduser()
-    if name.startswith("hf-hub:") or (path.is_dir() and not (path / "best.safetensors").is_file()):
-        return timm.create_model(name if name.startswith("hf-hub:") else f"local-dir:{path}", pretrained=True).eval()
-    if path.is_dir():
+    if name in weights.known():  # before a folder of that name, which nobody vouches for
+        return _build(weights.config(name), tag=name.partition(".")[2])
+    if name.startswith("hf-hub:"):
+        return _build(weights.config(name), source="hf-hub", hf_hub_id=name.removeprefix("hf-hub:"))
+    if (path / "best.safetensors").is_file():
         path = path / "best.safetensors"
     if path.suffix == ".safetensors":
-        return _build(_embedded_config(path), file=str(path))
-    if os.sep in name or name.startswith("local-dir:"):
+        return _build(_config_of(path), file=str(path))
+    if path.is_dir():
+        return _build(weights.config(f"local-dir:{path}"), source="local-dir", file=str(path))
+    if path.name != name:
         raise weights.WeightsNotFound(f"no such folder or file: {path}")
-    name = _with_tag(name)
-    return _build(weights.config(name), tag=name.partition(".")[2])
+    raise weights.UnknownWeights(weights.unknown(name))
 
 
 def _with_tag(name: str) -> str:
-    """The recorded name that `name` means; `parameternet_50m` alone means its first checkpoint."""
-    names = sorted(weights.known())
-    if name in names:
-        return name
-    tagged = [other for other in names if other.partition(".")[0] == name]
-    if tagged:
-        return DEFAULT_MODEL if DEFAULT_MODEL in tagged else tagged[0]
-    near = difflib.get_close_matches(name, [*names, *(n.partition(".")[0] for n in names)], n=1)
-    raise weights.UnknownWeights(
-        f"no weights named {name!r}" + (f"; closest: {near[0]}" if near else "") + f". Recorded: {', '.join(names)}. "
-        "A folder with model.safetensors and config.json is a name too"
-    )
+    """The checkpoint that `name` means; an architecture alone means its first one."""
+    tagged = sorted(other for other in weights.known() if other.partition(".")[0] == name)
+    return DEFAULT_MODEL if DEFAULT_MODEL in tagged else next(iter(tagged), name)
 
 
-def _embedded_config(path: Path) -> dict[str, Any]:
-    config = weights.metadata(path).get("config")
-    if config is None:
-        raise weights.WeightsNotFound(
-            f"{path} does not say which network it is for: give the folder that has its config.json beside it"
-        )
-    return json.loads(config)
+def _config_of(path: Path) -> dict[str, Any]:
+    """The config that training wrote into a file of weights, or else the one beside it."""
+    words = weights.metadata(path).get("config")
+    return json.loads(words) if words else weights.config(f"local-dir:{path.parent}")
 
 
 def _build(config: dict[str, Any], **source: str) -> nn.Module:
-    labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
+    import parameternet  # noqa: F401  registers the networks
+
     architecture = config["architecture"]
-    cfg = {**config["pretrained_cfg"], **labels, **source, "architecture": architecture}
-    return timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **config.get("model_args") or {}).eval()
+    if not timm.is_model(architecture) or not timm.model_entrypoint(architecture).__module__.startswith(
+        "parameternet."
+    ):
+        raise ValueError(
+            f"{architecture} is no network of this package, so its weights cannot be verified here: use timm"
+        )
+    kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
+    cfg = {**config["pretrained_cfg"], **kept, **source, "architecture": architecture}
+    arguments = config.get("model_args") or {}
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **arguments).eval()
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:

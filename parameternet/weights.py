@@ -42,6 +42,7 @@ __all__ = [
     "save",
     "shipped",
     "tensors_digest",
+    "unknown",
 ]
 
 FILE_NAME = "model.safetensors"
@@ -166,36 +167,54 @@ def find(name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """The `config.json` that lies beside the file of `find(name)`: input size, mean and std, class names, figures.
+    """The `config.json` that belongs to some weights: architecture, input size, mean and std, class names, figures.
+
+    Args:
+        name: A checkpoint of ours, `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`.
 
     Raises:
         WeightsNotFound: there is none.
-        WeightsDamaged: it is not JSON.
+        WeightsDamaged: it is not the JSON that it should be.
     """
-    path = find(name, cache_dir)
-    beside = path.parent / CONFIG_NAME
-    if not beside.is_file() and path not in places(name):  # the Hub's client fetches file by file
-        beside = _download(f"{hub()}/{name}", CONFIG_NAME, None, cache_dir)
+    path = _config_path(name, cache_dir)
     try:
-        return json.loads(beside.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise WeightsNotFound(
-            f"{path} has no {CONFIG_NAME} beside it: it holds the input size and the class names. "
-            "Copy the whole folder of the checkpoint, not only its weights"
+            f"there is no {path}: it says what the weights beside it are for and names the classes. "
+            "Copy the whole folder of a checkpoint, not only its weights"
         ) from None
     except ValueError as error:
-        raise WeightsDamaged(f"{beside} is not JSON ({error}): copy it again from where it came from") from None
+        raise WeightsDamaged(f"{path} is not JSON ({error}): copy it again from where it came from") from None
+    missing = [key for key in ("architecture", "pretrained_cfg") if not (isinstance(found, dict) and key in found)]
+    if missing:
+        raise WeightsDamaged(f"{path} lacks {' and '.join(missing)}: expected the layout of timm's config.json")
+    return found
+
+
+def _config_path(name: str, cache_dir: str | Path | None) -> Path:
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:")).expanduser() / CONFIG_NAME
+    if name.startswith("hf-hub:"):
+        repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+        return _download(repository, CONFIG_NAME, revision or None, cache_dir)
+    path = find(name, cache_dir)
+    beside = path.with_name(CONFIG_NAME)
+    if path in places(name) or beside.is_file():
+        return beside
+    return _download(f"{hub()}/{name}", CONFIG_NAME, None, cache_dir)  # the Hub's client fetches file by file
 
 
 def _name(cfg: Mapping[str, Any]) -> str:
     architecture, tag = cfg.get("architecture"), cfg.get("tag")
     name = f"{architecture}.{tag}" if tag else str(architecture)
     if name not in known():
-        raise UnknownWeights(_unknown(name))
+        raise UnknownWeights(unknown(name))
     return name
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """What to tell somebody who asked for a checkpoint that is not recorded."""
     names = sorted(known())
     near = difflib.get_close_matches(name, names, n=1)
     have = ", ".join(names) or "none yet"
@@ -209,7 +228,7 @@ def _unknown(name: str) -> str:
 def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, str]:
     """The unverified file of one of our checkpoints, and the SHA-256 that it must have."""
     if name not in known():
-        raise UnknownWeights(_unknown(name))
+        raise UnknownWeights(unknown(name))
     sha256 = known()[name]["sha256"]
     here = next((path for path in places(name) if path.is_file()), None)
     if here:
