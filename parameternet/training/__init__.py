@@ -1,11 +1,33 @@
-"""Training and validation on timm's parts: recipe -> data -> engine -> run folder.
+"""Training and validation on timm's parts: recipe -> data -> engine -> run folder -> checkpoint.
 
-`load_recipe` reads a recipe, `run` trains by it.
+`load_recipe` reads a recipe, `run` trains by it, `validate` measures a network, `release` makes a checkpoint of a run.
 """
 
 from parameternet.training.engine import run
-from parameternet.training.errors import Interrupted, TrainingError
+from parameternet.training.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    RecipeError,
+    TrainingError,
+)
 from parameternet.training.recipe import Recipe, load_recipe
+from parameternet.training.release import release
 from parameternet.training.report import Reporter
+from parameternet.training.validate import validate
 
-__all__ = ["Interrupted", "Recipe", "Reporter", "TrainingError", "load_recipe", "run"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "Recipe",
+    "RecipeError",
+    "Reporter",
+    "TrainingError",
+    "load_recipe",
+    "release",
+    "run",
+    "validate",
+]

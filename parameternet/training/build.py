@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from parameternet.training.checkpoint import read_weights
 from parameternet.training.errors import CheckpointError, RecipeError, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
@@ -38,8 +39,6 @@ def make_model(r: Recipe, num_classes: int) -> nn.Module:
     except TypeError as error:
         raise RecipeError(f"{r.model} does not take one of {arguments}: {error}") from error
     if r.init and r.init != "pretrained":
-        from parameternet.training.checkpoint import read_weights
-
         load_for_finetuning(model, read_weights(r.init), r.init)
     return model
 
@@ -61,8 +60,8 @@ def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str |
     unknown = [name for name in kept if name not in mine]
     if unfit or unknown:
         raise CheckpointError(
-            f"{where} is of another network than {type(model).__name__} here: {len(unfit)} tensors missing or of another "
-            f"shape {unfit[:3]}, {len(unknown)} unknown {unknown[:3]}; check model and model_kwargs"
+            f"{where} is of another network than this {type(model).__name__}: {len(unfit)} tensors missing or of "
+            f"another shape {unfit[:3]}, {len(unknown)} unknown {unknown[:3]}; check model and model_kwargs"
         )
     model.load_state_dict(kept, strict=False)
 
@@ -104,9 +103,14 @@ def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise RecipeError(f"freeze: {r.freeze} leaves nothing to train")
     try:
         return create_optimizer_v2(
-            model, opt=r.opt, lr=r.lr, weight_decay=r.weight_decay, momentum=r.momentum, layer_decay=r.layer_decay,
+            model,
+            opt=r.opt,
+            lr=r.lr,
+            weight_decay=r.weight_decay,
+            momentum=r.momentum,
+            layer_decay=r.layer_decay,
             **_tuples(r.opt_kwargs),
-        )  # fmt: skip
+        )
     except (ValueError, AssertionError, TypeError) as error:
         raise RecipeError(f"optimiser {r.opt!r}: {error}{nearest(r.opt, list_optimizers())}") from error
 
@@ -119,9 +123,16 @@ def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoc
     """timm's schedule, in updates. It has no state but the number of updates, which `step_update` is told."""
     try:
         return create_scheduler_v2(
-            optimizer, sched=r.sched, num_epochs=r.epochs, warmup_epochs=r.warmup_epochs, warmup_lr=r.warmup_lr,
-            min_lr=r.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch, **r.sched_kwargs,
-        )[0]  # fmt: skip
+            optimizer,
+            sched=r.sched,
+            num_epochs=r.epochs,
+            warmup_epochs=r.warmup_epochs,
+            warmup_lr=r.warmup_lr,
+            min_lr=r.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **r.sched_kwargs,
+        )[0]
     except (ValueError, TypeError) as error:
         raise RecipeError(f"schedule {r.sched!r}: {error}; timm has cosine, tanh, step, multistep, poly") from error
 

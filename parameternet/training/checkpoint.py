@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parameternet import files
+from parameternet import files, weights
 from parameternet.training.errors import CheckpointError
 
 LAST, BEST = "last.ckpt", "best.safetensors"
@@ -52,16 +52,12 @@ def load_last(folder: Path) -> dict[str, Any]:
 
 def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write weights as safetensors, with the network's config (timm's Hub form) in the metadata."""
-    from parameternet import weights
-
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     weights.save(state, path, {"config": json.dumps(config)})
 
 
 def read_weights(where: str | Path) -> dict[str, Tensor]:
     """Tensors of a run folder, a weights folder or a safetensors file; only safetensors are read."""
-    from parameternet import weights
-
     return weights.read(weights_file(where))
 
 
@@ -78,4 +74,4 @@ def weights_file(where: str | Path) -> Path:
             return choice
     if path.is_file():
         raise CheckpointError(f"{path} is not a .safetensors file, and no other kind is read: it could run code")
-    raise CheckpointError(f"no weights at {path}: expected a run folder ({BEST}), a weights folder or a .safetensors file")
+    raise CheckpointError(f"no weights at {path}: expected a run folder, a weights folder or a .safetensors file")

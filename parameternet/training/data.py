@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,10 +12,13 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from parameternet.training.distributed import Place
 from parameternet.training.errors import DataError
 from parameternet.training.randomness import IMAGE, ORDER, mix, seed_cpu
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import Memory, Source, Unreadable
+
+Report = Callable[[Unreadable], None]
 
 
 class Key(NamedTuple):
@@ -96,7 +100,7 @@ class EvalBatches:
 class Reported:
     """A loader whose unreadable images have been told to `report`; what is left are (images, labels) pairs."""
 
-    def __init__(self, loader: DataLoader, report: Callable[[Unreadable], None]):
+    def __init__(self, loader: DataLoader, report: Report):
         self.loader, self.report = loader, report
 
     def __len__(self) -> int:
@@ -110,29 +114,68 @@ class Reported:
 
 
 def make_loader(
-    images: Images, batches: Any, mean: list[float], std: list[float], workers: int, device: torch.device,
-    report: Callable[[Unreadable], None],
-) -> PrefetchLoader:  # fmt: skip
+    images: Images,
+    batches: Any,
+    mean: list[float],
+    std: list[float],
+    workers: int,
+    device: torch.device,
+    report: Report,
+) -> PrefetchLoader:
     """Batches on `device`: float32 images (B, 3, H, W), normalised, and int64 labels (B,).
 
     Workers decode, augment and stack bytes; timm's PrefetchLoader moves and normalises them.
     """
     loader = DataLoader(
-        images, batch_sampler=batches, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0,
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals,
         # the cached images are shared with the workers by forking; elsewhere they are sent, which is slow but works
         multiprocessing_context="fork" if workers and "fork" in torch.multiprocessing.get_all_start_methods() else None,
-    )  # fmt: skip
+    )
     return PrefetchLoader(Reported(loader, report), mean=tuple(mean), std=tuple(std), device=device)
+
+
+def _leave_signals(worker: int) -> None:
+    # Ctrl-C reaches the workers too; the run decides when they end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def eval_loader(
+    source: Source | Memory, config: dict[str, Any], batch_size: int, workers: int, place: Place, report: Report
+) -> PrefetchLoader:
+    """A loader that shows every image of `source` once, over all processes together, as `config` prepares it.
+
+    `config` holds arguments of timm's `create_transform`, as `resolve_data_config` gives them.
+    """
+    size = config["input_size"][-1]
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    batches = EvalBatches(len(source), batch_size, size, place.rank, place.world)
+    images = Images(source, {size: transform}, None)
+    return make_loader(images, batches, config["mean"], config["std"], workers, place.device, report)
 
 
 def train_transform_arguments(r: Recipe) -> dict[str, Any]:
     """A recipe's augmentation as arguments of timm's `create_transform` and `create_loader`."""
     return dict(
-        is_training=True, no_aug=r.no_aug, train_crop_mode=r.crop_mode, scale=tuple(r.scale), ratio=tuple(r.ratio),
-        hflip=r.hflip, vflip=r.vflip, color_jitter=r.color_jitter, auto_augment=r.auto_augment,
-        interpolation=r.interpolation, mean=tuple(r.mean), std=tuple(r.std),
-    )  # fmt: skip
+        is_training=True,
+        no_aug=r.no_aug,
+        train_crop_mode=r.crop_mode,
+        scale=tuple(r.scale),
+        ratio=tuple(r.ratio),
+        hflip=r.hflip,
+        vflip=r.vflip,
+        color_jitter=r.color_jitter,
+        auto_augment=r.auto_augment,
+        interpolation=r.interpolation,
+        mean=tuple(r.mean),
+        std=tuple(r.std),
+    )
 
 
 def train_transforms(r: Recipe) -> dict[int, Callable]:
@@ -152,9 +195,14 @@ def stream_loader(
     arguments = train_transform_arguments(r) if training else data_config
     size = r.input_size if training else data_config["input_size"]
     return create_loader(
-        dataset, **{**arguments, "input_size": size}, batch_size=batch_size, num_workers=max(1, r.workers), device=device,
-        use_prefetcher=True, persistent_workers=True,
-    )  # fmt: skip
+        dataset,
+        **{**arguments, "input_size": size},
+        batch_size=batch_size,
+        num_workers=max(1, r.workers),
+        device=device,
+        use_prefetcher=True,
+        persistent_workers=True,
+    )
 
 
 def check_classes(train: list[str] | None, val: list[str] | None) -> None:

@@ -44,6 +44,14 @@ class Place:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
+    def union(self, items: dict) -> dict:
+        """The items of all processes."""
+        if self.world == 1:
+            return items
+        everyone: list[dict] = [{}] * self.world
+        dist.all_gather_object(everyone, items, group=self.control)
+        return {key: value for one in everyone for key, value in one.items()}
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

@@ -22,18 +22,29 @@ from torch import Tensor, nn
 from parameternet import files
 from parameternet.training import build, checkpoint, distributed, history
 from parameternet.training.data import (
-    EvalBatches, Images, TrainBatches, check_classes, make_loader, stream_loader, train_transforms,
-)  # fmt: skip
+    Images,
+    TrainBatches,
+    check_classes,
+    eval_loader,
+    make_loader,
+    stream_loader,
+    train_transforms,
+)
 from parameternet.training.distributed import Place
 from parameternet.training.errors import (
-    CheckpointError, DataError, DivergedError, Interrupted, RecipeError, TrainingError,
-)  # fmt: skip
+    CheckpointError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    RecipeError,
+    TrainingError,
+)
 from parameternet.training.evaluate import autocast, evaluate
 from parameternet.training.hub_config import class_labels, data_config, hub_config
 from parameternet.training.randomness import STEP, mix, seed_all
 from parameternet.training.recipe import Recipe, make_recipe
 from parameternet.training.report import Reporter
-from parameternet.training.sources import Memory, Source, Unreadable, is_stream, open_dataset
+from parameternet.training.sources import Memory, Source, Unreadable, classes_of, is_stream, open_dataset
 
 
 def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -56,16 +67,18 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with distributed.place(recipe.device) as place, StopSignals() as signals:
+    with distributed.place(recipe.device) as place:
         reporter = reporter if reporter and place.first else Reporter()
         try:
-            return Trainer(recipe, Path(folder), place, reporter, signals).fit()
+            trainer = Trainer(recipe, Path(folder), place, reporter)
+            with trainer.signals:
+                return trainer.fit()
         finally:
             reporter.close()
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a wish that the run grants at its next update; a second one stops at once."""
+    """SIGINT and SIGTERM as a wish that the run grants at its next update; a second one acts as it always does."""
 
     def __init__(self):
         self.received = 0
@@ -77,13 +90,13 @@ class StopSignals:
         return self
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
-            signal.default_int_handler(signum, frame)
         self.received = signum
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self.old.items():
             signal.signal(signum, handler)
+        self.old = {}
 
 
 @dataclass
@@ -104,9 +117,9 @@ class Progress:
 class Trainer:
     """One process of a run. `fit` goes from wherever `last.ckpt` is to the recipe's last epoch."""
 
-    def __init__(self, recipe: Recipe, folder: Path, place: Place, reporter: Reporter, signals: StopSignals):
-        self.recipe, self.folder, self.place, self.reporter, self.signals = recipe, folder, place, reporter, signals
-        self.progress = Progress()
+    def __init__(self, recipe: Recipe, folder: Path, place: Place, reporter: Reporter):
+        self.recipe, self.folder, self.place, self.reporter = recipe, folder, place, reporter
+        self.signals, self.progress = StopSignals(), Progress()
         self._open_data()
         self._build()
         self._open_folder()
@@ -122,8 +135,8 @@ class Trainer:
         self.bad: dict[str, str] = {}
         train = open_dataset(r.train, "train", batch_size=self._share, seed=r.seed, is_training=True)
         val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
-        self.classes = _classes_of(train)
-        check_classes(self.classes, _classes_of(val) if val else None)
+        self.classes = classes_of(train)
+        check_classes(self.classes, classes_of(val) if val else None)
         self.num_classes = self._count_classes()
         self.labels = class_labels(r.class_names, self.classes, self.num_classes)
         self.config = data_config(r)
@@ -138,8 +151,11 @@ class Trainer:
         given, found = self.recipe.num_classes, len(self.classes) if self.classes else None
         if given is None and found is None:
             raise RecipeError("this training data does not tell its classes: set num_classes")
-        if given is not None and found is not None and given < found:
-            raise DataError(f"num_classes is {given}, but the training data has {found} classes")
+        if given is not None and found is not None and given != found:
+            raise DataError(
+                f"num_classes is {given}, but {self.recipe.train!r} has {found} classes: set it to {found} or "
+                "leave it out"
+            )
         return given or found
 
     def _train_loader(self, dataset: Any) -> Any:
@@ -229,6 +245,8 @@ class Trainer:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.bad = dict.fromkeys(self.progress.unreadable, "")
+        if not self.place.first:  # the sums are those of the first process
+            self.progress.loss_sum, self.progress.loss_images = 0.0, 0
 
     def _state(self) -> dict[str, Any]:
         self.progress.unreadable = sorted(self.bad)
@@ -273,23 +291,28 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "folder": str(self.folder), "model": self.recipe.model, "classes": self.num_classes,
+            "folder": str(self.folder),
+            "model": self.recipe.model,
+            "classes": self.num_classes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "epochs": self.recipe.epochs, "steps_per_epoch": self.steps, "device": str(self.place.device),
-            "processes": self.place.world, "epoch": self.progress.epoch, "step": self.progress.step,
-        }  # fmt: skip
+            "epochs": self.recipe.epochs,
+            "steps_per_epoch": self.steps,
+            "device": str(self.place.device),
+            "processes": self.place.world,
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+        }
 
     def _train_epoch(self) -> None:
         p, r = self.progress, self.recipe
         self._training_mode()
         if self.mixup:
             self.mixup.mixup_enabled = not r.mixup_off_epoch or p.epoch < r.mixup_off_epoch
-        self.loss = torch.tensor(p.loss_sum if self.place.first else 0.0, dtype=torch.float64)
-        self.loss_images = p.loss_images if self.place.first else 0
+        self.loss, self.loss_images = torch.tensor(p.loss_sum, dtype=torch.float64), p.loss_images
         self.losses: list[Tensor] = []  # on the device, since the last look at them
-        self.started, self.start_step, self.start_images = time.monotonic() - p.seconds, p.step, self.loss_images
         self.report_time, self.report_step = time.monotonic(), p.step
+        self.started = self.report_time - p.seconds
         for images, labels in self._remaining_batches():
             self._step(images, labels)
             p.step += 1
@@ -298,6 +321,7 @@ class Trainer:
             self._report_step()
             if p.step == self.steps:
                 break
+        self.train_seconds = time.monotonic() - self.started
 
     def _training_mode(self) -> None:
         self.network.train()
@@ -394,8 +418,8 @@ class Trainer:
     def _diverged(self) -> str:
         p, lr = self.progress, self.optimizer.param_groups[0]["lr"]
         return (
-            f"the loss is {float(self.loss)} in epoch {p.epoch + 1} by step {p.step} (lr {lr:.3g}): lower lr, warm up for "
-            f"longer (warmup_epochs), set clip_grad or amp=null. {checkpoint.LAST} is from before, if there is one"
+            f"the loss is {float(self.loss)} in epoch {p.epoch + 1} by step {p.step} (lr {lr:.3g}): lower lr, warm up "
+            f"for longer (warmup_epochs), set clip_grad or amp=null. {checkpoint.LAST} is from before, if there is one"
         )
 
     def _report_step(self) -> None:
@@ -416,8 +440,14 @@ class Trainer:
         if self.val_loader is None or ((p.epoch + 1) % r.val_every and p.epoch + 1 < r.epochs):
             return None
         model = self.ema.module if self.ema else self.model
-        found = evaluate(model, self.val_loader, self.place, amp=r.amp, channels_last=r.channels_last,
-                         progress=self._during_validation)  # fmt: skip
+        found = evaluate(
+            model,
+            self.val_loader,
+            self.place,
+            amp=r.amp,
+            channels_last=r.channels_last,
+            progress=self._during_validation,
+        )
         if not found["images"]:
             raise DataError(f"not one image of {r.val!r} could be read")
         return found
@@ -448,23 +478,33 @@ class Trainer:
     def _row(self, found: dict[str, float] | None) -> dict[str, Any]:
         p, found = self.progress, found or {}
         loss, images = self.place.sum(torch.tensor([p.loss_sum, p.loss_images], dtype=torch.float64)).tolist()
-        seconds = max(p.seconds, 1e-9)
+        self.bad = self.place.union(self.bad)
         return {
-            "epoch": p.epoch + 1, "updates": p.updates, "lr": self.optimizer.param_groups[0]["lr"],
-            "input_size": self.recipe.size_at(p.epoch), "train_loss": loss / max(images, 1), "val_loss": found.get("loss"),
-            "top1": found.get("top1"), "top5": found.get("top5"), "images": found.get("images"),
-            "unreadable": len(self.bad), "images_per_second": images / seconds, "seconds": seconds,
-        }  # fmt: skip
+            "epoch": p.epoch + 1,
+            "updates": p.updates,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "input_size": self.recipe.size_at(p.epoch),
+            "train_loss": loss / max(images, 1),
+            "val_loss": found.get("loss"),
+            "top1": found.get("top1"),
+            "top5": found.get("top5"),
+            "images": found.get("images"),
+            "unreadable": len(self.bad),
+            "images_per_second": images / self.train_seconds,
+            "seconds": time.monotonic() - self.started,
+        }
 
     def _save_best(self, row: dict[str, Any]) -> None:
         model = self.ema.module if self.ema else self.model
         config = hub_config(self.model, self.recipe, self.labels, self.config)
-        config["results"] = {name: row[name] for name in ("epoch", "updates", "top1", "top5", "val_loss")}
+        config["results"] = {name: row[name] for name in ("epoch", "updates", "top1", "top5", "images")}
         try:
             checkpoint.save_weights(self.folder / checkpoint.BEST, model.state_dict(), config)
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.folder / checkpoint.BEST}: {error}; make room, then run the "
-                                  "command again: it goes on from last.ckpt") from error  # fmt: skip
+            raise CheckpointError(
+                f"cannot write {self.folder / checkpoint.BEST}: {error}; make room, then run the "
+                "command again: it goes on from last.ckpt"
+            ) from error
 
     def _publish(self, row: dict[str, Any], best: bool) -> None:
         try:
@@ -480,20 +520,3 @@ class Trainer:
         if item.name not in self.bad:
             self.bad[item.name] = item.why
             self.reporter.note(f"skipped an unreadable image: {item.name} ({item.why})")
-
-
-def eval_loader(
-    source: Source | Memory, config: dict[str, Any], batch: int, workers: int, place: Place, report: Any
-) -> Any:
-    """A loader that shows every image of `source` once, over all processes, as `config` prepares it."""
-    from timm.data import create_transform
-
-    size = config["input_size"][-1]
-    transform = create_transform(**config, is_training=False, use_prefetcher=True)
-    batches = EvalBatches(len(source), batch, size, place.rank, place.world)
-    images = Images(source, {size: transform}, None)
-    return make_loader(images, batches, config["mean"], config["std"], workers, place.device, report)
-
-
-def _classes_of(dataset: Any) -> list[str] | None:
-    return Source(dataset, "").classes

@@ -20,9 +20,14 @@ def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Any, place: Place, *, amp: str | None = None, channels_last: bool = False,
+    model: nn.Module,
+    loader: Any,
+    place: Place,
+    *,
+    amp: str | None = None,
+    channels_last: bool = False,
     progress: Callable[[int, int], None] = lambda step, steps: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Top-1, top-5 (percent), cross-entropy and the number of images, over all processes together.
 
     Args:

@@ -11,9 +11,19 @@ from typing import Any
 from parameternet import files
 
 COLUMNS = (
-    "epoch", "updates", "lr", "input_size", "train_loss", "val_loss", "top1", "top5", "images", "unreadable",
-    "images_per_second", "seconds",
-)  # fmt: skip
+    "epoch",
+    "updates",
+    "lr",
+    "input_size",
+    "train_loss",
+    "val_loss",
+    "top1",
+    "top5",
+    "images",
+    "unreadable",
+    "images_per_second",
+    "seconds",
+)
 
 
 def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -15,9 +15,13 @@ def data_config(r: Recipe) -> dict[str, Any]:
     """How images are prepared for validation, as arguments of timm's `create_transform`."""
     interpolation = "bicubic" if r.interpolation == "random" else r.interpolation
     return dict(
-        input_size=(3, r.test_size, r.test_size), interpolation=interpolation, mean=tuple(r.mean), std=tuple(r.std),
-        crop_pct=r.crop_pct, crop_mode="center",
-    )  # fmt: skip
+        input_size=(3, r.test_size, r.test_size),
+        interpolation=interpolation,
+        mean=tuple(r.mean),
+        std=tuple(r.std),
+        crop_pct=r.crop_pct,
+        crop_mode="center",
+    )
 
 
 def class_labels(path: str | None, classes: list[str] | None, num_classes: int) -> dict[str, Any]:
@@ -33,9 +37,10 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     if path is None:
         return {"label_names": classes} if classes else {}
     try:
-        lines = [line.rstrip("\n").split("\t", 1) for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        text = Path(path).read_text("utf-8")
     except OSError as error:
         raise DataError(f"cannot read class_names {path}: {error.strerror}") from error
+    lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
     ids = [line[0] for line in lines]
     if len(ids) != num_classes:
         raise DataError(f"class_names {path} has {len(ids)} lines, the network {num_classes} classes: one line a class")
@@ -44,8 +49,10 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
         return {"label_names": names, "label_descriptions": dict(zip(names, ids, strict=True))}
     if classes and sorted(ids) != sorted(classes):
         odd = sorted(set(classes) - set(ids))
-        raise DataError(f"class_names {path} lacks classes of the data: {', '.join(odd[:5])}; its first column must be "
-                        "the names of the class folders")  # fmt: skip
+        raise DataError(
+            f"class_names {path} lacks classes of the data: {', '.join(odd[:5])}; its first column must be "
+            "the names of the class folders"
+        )
     return {"label_names": classes or ids, "label_descriptions": dict(lines)}
 
 
@@ -53,9 +60,13 @@ def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[s
     """The config of a run's weights, in timm's Hub form."""
     own = model.pretrained_cfg
     pretrained_cfg = {
-        **data, "num_classes": model.num_classes, "input_size": (3, r.input_size, r.input_size),
-        "first_conv": own.get("first_conv"), "classifier": own.get("classifier"), "pool_size": None,
-    }  # fmt: skip
+        **data,
+        "num_classes": model.num_classes,
+        "input_size": (3, r.input_size, r.input_size),
+        "first_conv": own.get("first_conv"),
+        "classifier": own.get("classifier"),
+        "pool_size": None,
+    }
     if r.test_size != r.input_size:
         pretrained_cfg["test_input_size"] = data["input_size"]
     return {

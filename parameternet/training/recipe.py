@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 (`_field` is dataclasses.field with documentation)
 """A recipe: one YAML file that is the whole truth of a run."""
 
 from __future__ import annotations
@@ -106,13 +107,25 @@ class Recipe:
     workers: int = _field(2, "processes that read and augment, for each training process", free=True)
     threads: int | None = _field(None, "threads of a process; null: torch's choice", free=True)
     val_every: int = _field(1, "epochs between validations; the last epoch always has one", free=True)
-    checkpoint_minutes: float = _field(10.0, "minutes between checkpoints inside an epoch; 0: at every update", free=True)
+    checkpoint_minutes: float = _field(10.0, "minutes between checkpoints in an epoch; 0: every update", free=True)
     log_every: int = _field(50, "steps between reports and checks of the loss", free=True)
+
+    # words for the card of a released checkpoint
+    data_name: str | None = _field(None, "name of the data set", free=True)
+    data_terms: str | None = _field(None, "terms under which its images may be used", free=True)
+    license: str = _field("apache-2.0", "licence of the weights", free=True)
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item.name, getattr(self, item.name), _TYPES[item.name]))
         _check_meaning(self)
+
+    @classmethod
+    def fields(cls) -> list[tuple[str, Any, str]]:
+        """Name, default and documentation of each field."""
+        items = dataclasses.fields(cls)
+        made = [i.default_factory() if i.default is dataclasses.MISSING else i.default for i in items]
+        return [(item.name, default, item.metadata["doc"]) for item, default in zip(items, made, strict=True)]
 
     def size_at(self, epoch: int) -> int:
         """Side of the training images in `epoch` (counted from 0), pixels."""
@@ -138,7 +151,8 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Fields that decide the result and differ, as `name: mine -> other's`."""
         fixed = [item.name for item in dataclasses.fields(self) if not item.metadata["free"]]
-        return [f"{n}: {getattr(self, n)} -> {getattr(other, n)}" for n in fixed if getattr(self, n) != getattr(other, n)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
+        return [f"{name}: {mine} -> {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
 
 
 _TYPES = typing.get_type_hints(Recipe)
@@ -248,12 +262,22 @@ def _fit_float(value: Any) -> tuple[bool, Any]:
 
 
 def _check_meaning(r: Recipe) -> None:
-    for name, low in [("batch_size", 1), ("accumulate", 1), ("epochs", 1), ("input_size", 1), ("workers", 0),
-                      ("val_every", 1), ("log_every", 1)]:  # fmt: skip
+    for name, low in [
+        ("batch_size", 1),
+        ("accumulate", 1),
+        ("epochs", 1),
+        ("input_size", 1),
+        ("workers", 0),
+        ("val_every", 1),
+        ("log_every", 1),
+    ]:
         if getattr(r, name) < low:
             raise RecipeError(f"{name} must be at least {low}, got {getattr(r, name)}")
-    for name, choices in [("amp", (None, "float16", "bfloat16")), ("cache", ("none", "ram")),
-                          ("clip_mode", ("norm", "value", "agc"))]:  # fmt: skip
+    for name, choices in [
+        ("amp", (None, "float16", "bfloat16")),
+        ("cache", ("none", "ram")),
+        ("clip_mode", ("norm", "value", "agc")),
+    ]:
         if getattr(r, name) not in choices:
             raise RecipeError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(r, name)!r}")
     if r.sched == "plateau":

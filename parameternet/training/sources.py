@@ -17,8 +17,17 @@ from timm.data import IterableImageDataset, create_dataset
 from parameternet.training.errors import DataError
 
 # What Pillow, tarfile and the file system raise on a damaged file.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, tarfile.TarError,
-           Image.DecompressionBombError)  # fmt: skip
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    tarfile.TarError,
+    Image.DecompressionBombError,
+)
 _STREAMS = ("wds/", "tfds/", "hfids/")
 _MIB = 1 << 20
 
@@ -41,7 +50,7 @@ class Source:
     def __init__(self, dataset: Any, where: str):
         self.reader = getattr(dataset, "reader", None)
         self.dataset, self.where = dataset, where
-        self.classes = _classes(dataset)
+        self.classes = classes_of(dataset)
         self.tar = getattr(self.reader, "tar_state", None) if getattr(self.reader, "root_is_tar", False) else None
         self.process = os.getpid()
 
@@ -85,9 +94,19 @@ class Memory:
             for start in range(0, len(source), 1024):  # in slices: the pool would hold every decoded image at once
                 found = pool.map(source.read, range(start, min(start + 1024, len(source))))
                 self.items += [self._store(start + i, item) for i, item in enumerate(found)]
+                self._check_room(len(source))
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def _check_room(self, total: int) -> None:
+        used = int(self.shapes.prod(1, dtype=np.int64).sum()) * 3
+        missing = used * (total - len(self.items)) // len(self.items)
+        if (free := _free_memory()) is not None and missing > free:
+            raise DataError(
+                f"cache: ram needs about {missing >> 20:,} MiB more for {self.where}, and {free >> 20:,} MiB "
+                "are free: set cache=none"
+            )
 
     def _store(self, index: int, found: tuple[Image.Image, int] | Unreadable) -> tuple[int, int] | Unreadable:
         if isinstance(found, Unreadable):
@@ -110,6 +129,15 @@ class Memory:
         (block, offset), (height, width) = item, self.shapes[index]
         pixels = self.blocks[block][offset : offset + height * width * 3].reshape(height, width, 3)
         return Image.fromarray(pixels), int(self.labels[index])
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be used without swapping, where the system tells (Linux)."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def is_stream(spec: str | dict) -> bool:
@@ -161,7 +189,7 @@ def _arguments(spec: str | dict, split: str) -> dict[str, Any]:
     return {"name": "", "root": spec, "search_split": False}
 
 
-def _classes(dataset: Any) -> list[str] | None:
+def classes_of(dataset: Any) -> list[str] | None:
     """Class names in the order of their labels, where the reader knows them."""
     reader = getattr(dataset, "reader", dataset)
     table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)

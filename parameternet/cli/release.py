@@ -1,0 +1,38 @@
+"""`parameternet release RUN NAME.TAG --data VAL`: make a checkpoint of a finished run."""
+
+from pathlib import Path
+
+import click
+
+from parameternet import training
+from parameternet.cli._run import Terminal, speaks_plainly
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("name")
+@click.option("--data", required=True, help="Validation images; the card's figures are measured on them.")
+@click.option("--destination", type=click.Path(file_okay=False, path_type=Path), help="[default: weights/]")
+@click.option("--data-name", help="Name of the data set, for the card.  [default: the recipe's]")
+@click.option("--data-terms", help="Terms of its images, for the card.  [default: the recipe's]")
+@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
+@click.option("--workers", default=2, show_default=True, help="Processes that read images.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
+@speaks_plainly
+def release(run: Path, name: str, data: str, **options) -> None:
+    """Write the checkpoint NAME (architecture.tag) from the run folder RUN.
+
+    Weights in float16, config, card, recipe and history; the file that was written is then measured.
+    """
+    terminal = Terminal()
+    try:
+        found = training.release(run, name, data, reporter=terminal, **options)
+    finally:
+        terminal.close()
+    click.echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f}  top5 {found['top5']:.2f}")
+    click.echo(f"sha256 {found['sha256']}, {found['bytes']:,} bytes -> {found['folder']}")
+
+
+if __name__ == "__main__":
+    release()

@@ -1,0 +1,52 @@
+"""`parameternet val MODEL --data VAL`: measure a checkpoint, and hold the figure against the recorded one."""
+
+import sys
+
+import click
+
+from parameternet import training
+from parameternet.cli._output import print_json
+from parameternet.cli._run import Terminal, speaks_plainly
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Labelled images: a folder, a .tar, hfds/NAME, wds/FOLDER:shards.")
+@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
+@click.option("--workers", default=2, show_default=True, help="Processes that read images.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
+@click.option("--amp", type=click.Choice(["float16", "bfloat16"]), help="Mixed precision.")
+@click.option("--channels-last", is_flag=True, help="Memory format.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@speaks_plainly
+def val(model: str, data: str, as_json: bool, **measuring) -> None:
+    """Measure MODEL: a name, a run folder, a weights folder or a .safetensors file.
+
+    Exits with 1 where the checkpoint records another top-1 for these images (more than 0.1 points away).
+    """
+    terminal = Terminal()
+    try:
+        found = training.validate(model, data, reporter=terminal, **measuring)
+    finally:
+        terminal.close()
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    sys.exit(1 if found["agrees"] is False else 0)
+
+
+def _show(found: dict) -> None:
+    verdict = {None: "", True: ": agrees", False: ": DISAGREES"}[found["agrees"]]
+    recorded = "none for these images" if found["recorded"] is None else f"{found['recorded']:.2f}"
+    skipped = f", {len(found['unreadable'])} unreadable" if found["unreadable"] else ""
+    click.echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f} (95 %, {found['images']:,} images{skipped})")
+    click.echo(f"top5 {found['top5']:.2f}   loss {found['loss']:.4f}")
+    click.echo(f"recorded {recorded}{verdict}")
+    size = found["input_size"][-1]
+    click.echo(f"{size} px, {found['device']}, {found['threads']} threads, {found['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    val()

@@ -1,0 +1,167 @@
+"""From a run folder to a checkpoint that others can use: weights, config, card, and how they came about."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import Tensor
+
+from parameternet import files, weights
+from parameternet.training.card import write_card
+from parameternet.training.checkpoint import BEST, read_weights
+from parameternet.training.errors import CheckpointError
+from parameternet.training.recipe import Recipe, load_recipe
+from parameternet.training.report import Reporter
+from parameternet.training.validate import load, read_config, validate
+
+RECORDS = Path(weights.__file__).with_name("weights.json")
+
+
+def release(
+    run: str | Path,
+    name: str,
+    data: str | dict,
+    *,
+    destination: str | Path | None = None,
+    data_name: str | None = None,
+    data_terms: str | None = None,
+    records: str | Path | None = None,
+    reporter: Reporter | None = None,
+    **measuring: Any,
+) -> dict[str, Any]:
+    """Write `weights/<name>/` from a run's best weights, measure the file that was written, and record its SHA-256.
+
+    Weights and biases are stored in float16; batch statistics stay as they are, because small variances vanish in it.
+
+    Args:
+        run: a run folder.
+        name: `<architecture>.<tag>`; the tag tells data and recipe.
+        data: validation data, as for `validate`; the card's figures are measured on it.
+        destination: the folder that holds checkpoints; None: `weights/` of this copy of the package.
+        data_name, data_terms: words for the card, instead of the recipe's.
+        records: the JSON file {name: {sha256, bytes}} that the new checkpoint is entered into; None: the package's own,
+            where `destination` is the package's own too, and otherwise no record.
+        reporter: hears of the measuring.
+        measuring: further arguments of `validate`: batch_size, workers, device, threads.
+
+    Returns:
+        What `validate` found on the written file, and its `folder`, `sha256` and `bytes`.
+
+    Raises:
+        CheckpointError: not a run folder, a name that is not of its architecture, weights that float16 cannot hold.
+    """
+    run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
+    recipe = _recipe(run, data_name, data_terms)
+    _check_name(name, read_config(run)["architecture"])
+    fresh = folder.with_name(f".{name}.new")  # beside: the old checkpoint stands until the new one is whole
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        config = _write_weights(run, fresh, name, recipe)
+        found = validate(fresh, data, reporter=reporter, **measuring)
+        found["macs"] = _macs(fresh, found["input_size"])
+        _write_words(run, fresh, name, recipe, config, found)
+        _replace(folder, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    entry = {"sha256": files.sha256(folder / weights.FILE_NAME), "bytes": (folder / weights.FILE_NAME).stat().st_size}
+    if records or destination is None:
+        record(name, entry, Path(records or RECORDS))
+    return {**found, **entry, "folder": str(folder)}
+
+
+def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
+    if not (run / BEST).is_file() or not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
+    recipe = load_recipe(run / "recipe.yaml")
+    # where the data lay on the training machine is nobody's business
+    for field in ("train", "val", "class_names", "init"):
+        value = getattr(recipe, field)
+        if isinstance(value, str) and Path(value).is_absolute():
+            setattr(recipe, field, Path(value).name)
+    recipe.data_name, recipe.data_terms = data_name or recipe.data_name, data_terms or recipe.data_terms
+    return recipe
+
+
+def _check_name(name: str, architecture: str) -> None:
+    stem, _, tag = name.partition(".")
+    if stem != architecture or not re.fullmatch(r"\w+", tag):
+        raise CheckpointError(
+            f"a checkpoint of this run is named {architecture}.<tag> with letters, digits and _, got {name!r}"
+        )
+
+
+def half(state: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
+    """`state` with floating tensors in float16, but for the names in `keep`.
+
+    Raises:
+        CheckpointError: a value beyond float16's range, or not a number.
+    """
+    small = {n: t.half() if t.is_floating_point() and n not in keep else t for n, t in state.items()}
+    for name, tensor in small.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} has values that float16 cannot hold (largest {state[name].abs().max():.3g})")
+    return small
+
+
+def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[str, Any]:
+    network, config = load(run)
+    buffers = {buffer for buffer, _ in network.named_buffers()}
+    weights.save(half(read_weights(run), keep=buffers), folder / weights.FILE_NAME, {"name": name})
+    cfg = {**config["pretrained_cfg"], "tag": name.partition(".")[2], "license": recipe.license}
+    labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
+    network.pretrained_cfg.pop("state_dict", None)
+    save_config_for_hf(
+        network,
+        folder / weights.CONFIG_NAME,
+        model_config={**labels, "pretrained_cfg": cfg},
+        model_args=config.get("model_args") or {},
+    )
+    written = json.loads((folder / weights.CONFIG_NAME).read_text("utf-8"))
+    return {**written, "model_args": config.get("model_args") or {}}
+
+
+def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:
+    from parameternet.flops import count_flops
+
+    return count_flops(load(folder)[0], input_size).total
+
+
+def _write_words(
+    run: Path, folder: Path, name: str, recipe: Recipe, config: dict[str, Any], found: dict[str, Any]
+) -> None:
+    config["results"] = {
+        key: found[key] for key in ("top1", "top5", "loss", "images", "input_size", "macs", "parameters")
+    }
+    config["results"] |= {"data": recipe.data_name, "unreadable": len(found["unreadable"])}
+    files.write_json(folder / weights.CONFIG_NAME, config)
+    files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+    for document in ("history.csv", "curves.png"):
+        if (run / document).is_file():
+            shutil.copyfile(run / document, folder / document)
+    with open(run / "history.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    size = (folder / weights.FILE_NAME).stat().st_size
+    files.write_text(folder / "README.md", write_card(name, recipe, config, found, rows, size))
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def record(name: str, entry: dict[str, Any], records: Path = RECORDS) -> None:
+    """Enter a checkpoint's SHA-256 and size into the package's records, by which it is known from then on."""
+    known = json.loads(records.read_text("utf-8")) if records.is_file() else {}
+    files.write_json(records, dict(sorted((known | {name: entry}).items())))

@@ -1,0 +1,198 @@
+"""Validation: what a network gets right on labelled images, prepared as its own checkpoint says."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from parameternet import weights
+from parameternet.training import distributed
+from parameternet.training.checkpoint import read_weights, weights_file
+from parameternet.training.data import eval_loader, stream_loader
+from parameternet.training.distributed import Place
+from parameternet.training.errors import CheckpointError, DataError, nearest
+from parameternet.training.evaluate import evaluate
+from parameternet.training.recipe import Recipe
+from parameternet.training.report import Reporter
+from parameternet.training.sources import Source, Unreadable, is_stream, open_dataset
+
+AGREE = 0.1  # points of top-1 between a recorded figure and a measured one that machines may differ by
+
+
+def validate(
+    model: str | Path,
+    data: str | dict,
+    *,
+    batch_size: int = 128,
+    workers: int = 2,
+    device: str = "auto",
+    threads: int | None = None,
+    amp: str | None = None,
+    channels_last: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure a network on labelled images. Started by torchrun, the processes share the images.
+
+    Args:
+        model: a timm name (its pretrained weights), a run folder, a weights folder in the Hub's layout
+            (config.json, model.safetensors), or a .safetensors file that training wrote.
+        data: as a recipe's `val`: a folder, a tar, `hfds/...`, `wds/...`.
+        batch_size: images a step and process.
+        workers: processes that read, for each process that computes.
+        device: auto, cpu, cuda, ...
+        threads: of each process; None: torch's choice.
+        amp: mixed precision: None, float16 or bfloat16.
+        channels_last: memory format of images and weights.
+        reporter: hears of steps and of images that cannot be read.
+
+    Returns:
+        top1, top5 (percent), top1_interval (half the width of the 95 % interval, points), loss (cross-entropy),
+        images (counted, each once), unreadable (names), input_size (3, H, W), crop_pct, interpolation, parameters,
+        seconds, device, threads, model, architecture, recorded (top-1 that the checkpoint claims for as many images, or
+        None) and agrees (whether they are within 0.1 points, or None).
+
+    Raises:
+        CheckpointError, WeightsError: no such model, or damaged.
+        DataError: no images, or of classes that the network does not have.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    with distributed.place(device) as place:
+        network, config = load(model)
+        loader = _Loader(data, config, batch_size, workers, place, reporter or Reporter())
+        network = network.to(place.device)
+        network = network.to(memory_format=torch.channels_last) if channels_last else network
+        start = time.monotonic()
+        found = evaluate(
+            network, loader, place, amp=amp, channels_last=channels_last, progress=loader.reporter.validating
+        )
+        unreadable = sorted(place.union(loader.bad))
+    if not found["images"]:
+        raise DataError(f"not one image of {data!r} could be read")
+    return {
+        "model": str(model),
+        "architecture": config["architecture"],
+        **found,
+        "top1_interval": interval(found["top1"], found["images"]),
+        "unreadable": unreadable,
+        **{name: loader.config[name] for name in ("input_size", "crop_pct", "interpolation")},
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "seconds": time.monotonic() - start,
+        "device": str(place.device),
+        "threads": torch.get_num_threads(),
+        **_compare(config.get("results") or {}, found),
+    }
+
+
+def interval(top1: float, images: int) -> float:
+    """Half the width of the 95 % interval of an accuracy (percent) counted on `images`, in points."""
+    share = top1 / 100
+    return 196 * math.sqrt(share * (1 - share) / images)
+
+
+def _compare(results: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
+    # A figure on other images is no claim about these.
+    same = results.get("top1") is not None and results.get("images") == found["images"]
+    recorded = results["top1"] if same else None
+    return {"recorded": recorded, "agrees": abs(recorded - found["top1"]) <= AGREE if same else None}
+
+
+def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with its weights, and its config in timm's Hub form.
+
+    Raises:
+        CheckpointError: neither a place nor a name that timm knows.
+        WeightsError: weights that are missing or damaged.
+    """
+    if Path(model).exists():
+        return _from_place(Path(model))
+    name = str(model)
+    if not timm.is_model(name):
+        close = nearest(name.split(".")[0], timm.list_models())
+        raise CheckpointError(f"{name!r} is neither a folder, nor a file, nor the name of a model{close}")
+    network = timm.create_model(name, pretrained=True)
+    config = weights.config(name) if name in weights.known() else {}
+    return network, {"architecture": name.split(".")[0], "pretrained_cfg": network.pretrained_cfg, **config}
+
+
+def _from_place(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    config, file = read_config(path), weights_file(path)
+    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"], "state_dict": read_weights(file)}
+    arguments = config.get("model_args") or {}
+    # the tensors are handed over, so that timm's own loading (filter, strictness) sees what has been verified
+    network = timm.create_model(
+        config["architecture"], pretrained=True, pretrained_cfg=cfg, num_classes=config["num_classes"], **arguments
+    )
+    return network, config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config beside a weights file (config.json), or the one that training wrote into it.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    file = weights_file(path)
+    beside = file.with_name("config.json")
+    text = beside.read_text("utf-8") if beside.is_file() else weights.metadata(file).get("config")
+    if text is None:
+        raise CheckpointError(f"{file} does not say which network it is of: config.json must lie beside it")
+    return json.loads(text)
+
+
+class _Loader:
+    """Validation batches for a network's config, with labels turned into the network's own."""
+
+    def __init__(
+        self, data: str | dict, config: dict[str, Any], batch_size: int, workers: int, place: Place, reporter: Reporter
+    ):
+        self.reporter, self.bad = reporter, {}
+        self.config = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
+        dataset = open_dataset(data, "validation", batch_size=batch_size)
+        source = Source(dataset, str(data))
+        self.labels = _translation(source.classes, _names(config), config, place)
+        if is_stream(data):
+            recipe = Recipe(workers=workers)
+            self.loader = stream_loader(dataset, recipe, batch_size, place.device, False, self.config)
+        else:
+            self.loader = eval_loader(source, self.config, batch_size, workers, place, self._unreadable)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        for images, labels in self.loader:
+            yield images, labels if self.labels is None else self.labels[labels]
+
+    def _unreadable(self, item: Unreadable) -> None:
+        self.bad[item.name] = item.why
+        self.reporter.note(f"skipped an unreadable image: {item.name} ({item.why})")
+
+
+def _names(config: dict[str, Any]) -> list[str]:
+    names = config.get("label_names") or config["pretrained_cfg"].get("label_names") or []
+    return list(names.values() if isinstance(names, dict) else names)
+
+
+def _translation(classes: list[str] | None, names: list[str], config: dict[str, Any], place: Place) -> Any:
+    """Table from the data's labels to the network's, or None where they are the same. A part of the classes will do."""
+    if classes is None or classes == names:
+        return None
+    outputs = config.get("num_classes") or config["pretrained_cfg"]["num_classes"]
+    if not names and len(classes) == outputs:
+        return None
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise DataError(
+            f"the data has {len(classes)} classes, the network {outputs}, and it does not know "
+            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: give the data that it was trained for"
+        )
+    return torch.tensor([names.index(name) for name in classes], device=place.device)
