@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,5 +97,8 @@ def _missing(error: ModuleNotFoundError) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="parameternet")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, debug: bool) -> None:
     """Networks with dynamic convolutions: list, describe, use, train and check them."""
+    ctx.with_resource(warnings.catch_warnings())
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)

@@ -71,7 +71,7 @@ def input_size(described: dict[str, Any]) -> tuple[int, int, int]:
 
 def top1(described: dict[str, Any]) -> float | None:
     """Measured accuracy in percent, as the checkpoint's config records it."""
-    return (described.get("metrics") or {}).get("top1")
+    return (described.get("results") or {}).get("top1")
 
 
 def whereabouts(name: str) -> str | None:

@@ -21,7 +21,7 @@ CAT = str(PHOTOS / "cat.jpg")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return checkpoints.write(tmp_path_factory.mktemp("weights") / checkpoints.NAME, metrics={"top1": 41.25})
+    return checkpoints.write(tmp_path_factory.mktemp("weights") / checkpoints.NAME, results={"top1": 41.25})
 
 
 @pytest.fixture(autouse=True)
