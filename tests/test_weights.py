@@ -60,7 +60,9 @@ def put(folder, state_dict=None):
     path = Path(folder, NAME, weights.FILE_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights.save(tensors() if state_dict is None else state_dict, path)
-    path.with_name("config.json").write_text(json.dumps({"architecture": "parameternet_50m", "num_classes": 5}))
+    path.with_name("config.json").write_text(
+        json.dumps({"architecture": "parameternet_50m", "num_classes": 5, "pretrained_cfg": {}})
+    )
     return path
 
 
