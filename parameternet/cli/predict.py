@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
 from parameternet.cli._output import print_json
+from parameternet.files import write_bytes
+from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw
 
 
 def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    from PIL import Image
-
     if path and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise click.BadParameter(f"{path} names no format of pictures: let it end in .png, .jpg or .webp")
     if path and not path.parent.is_dir():
@@ -23,21 +24,23 @@ def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> P
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
-    "--model", metavar="NAME", help="A checkpoint, a folder or run folder, hf-hub:ORG/NAME.  [default: a small one]"
+    "--model",
+    metavar="NAME",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A checkpoint, a folder or run folder, hf-hub:ORG/NAME.",
 )
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes to name.")
 @click.option("--save", type=click.Path(path_type=Path), callback=_picture_path, help="Draw a picture of the result.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
-    images: tuple[str, ...], model: str | None, topk: int, save: Path | None, device: str | None, as_json: bool
+    images: tuple[str, ...], model: str, topk: int, save: Path | None, device: str | None, as_json: bool
 ) -> None:
     """Say what is on each IMAGE: a file, a folder, or an http(s) address.
 
     Images that cannot be read are named and the others go on; the exit code is 1 then.
     """
-    from parameternet.prediction import Predictor, draw
-
     predictor = Predictor(model, device)
     results = predictor.predict(images, topk, keep_images=save is not None)
     if as_json:
@@ -51,13 +54,13 @@ def predict(
         sys.exit(1)
 
 
-def _plain(result: Any) -> dict[str, Any]:
+def _plain(result: Result) -> dict[str, Any]:
     classes = zip(result.indices, result.labels, result.probabilities, strict=True)
     named = [{"index": index, "label": label, "probability": probability} for index, label, probability in classes]
     return {"path": result.path, "error": result.error, "classes": named}
 
 
-def _show(results: list[Any]) -> None:
+def _show(results: list[Result]) -> None:
     for result in results:
         if result.error:
             click.echo(f"{result.path}: {result.error}", err=True)
@@ -75,11 +78,7 @@ def _bar(probability: float) -> str:
     return click.style(f"{bar:20}", fg="blue") + "  "
 
 
-def _save(picture: Any, path: Path) -> None:
-    from PIL import Image
-
-    from parameternet.files import write_bytes
-
+def _save(picture: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, Image.registered_extensions()[path.suffix.lower()])
     write_bytes(path, buffer.getvalue())
