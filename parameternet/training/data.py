@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from parameternet.training.randomness import IMAGE, ORDER, mix, seed_cpu
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import Memory, Source, Unreadable
 
+_DRAWS = 5
 Report = Callable[[Unreadable], None]
 
 
@@ -42,9 +44,15 @@ class Images(Dataset):
         found = self.source.read(key.index)
         if isinstance(found, Unreadable):
             return found
-        if self.seed is not None:
-            seed_cpu(mix(IMAGE, self.seed, key.epoch, key.index))
-        return self.transforms[key.size](found[0]), found[1]
+        transform = self.transforms[key.size]
+        if self.seed is None:
+            return transform(found[0]), found[1]
+        for attempt in range(_DRAWS - 1):
+            seed_cpu(mix(IMAGE, self.seed, key.epoch, key.index, attempt))
+            # Weak random augmentation now and then asks for posters of 0 bits, which Pillow 12 refuses: draw again.
+            with suppress(ValueError):
+                return transform(found[0]), found[1]
+        return transform(found[0]), found[1]
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, list[Unreadable]]:

@@ -359,11 +359,13 @@ class Trainer:
         if not len(images):  # none of the batch could be read; other processes wait for our (zero) gradients
             size = self.recipe.size_at(self.progress.epoch)
             return self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
+        if len(images) == 1 < self._share:  # batch norm cannot do with one image where a map has one position
+            images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
         if self.erase:
             images = self.erase(images)
         if self.mixup:
-            even = len(images) // 2 * 2 or 1  # mixing pairs images, and an unreadable one may have left its partner
-            images, labels = self._mix(images[:even], labels[:even])
+            even = len(images) // 2 * 2  # mixing pairs images, and an unreadable one leaves its partner alone
+            images, labels = self.mixup(images[:even], labels[:even])
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.criterion(self.network(images), labels)
@@ -381,12 +383,6 @@ class Trainer:
             self.ema.update(self.model, step=p.updates)
         if self.scheduler:
             self.scheduler.step_update(p.updates)
-
-    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if len(images) > 1:
-            return self.mixup(images, labels)
-        images, labels = self.mixup(images.repeat(2, 1, 1, 1), labels.repeat(2))
-        return images[:1], labels[:1]
 
     def _after_update(self) -> None:
         """Look at the clock and at the signals: the state is whole here, and only here."""

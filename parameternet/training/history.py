@@ -55,7 +55,8 @@ def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> bool:
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
         axes.set(title=title, xlabel="epoch")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     with files.atomic_write(folder / "curves.png") as file:
         figure.savefig(file, format="png", dpi=120)
     return True

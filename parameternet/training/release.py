@@ -124,8 +124,7 @@ def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[s
         model_config={**labels, "pretrained_cfg": cfg},
         model_args=config.get("model_args") or {},
     )
-    written = json.loads((folder / weights.CONFIG_NAME).read_text("utf-8"))
-    return {**written, "model_args": config.get("model_args") or {}}
+    return json.loads((folder / weights.CONFIG_NAME).read_text("utf-8"))
 
 
 def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:

@@ -126,11 +126,9 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def _from_place(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     config, file = read_config(path), weights_file(path)
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"], "state_dict": read_weights(file)}
-    arguments = config.get("model_args") or {}
+    arguments = {"num_classes": config["num_classes"], **(config.get("model_args") or {})}
     # the tensors are handed over, so that timm's own loading (filter, strictness) sees what has been verified
-    network = timm.create_model(
-        config["architecture"], pretrained=True, pretrained_cfg=cfg, num_classes=config["num_classes"], **arguments
-    )
+    network = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=cfg, **arguments)
     return network, config
 
 
