@@ -1,7 +1,5 @@
 """DynamicConv: a router and the kernels of several experts."""
 
-from typing import List, Optional, Tuple, Union
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ class Router(nn.Linear):
         in_channels: int,
         num_experts: int = 4,
         activation: str = "sigmoid",
-        hidden: Optional[int] = None,
+        hidden: int | None = None,
         temperature: float = 1.0,
         device=None,
         dtype=None,
@@ -55,14 +53,22 @@ class Router(nn.Linear):
         self.register_buffer("temperature", torch.tensor(float(temperature), device=device), persistent=self.softmax)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or not torch.is_autocast_enabled(x.device.type):
+        if torch.jit.is_scripting():
             return self._route(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._route(x)
+        return self._route_outside_autocast(x)
+
+    @torch.jit.unused
+    def _route_outside_autocast(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._route(x)
+        return self._route(x)
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        pooled = x.to(dtype).mean((2, 3))
+        # A sum and a small division: the backward of mean would write a whole map of equal numbers.
+        pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
         if self.hidden is not None:
             pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
         logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
@@ -120,15 +126,15 @@ class DynamicConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Union[int, Tuple[int, int]] = 1,
-        stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[str, int, Tuple[int, int]] = "",
-        dilation: Union[int, Tuple[int, int]] = 1,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "",
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
         num_experts: int = 4,
-        routing: Union[str, Router] = "sigmoid",
-        routing_hidden: Optional[int] = None,
+        routing: str | Router = "sigmoid",
+        routing_hidden: int | None = None,
         temperature: float = 1.0,
         device=None,
         dtype=None,
@@ -140,7 +146,9 @@ class DynamicConv(nn.Module):
                 f"groups={groups}"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = _positive(kernel_size=kernel_size, stride=stride, dilation=dilation)
+        self.kernel_size, self.stride, self.dilation = _positive(
+            kernel_size=kernel_size, stride=stride, dilation=dilation
+        )
         self.pad_same, self.padding = _resolve_padding(padding, self.kernel_size, self.stride, self.dilation)
         if isinstance(routing, Router):
             self.routing = _shared(routing, in_channels, num_experts, routing_hidden)
@@ -161,14 +169,20 @@ class DynamicConv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @torch.jit.ignore
-    def expert_kernels(self) -> List[Tensor]:
+    def expert_kernels(self) -> list[Tensor]:
         """The kernels one by one, each (out_channels, in_channels / groups, kh, kw): views, for initialisers."""
         return list(self.weight.detach().chunk(self.num_experts))
 
-    def forward(self, x: Tensor, routing_weights: Optional[Tensor] = None) -> Tensor:
+    @torch.jit.unused
+    def _reads(self, x: Tensor) -> bool:
+        return x.ndim == 4 and x.shape[1] == self.in_channels
+
+    def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         if routing_weights is None:
-            if not torch.jit.is_scripting() and (x.ndim != 4 or x.shape[1] != self.in_channels):
-                raise ValueError(f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+            if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not self._reads(x):
+                raise ValueError(
+                    f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}"
+                )
             routing_weights = self.routing(x)
         if self.pad_same:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
@@ -185,14 +199,14 @@ class DynamicConv(nn.Module):
         )
 
 
-def _positive(**pairs: Union[int, Tuple[int, int]]) -> List[Tuple[int, int]]:
+def _positive(**pairs: int | tuple[int, int]) -> list[tuple[int, int]]:
     for name, value in pairs.items():
         if min(pair(value)) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     return [pair(value) for value in pairs.values()]
 
 
-def _shared(router: Router, in_channels: int, num_experts: int, hidden: Optional[int]) -> Router:
+def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | None) -> Router:
     reads = router.in_features if router.hidden is None else router.hidden.in_features
     if (reads, router.num_experts) != (in_channels, num_experts):
         raise ValueError(
@@ -205,11 +219,11 @@ def _shared(router: Router, in_channels: int, num_experts: int, hidden: Optional
 
 
 def _resolve_padding(
-    padding: Union[str, int, Tuple[int, int]],
-    kernel_size: Tuple[int, int],
-    stride: Tuple[int, int],
-    dilation: Tuple[int, int],
-) -> Tuple[bool, Tuple[int, int]]:
+    padding: str | int | tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[bool, tuple[int, int]]:
     """(pad by the input's size on every call?, fixed padding)."""
     if not isinstance(padding, str):
         if min(pair(padding)) < 0:
@@ -225,7 +239,7 @@ def _resolve_padding(
     return False, tuple((s - 1 + span) // 2 for s, span in zip(stride, spans, strict=True))
 
 
-def _pad_same(x: Tensor, kernel_size: Tuple[int, int], stride: Tuple[int, int], dilation: Tuple[int, int]) -> Tensor:
+def _pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """Zeros around x so that a convolution gives ceil(size / stride) positions; the odd one comes last."""
     height = _same_total(x.shape[2], kernel_size[0], stride[0], dilation[0])
     width = _same_total(x.shape[3], kernel_size[1], stride[1], dilation[1])

@@ -5,19 +5,20 @@ Every block builds its convolutions with `conv_layer`, which is called as torch.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Optional, Type
 
 import torch
 from timm.layers import DropPath, SqueezeExcite, make_divisible
 from torch import Tensor, nn
 
 from .dynamic_conv import DynamicConv
+from .functional import depthwise_conv2d
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 
 ConvLayer = Optional[Callable[..., nn.Module]]
-ActLayer = Optional[Type[nn.Module]]
+ActLayer = Optional[type[nn.Module]]
 
 
 def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Module]:
@@ -26,6 +27,17 @@ def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Mod
 
 def _act(act_layer: ActLayer) -> nn.Module:
     return nn.Identity() if act_layer is None else act_layer()
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.training and x.device.type == "cpu" and x.ndim == 4 and x.shape[0] > 0:
+            return depthwise_conv2d(x, self.weight, self.stride, self.padding, self.dilation)
+        return super().forward(x)
 
 
 class ConvBnAct(nn.Module):
@@ -44,7 +56,7 @@ class ConvBnAct(nn.Module):
         pad_type: str = "",
         skip: bool = False,
         act_layer: ActLayer = nn.ReLU,
-        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
         drop_path_rate: float = 0.0,
         num_experts: int = 4,
         conv_layer: ConvLayer = None,
@@ -97,7 +109,7 @@ class GhostModule(nn.Module):
         act_layer: ActLayer = nn.ReLU,
         num_experts: int = 4,
         conv_layer: ConvLayer = None,
-        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
         device=None,
         dtype=None,
     ) -> None:
@@ -127,12 +139,13 @@ class GhostModule(nn.Module):
                 _act(act_layer),
             )
         self.has_cheap = cheap > 0
+        self.has_surplus = primary + cheap > oup
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.primary_conv(x)
         if self.has_cheap:
             x = torch.cat([x, self.cheap_operation(x)], dim=1)
-        return x[:, : self.out_channels]
+        return x[:, : self.out_channels] if self.has_surplus else x
 
 
 class GhostBottleneck(nn.Module):
@@ -160,12 +173,12 @@ class GhostBottleneck(nn.Module):
         dw_kernel_size: int = 3,
         stride: int = 1,
         act_layer: ActLayer = nn.ReLU,
-        se_ratio: Optional[float] = 0.0,
+        se_ratio: float | None = 0.0,
         drop_path: float = 0.0,
         num_experts: int = 4,
-        mid_chs: Optional[int] = None,
+        mid_chs: int | None = None,
         conv_layer: ConvLayer = None,
-        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
         device=None,
         dtype=None,
     ) -> None:
@@ -181,7 +194,7 @@ class GhostBottleneck(nn.Module):
         self.ghost1 = ghost(in_chs, mid_chs, act_layer=act_layer)
         self.conv_dw, self.bn_dw = nn.Identity(), nn.Identity()
         if stride > 1:
-            self.conv_dw = nn.Conv2d(mid_chs, mid_chs, dw_kernel_size, groups=mid_chs, **depthwise, **dd)
+            self.conv_dw = DepthwiseConv(mid_chs, mid_chs, dw_kernel_size, groups=mid_chs, **depthwise, **dd)
             self.bn_dw = norm_layer(mid_chs, **dd)
         self.se = nn.Identity()
         if se_ratio:

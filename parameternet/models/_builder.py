@@ -1,6 +1,7 @@
 """timm's builder, with checkpoints that are verified before they reach a network."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
