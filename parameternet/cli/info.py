@@ -11,6 +11,7 @@ from torch import nn
 from parameternet import DynamicConv, Router
 from parameternet.cli import _networks
 from parameternet.cli._output import count, print_json, print_table
+from parameternet.flops import count_flops
 
 
 @click.command()
@@ -92,11 +93,8 @@ def _kind(module: nn.Module) -> str:
 
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
-    """Multiply-adds for one image by what they are spent on."""
-    from parameternet.flops import count_flops
-
-    counted = count_flops(model, size)
-    return {kind: getattr(counted, kind) for kind in ("convolution", "mixing", "routing", "other", "total")}
+    """Multiply-adds for one image by what they are spent on; they add up to `total`."""
+    return count_flops(model, size).as_dict()
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import click
 
 from parameternet.cli import _networks
 from parameternet.cli._output import count, print_json, print_table
+from parameternet.flops import count_flops
 
 
 @click.command("list")
@@ -31,8 +32,6 @@ def list(pattern: str, as_json: bool) -> None:
 
 
 def _row(name: str) -> dict[str, Any]:
-    from parameternet.flops import count_flops
-
     config = _networks.config(name)
     model, size = _networks.build(config), _networks.input_size(config)
     return {

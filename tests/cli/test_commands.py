@@ -158,7 +158,7 @@ def test_info_adds_up(recorded):
     assert facts["input_size"] == [3, 64, 64] and facts["num_classes"] == 5 and facts["top1"] == 41.25
     assert facts["experts"]["num_experts"] == [4] and facts["experts"]["dynamic_convolutions"] == len(dynamic)
     assert [stage["height"] for stage in facts["stages"]] == [32, 16, 8, 4, 2]
-    assert [stage["channels"] for stage in facts["stages"]] == model.feature_info.channels()
+    assert [stage["channels"] for stage in facts["stages"]] == [tap["num_chs"] for tap in model.feature_info]
 
 
 def test_info_in_words():
