@@ -154,6 +154,14 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def stop_workers(loader: PrefetchLoader | None) -> None:
+    """End a loader's workers now. Those that live until the process ends are killed there, and torch complains."""
+    inner = getattr(loader, "loader", None)
+    iterator = getattr(getattr(inner, "loader", inner), "_iterator", None)
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
 def eval_loader(
     source: Source | Memory, config: dict[str, Any], batch_size: int, workers: int, place: Place, report: Report
 ) -> PrefetchLoader:

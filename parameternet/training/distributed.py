@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,12 @@ class Place:
         dist.all_gather_object(everyone, items, group=self.control)
         return {key: value for one in everyone for key, value in one.items()}
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's tensors, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -66,11 +72,19 @@ def place(device: str = "auto") -> Iterator[Place]:
     if world == 1:
         yield Place(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    _join("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Place(rank, world, chosen, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    # After a restart torchrun's store still holds the addresses of those who died, and who is quick connects to them:
+    # each life of the run keeps its own.
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from parameternet.training.data import (
     check_classes,
     eval_loader,
     make_loader,
+    stop_workers,
     stream_loader,
     train_transforms,
 )
@@ -71,7 +72,7 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
         reporter = reporter if reporter and place.first else Reporter()
         try:
             trainer = Trainer(recipe, Path(folder), place, reporter)
-            with trainer.signals:
+            with trainer.signals, closing(trainer):
                 return trainer.fit()
         finally:
             reporter.close()
@@ -132,6 +133,10 @@ class Trainer:
             raise RecipeError("the recipe names no training data: train=FOLDER, or train=FILE.tar")
         if r.batch_size % self.place.world:
             raise RecipeError(f"batch_size {r.batch_size} cannot be shared by {self.place.world} processes")
+        if r.mixes and self._share % 2:
+            raise RecipeError(
+                f"mixup and cutmix pair images, and each process has {self._share} of batch_size {r.batch_size}"
+            )
         self.bad: dict[str, str] = {}
         train = open_dataset(r.train, "train", batch_size=self._share, seed=r.seed, is_training=True)
         val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
@@ -289,6 +294,11 @@ class Trainer:
         best = max(scored, key=lambda row: row["top1"]) if scored else rows[-1]
         return {"best": best, "last": rows[-1], "folder": str(self.folder)}
 
+    def close(self) -> None:
+        """End the workers."""
+        stop_workers(self.train_loader)
+        stop_workers(self.val_loader)
+
     def _facts(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
@@ -436,6 +446,7 @@ class Trainer:
         if self.val_loader is None or ((p.epoch + 1) % r.val_every and p.epoch + 1 < r.epochs):
             return None
         model = self.ema.module if self.ema else self.model
+        self.place.share(model.buffers())  # batch statistics are each process's own; the first one's are saved
         found = evaluate(
             model,
             self.val_loader,

@@ -46,8 +46,8 @@ def evaluate(
             counts.append(_count(logits.float(), labels))
         progress(step + 1, steps)
     top1, top5, loss, images = place.sum(torch.stack(counts).cpu().double().sum(0)).tolist()
-    images = max(images, 1.0)
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+    each = max(images, 1.0)
+    return {"top1": 100 * top1 / each, "top5": 100 * top5 / each, "loss": loss / each, "images": int(images)}
 
 
 def _count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

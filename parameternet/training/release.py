@@ -74,7 +74,7 @@ def release(
     entry = {"sha256": files.sha256(folder / weights.FILE_NAME), "bytes": (folder / weights.FILE_NAME).stat().st_size}
     if records or destination is None:
         record(name, entry, Path(records or RECORDS))
-    return {**found, **entry, "folder": str(folder)}
+    return {**found, **entry, "model": name, "folder": str(folder)}
 
 
 def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:

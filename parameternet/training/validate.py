@@ -16,7 +16,7 @@ from torch import nn
 from parameternet import weights
 from parameternet.training import distributed
 from parameternet.training.checkpoint import read_weights, weights_file
-from parameternet.training.data import eval_loader, stream_loader
+from parameternet.training.data import eval_loader, stop_workers, stream_loader
 from parameternet.training.distributed import Place
 from parameternet.training.errors import CheckpointError, DataError, nearest
 from parameternet.training.evaluate import evaluate
@@ -55,7 +55,7 @@ def validate(
 
     Returns:
         top1, top5 (percent), top1_interval (half the width of the 95 % interval, points), loss (cross-entropy),
-        images (counted, each once), unreadable (names), input_size (3, H, W), crop_pct, interpolation, parameters,
+        images (counted, each once), unreadable (names), input_size [3, H, W], crop_pct, interpolation, parameters,
         seconds, device, threads, model, architecture, recorded (top-1 that the checkpoint claims for as many images, or
         None) and agrees (whether they are within 0.1 points, or None).
 
@@ -75,6 +75,7 @@ def validate(
             network, loader, place, amp=amp, channels_last=channels_last, progress=loader.reporter.validating
         )
         unreadable = sorted(place.union(loader.bad))
+        stop_workers(loader.loader)
     if not found["images"]:
         raise DataError(f"not one image of {data!r} could be read")
     return {
@@ -83,7 +84,9 @@ def validate(
         **found,
         "top1_interval": interval(found["top1"], found["images"]),
         "unreadable": unreadable,
-        **{name: loader.config[name] for name in ("input_size", "crop_pct", "interpolation")},
+        "input_size": list(loader.config["input_size"]),
+        "crop_pct": loader.config["crop_pct"],
+        "interpolation": loader.config["interpolation"],
         "parameters": sum(p.numel() for p in network.parameters()),
         "seconds": time.monotonic() - start,
         "device": str(place.device),

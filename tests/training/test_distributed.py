@@ -1,0 +1,74 @@
+"""Two processes on one machine, started by torchrun, against one process: the same images, the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from parameternet.training import RecipeError, Reporter, TrainingError, run
+from parameternet.training.checkpoint import load_last
+from parameternet.training.distributed import Place, choose_device
+from parameternet.training.engine import Trainer
+
+
+@pytest.fixture
+def still(recipe):
+    """A recipe whose network has no batch norm and draws nothing, so that processes cannot differ by either."""
+    return recipe(
+        model="test_vit",
+        model_kwargs={"img_size": 32},
+        mixup=0.0,
+        cutmix=0.0,
+        reprob=0.0,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        opt="momentum",
+        lr=0.05,
+        batch_size=6,
+        epochs=2,
+    )
+
+
+def torchrun(tmp_path, recipe, *arguments, **environment):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command += [str(Path(__file__).with_name("worker.py")), str(path), str(tmp_path / "two")]
+    root = Path(__file__).parents[2]
+    variables = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_make_the_steps_of_one_even_when_a_worker_is_killed(tmp_path, still):
+    still.checkpoint_minutes = 0  # a checkpoint at every update
+    done = torchrun(tmp_path, still, "--max-restarts", "1", KILL_AT="6")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exitcode: -9" in done.stderr  # it did die
+    run(still, tmp_path / "one")
+    one, two = load_last(tmp_path / "one"), load_last(tmp_path / "two")
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            assert torch.allclose(value, two[part][name], atol=2e-6), f"{part} {name}"
+    mine, theirs = (json.loads(state["progress"]) for state in (one, two))
+    assert theirs["updates"] == mine["updates"] == 8
+    assert [row["images"] for row in theirs["rows"]] == [15, 15]  # an odd number over two processes, each once
+    assert theirs["rows"][-1]["val_loss"] == pytest.approx(mine["rows"][-1]["val_loss"], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, recipe):
+    place = Place(0, 4, torch.device("cpu"))
+    with pytest.raises(RecipeError, match="batch_size 6 cannot be shared by 4 processes"):
+        Trainer(recipe(batch_size=6), tmp_path, place, Reporter())
+    with pytest.raises(RecipeError, match="each process has 1 of batch_size 4"):
+        Trainer(recipe(batch_size=4), tmp_path, place, Reporter())
+
+
+def test_devices():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(TrainingError, match="try device=cpu"):
+        choose_device("abacus")
