@@ -1,7 +1,7 @@
 """Blocks of GhostNet with dynamic convolutions: ConvBnAct, GhostModule, GhostBottleneck.
 
-Every block builds its convolutions with `conv_layer`, which is called as torch.nn.Conv2d is. None means DynamicConv with
-`num_experts` experts; torch.nn.Conv2d gives the static block; functools.partial sets a router.
+Every block builds its convolutions with `conv_layer`, which is called as torch.nn.Conv2d is. None means DynamicConv
+with `num_experts` experts; torch.nn.Conv2d gives the static block; functools.partial sets a router.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.fx
 from timm.layers import DropPath, SqueezeExcite, make_divisible
 from torch import Tensor, nn
 
@@ -17,8 +18,11 @@ from .functional import depthwise_conv2d
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 
-ConvLayer = Optional[Callable[..., nn.Module]]
-ActLayer = Optional[type[nn.Module]]
+# Its choice between two ways depends on the input, which torch.fx cannot follow.
+torch.fx.wrap("depthwise_conv2d")
+
+ConvLayer = Callable[..., nn.Module] | None
+ActLayer = type[nn.Module] | None
 
 
 def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Module]:
@@ -33,11 +37,7 @@ class DepthwiseConv(nn.Conv2d):
     """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if self.training and x.device.type == "cpu" and x.ndim == 4 and x.shape[0] > 0:
-            return depthwise_conv2d(x, self.weight, self.stride, self.padding, self.dilation)
-        return super().forward(x)
+        return depthwise_conv2d(x, self.weight, self.stride, self.padding, self.dilation, self.training)
 
 
 class ConvBnAct(nn.Module):

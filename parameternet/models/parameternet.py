@@ -198,7 +198,7 @@ class ParameterNet(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` (0: none); `global_pool` '' leaves maps unpooled, None keeps the pooling."""
+        """A fresh classifier of `num_classes` (0: none); `global_pool` '' pools nothing, None keeps the pooling."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool).train(self.training)
@@ -269,7 +269,7 @@ class ParameterNet(nn.Module):
         return self.blocks(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map -> logits (B, num_classes), or with `pre_logits` the vector (B, 1280) that the classifier reads."""
+        """Feature map -> logits (B, num_classes), or with `pre_logits` the (B, 1280) that the classifier reads."""
         x = self.flatten(self.act2(self.conv_head(self.global_pool(x))))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)

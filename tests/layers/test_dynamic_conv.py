@@ -73,8 +73,8 @@ def test_attributes_of_conv2d(layer):
 
 @pytest.mark.parametrize(
     ("padding", "kernel", "stride", "size"),
-    [("", 3, 1, 9), ("", 3, 2, 9), ("", 2, 2, 8), ("", 1, 2, 9), ("same", 3, 2, 9), ("same", 4, 1, 9), ("same", 5, 3, 10),
-     ("valid", 3, 1, 9), (2, 3, 1, 9), ((2, 1), 3, 1, 9)],
+    [("", 3, 1, 9), ("", 3, 2, 9), ("", 2, 2, 8), ("", 1, 2, 9), ("same", 3, 2, 9), ("same", 4, 1, 9),
+     ("same", 5, 3, 10), ("valid", 3, 1, 9), (2, 3, 1, 9), ((2, 1), 3, 1, 9)],
 )  # fmt: skip
 def test_padding_is_timms(padding, kernel, stride, size):
     from timm.layers import create_conv2d
@@ -119,7 +119,7 @@ def test_a_shared_router_routes_several_convolutions():
     assert torch.equal(first(x, routing_weights), first(x)) and torch.equal(second(x, routing_weights), second(x))
     (first(x).sum() + second(x).sum()).backward()
     assert router.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="reads 8 channels and weighs 4 experts.*in_channels=6 and num_experts=4"):
+    with pytest.raises(ValueError, match=r"reads 8 channels and weighs 4 experts.*in_channels=6 and num_experts=4"):
         DynamicConv(6, 6, routing=router)
 
 

@@ -25,14 +25,45 @@ CASES = {
     "dilated": {"batch": 2, "cin": 6, "cout": 4, "kernel": (3, 3), "dilation": (2, 1), "padding": (2, 1)},
     "stem-bias": {"batch": 5, "cin": 3, "cout": 8, "kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "bias": True},
     "depthwise": {"batch": 3, "cin": 8, "cout": 8, "kernel": (3, 3), "groups": 8, "padding": (1, 1)},
-    "depthwise-strided": {"batch": 2, "cin": 6, "cout": 6, "kernel": (5, 5), "groups": 6, "stride": (2, 2), "padding": (2, 2)},
-    "depthwise-dilated": {
-        "batch": 2, "cin": 6, "cout": 6, "kernel": (3, 5), "groups": 6, "dilation": (2, 1), "stride": (1, 2), "padding": (1, 2),
+    "depthwise-strided": {
+        "batch": 2,
+        "cin": 6,
+        "cout": 6,
+        "kernel": (5, 5),
+        "groups": 6,
+        "stride": (2, 2),
+        "padding": (2, 2),
     },
-    "depthwise-map-below-kernel": {"batch": 3, "cin": 6, "cout": 6, "kernel": (5, 5), "groups": 6, "padding": (2, 2), "size": (2, 3)},
-    "depthwise-one-position": {"batch": 3, "cin": 6, "cout": 6, "kernel": (3, 3), "groups": 6, "padding": (1, 1), "size": (1, 1)},
+    "depthwise-dilated": {
+        "batch": 2,
+        "cin": 6,
+        "cout": 6,
+        "kernel": (3, 5),
+        "groups": 6,
+        "dilation": (2, 1),
+        "stride": (1, 2),
+        "padding": (1, 2),
+    },
+    "depthwise-map-below-kernel": {
+        "batch": 3,
+        "cin": 6,
+        "cout": 6,
+        "kernel": (5, 5),
+        "groups": 6,
+        "padding": (2, 2),
+        "size": (2, 3),
+    },
+    "depthwise-one-position": {
+        "batch": 3,
+        "cin": 6,
+        "cout": 6,
+        "kernel": (3, 3),
+        "groups": 6,
+        "padding": (1, 1),
+        "size": (1, 1),
+    },
     "depthwise-multiplier": {"batch": 2, "cin": 6, "cout": 12, "kernel": (3, 3), "groups": 6, "padding": (1, 1)},
-}  # fmt: skip
+}
 # Float64 is the reference's own type; gradcheck covers it below.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
