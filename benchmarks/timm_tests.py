@@ -21,7 +21,7 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "parameternet"
 
 # Becomes a module that pytest loads before timm's tests (as `-p`), so it can say which networks there are.
-PLUGIN = '''
+PLUGIN = """
 import os
 import timm
 import timm.models
@@ -31,14 +31,15 @@ chosen = os.environ["PARAMETERNET_TEST_NAMES"].split(",")
 everything = timm.list_models
 
 def list_models(filter="", *args, exclude_filters="", **kwargs):
-    return [name for name in everything(filter, *args, exclude_filters=exclude_filters, **kwargs) if name.split(".")[0] in chosen]
+    names = everything(filter, *args, exclude_filters=exclude_filters, **kwargs)
+    return [name for name in names if name.split(".")[0] in chosen]
 
 def list_pretrained(*args, **kwargs):
     return [name for name in timm.models.list_pretrained(*args, **kwargs) if name.split(".")[0] in chosen]
 
 timm.list_models = list_models
 timm.list_pretrained = list_pretrained
-'''
+"""
 
 # Appended to timm's list of modules whose networks give intermediate features.
 FILTERS = "\nFEAT_INTER_FILTERS += {ours}\n"
@@ -53,8 +54,8 @@ def source() -> Path:
         pip = [sys.executable, "-m", "pip"]
         # Its build system is asked for the metadata even for a download.
         subprocess.run([*pip, "install", "--quiet", "pdm-backend"], check=True)
-        download = ["download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", f"timm=={release}"]
-        subprocess.run([*pip, *download, "--dest", str(CACHE)], check=True)
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(CACHE)]
+        subprocess.run([*pip, "download", *options, f"timm=={release}"], check=True)
         with tarfile.open(next(CACHE.glob(f"timm-{release}.tar.gz"))) as archive:
             archive.extractall(CACHE, filter="data")
     return folder
@@ -65,7 +66,10 @@ def our_names() -> list[str]:
 
     import parameternet  # noqa: F401
 
-    return [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("parameternet.")]
+    def ours(name: str) -> bool:
+        return timm.models.model_entrypoint(name).__module__.startswith("parameternet.")
+
+    return [name for name in timm.list_models() if ours(name)]
 
 
 def main() -> int:
@@ -73,7 +77,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="networks; all of ours if none is named")
     parser.add_argument("--offline", action="store_true", help="leave out the two tests that download weights")
     parser.add_argument("--quick", action="store_true", help="only forward, backward and features")
-    parser.add_argument("--module-filters", nargs="*", default=["parameternet"], help="module names for FEAT_INTER_FILTERS")
+    parser.add_argument("--module-filters", nargs="*", default=["parameternet"], help="added to FEAT_INTER_FILTERS")
     options = parser.parse_args()
     names = options.names or our_names()
     unknown = set(names) - set(our_names())
@@ -87,9 +91,10 @@ def main() -> int:
         assert text.count(marker) == 1, "timm's test_models.py has changed its layout: FEAT_INTER_FILTERS not found"
         tests.write_text(text.replace(marker, FILTERS.format(ours=options.module_filters) + marker))
         (Path(scratch) / "our_networks.py").write_text(PLUGIN)
-        chosen = " or ".join(["forward", "backward", "features"] if options.quick else [""])
         # Tests that do not list networks name timm's own; a name of ours in the id tells those that do.
-        select = "(" + " or ".join(names) + ")" + (f" and ({chosen})" if options.quick else "")
+        select = f"({' or '.join(names)})"
+        if options.quick:
+            select += " and (forward or backward or features)"
         if options.offline:
             select += " and not pretrained"
         path = os.pathsep.join([scratch, str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])

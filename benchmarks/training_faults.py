@@ -4,7 +4,8 @@
 
 Trains a tiny network on synthetic pictures, with a checkpoint after every update, and
 
-- kills it with SIGKILL at moments swept over its life, and tries to load `last.ckpt` each time;
+- kills it with SIGKILL at moments swept over an update and its checkpoint, and at every step of the writing of a
+  checkpoint, and tries to load `last.ckpt` each time;
 - lets every kind of system call of a checkpoint fail in turn with ENOSPC and EACCES, and does the same;
 - stops it at an epoch's end and in an epoch's middle, resumes it, and compares every tensor bitwise with a run that
   was never stopped.
@@ -46,6 +47,7 @@ def main() -> None:
         draw_pictures(root / "pictures")
         figures = {
             "killed": sweep_kills(root, arguments.kills),
+            "killed_in_writing": [kill_in_writing(root, point) for point in POINTS],
             "refused": [refuse(root, code, call) for code in (errno.ENOSPC, errno.EACCES) for call in CALLS],
             "resumed": [resume(root, stop, text) for stop, text in STOPS.items()],
         }
@@ -77,37 +79,101 @@ def make_recipe(root: Path, **changes: object) -> Recipe:
 
 def sweep_kills(root: Path, kills: int) -> dict[str, int]:
     """Kill the same run again and again, each time a little later; it goes on from `last.ckpt` each time."""
-    counts = {"kills": 0, "loadable": 0, "while_writing": 0, "updates_lost": 0}
-    folder, updates, writing = root / "killed", 0, time_to_write(root)
+    counts = {"kills": 0, "loadable": 0, "older": 0}
+    folder, updates, period = root / "killed", 0, update_seconds(root)
     for kill in range(kills):
-        child = multiprocessing.get_context("fork").Process(target=endless, args=(root, folder))
-        child.start()
+        child = start(endless, root, folder)
         wait_until_newer(folder / LAST, child)
-        time.sleep(kill / kills * 4 * writing)  # from the moment that one checkpoint stands, over the next few
+        time.sleep(kill / kills * 1.5 * period)  # from the moment that one checkpoint stands, past the next one
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        found = updates_in(folder)
         counts["kills"] += 1
-        counts["while_writing"] += bool(list(folder.glob(f".{LAST}.*.tmp")))
-        try:
-            found = json.loads(load_last(folder)["progress"])["updates"]
-        except CheckpointError as error:
-            print(f"kill {kill}: {error}")
-            continue
-        counts["loadable"] += 1
-        counts["updates_lost"] += found < updates  # an older state than one that stood before
-        updates = found
+        counts["loadable"] += found is not None
+        counts["older"] += found is not None and found < updates  # than one that stood before
+        updates = found or updates
     return counts
+
+
+def start(target: object, *arguments: object) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    child.start()
+    return child
+
+
+def updates_in(folder: Path) -> int | None:
+    """Updates that `last.ckpt` holds; None if it cannot be loaded."""
+    try:
+        return json.loads(load_last(folder)["progress"])["updates"]
+    except CheckpointError as error:
+        print(error)
+        return None
 
 
 def endless(root: Path, folder: Path) -> None:
     run(make_recipe(root, epochs=10_000, checkpoint_minutes=0, val=None), folder)
 
 
-def time_to_write(root: Path) -> float:
+def update_seconds(root: Path) -> float:
     """Seconds from one checkpoint to the next."""
-    start = time.monotonic()
-    run(make_recipe(root, checkpoint_minutes=0, val=None), root / "timed")
-    return (time.monotonic() - start) / 12
+    times: list[float] = []
+    clock = Reporter()
+    clock.step = lambda *_: times.append(time.monotonic())
+    run(make_recipe(root, checkpoint_minutes=0, val=None), root / "timed", clock)
+    return float(np.median(np.diff(times)))
+
+
+POINTS = ("opened", "header written", "half written", "written", "flushed to disk", "renamed")
+
+
+def kill_in_writing(root: Path, point: str) -> dict[str, object]:
+    """Kill a run at one point inside the writing of its fifth checkpoint."""
+    folder = root / point.replace(" ", "-")
+    child = start(die_in_writing, root, folder, point)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, f"the run ended with {child.exitcode}"
+    return {"point": point, "updates": updates_in(folder), "unfinished_files": len(list(folder.glob(f".{LAST}.*.tmp")))}
+
+
+def die_in_writing(root: Path, folder: Path, point: str) -> None:
+    real, seen = {"open": open, "fsync": os.fsync, "replace": os.replace}, {"opened": 0}
+
+    def here(now: str) -> None:
+        if seen["opened"] == 5 and now == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def opened(path: object, *more: object, **keywords: object):
+        file = real["open"](path, *more, **keywords)
+        if f".{LAST}." not in str(path):
+            return file
+        seen["opened"] += 1
+        here("opened")
+        write = file.write
+        wrapped = mock.MagicMock(wraps=file)
+        wrapped.__enter__.return_value = wrapped
+        wrapped.__exit__.side_effect = lambda *_: file.close()
+        wrapped.write.side_effect = lambda data: write_in_halves(write, data)
+        return wrapped
+
+    def write_in_halves(write: object, data: memoryview) -> None:
+        half = len(data) // 2
+        write(data[:half])
+        if half > 100:
+            here("half written")
+        write(data[half:])
+        here("written" if half > 100 else "header written")
+
+    def synced(handle: int) -> None:
+        real["fsync"](handle)
+        here("flushed to disk")
+
+    def renamed(old: object, new: object) -> None:
+        real["replace"](old, new)
+        if LAST in str(new):
+            here("renamed")
+
+    with mock.patch("builtins.open", opened), mock.patch("os.fsync", synced), mock.patch("os.replace", renamed):
+        endless(root, folder)
 
 
 def wait_until_newer(path: Path, child: multiprocessing.Process) -> None:
@@ -213,9 +279,14 @@ def run_until(recipe: Recipe, folder: Path, steps: int) -> None:
 def show(figures: dict) -> None:
     killed = figures["killed"]
     print(
-        f"SIGKILL: {killed['kills']} kills, {killed['while_writing']} of them inside the writing of a checkpoint: "
-        f"{killed['loadable']} loadable, {killed['updates_lost']} older than what stood before"
+        f"SIGKILL, swept over an update and its checkpoint: {killed['kills']} kills, {killed['loadable']} loadable, "
+        f"{killed['older']} older than what stood before"
     )
+    for row in figures["killed_in_writing"]:
+        print(
+            f"SIGKILL in the writing of checkpoint 5, {row['point']}: last.ckpt holds update {row['updates']}, "
+            f"unfinished files beside it: {row['unfinished_files']}"
+        )
     for row in figures["refused"]:
         print(
             f"{row['error']} in {row['call']}: the run {row['run']}, old last stands: {row['old_last_stands']}, "
@@ -232,7 +303,8 @@ def all_well(figures: dict) -> bool:
     killed = figures["killed"]
     return (
         killed["loadable"] == killed["kills"]
-        and not killed["updates_lost"]
+        and not killed["older"]
+        and all(row["updates"] in (4, 5) for row in figures["killed_in_writing"])
         and all(row["old_last_stands"] and row["loadable"] and not row["leftovers"] for row in figures["refused"])
         and all(row["bitwise_equal"] == row["tensors"] and row["best_file_equal"] for row in figures["resumed"])
     )

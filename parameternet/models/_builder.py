@@ -23,9 +23,16 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get("pretrained_cfg"), pretrained_cfg_overlay=overlay)
     if not overlay.get("state_dict"):
-        overlay = {**overlay, "source": "", "state_dict": weights.resolve(cfg.to_dict())}
+        state_dict = weights.resolve(cfg.to_dict(), kwargs.get("cache_dir"))
+        overlay = {**overlay, "source": "", "state_dict": state_dict}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-    # The configuration outlives the loading; the tensors in it need not. The original says where they came from.
-    kept = {**model.pretrained_cfg, "state_dict": None, "source": cfg.source}
-    model.pretrained_cfg = model.default_cfg = {name: value for name, value in kept.items() if value is not None}
+    for module in model.modules():
+        _forget_tensors(module, cfg.source)
     return model
+
+
+def _forget_tensors(module: nn.Module, source: str | None) -> None:
+    """The configuration outlives the loading; the tensors in it need not. The source says where they came from."""
+    if (getattr(module, "pretrained_cfg", None) or {}).get("state_dict"):
+        kept = {**module.pretrained_cfg, "state_dict": None, "source": source}
+        module.pretrained_cfg = module.default_cfg = {name: v for name, v in kept.items() if v is not None}

@@ -471,9 +471,8 @@ class Trainer:
         score = row["top1"] if self.val_loader is not None else float(p.epoch)
         best = score is not None and score > p.best
         p.rows.append(row)
-        p.best = score if best else p.best
-        if best and self.place.first:
-            self._save_best(row)
+        if best and self._save_best(row, must=p.epoch + 1 == r.epochs):
+            p.best = score
         p.epoch, p.step, p.loss_sum, p.loss_images, p.seconds = p.epoch + 1, 0, 0.0, 0, 0.0
         signum = self.place.largest(self.signals.received)
         self._save_last(must=p.epoch == r.epochs or signum > 0)
@@ -501,17 +500,22 @@ class Trainer:
             "seconds": time.monotonic() - self.started,
         }
 
-    def _save_best(self, row: dict[str, Any]) -> None:
+    def _save_best(self, row: dict[str, Any], must: bool) -> bool:
+        """Write `best.safetensors`; False where that failed and a later epoch may do better (`must`: none will)."""
+        if not self.place.first:
+            return True
         model = self.ema.module if self.ema else self.model
         config = hub_config(self.model, self.recipe, self.labels, self.config)
         config["results"] = {name: row[name] for name in ("epoch", "updates", "top1", "top5", "images")}
         try:
             checkpoint.save_weights(self.folder / checkpoint.BEST, model.state_dict(), config)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.folder / checkpoint.BEST}: {error}; make room, then run the "
-                "command again: it goes on from last.ckpt"
-            ) from error
+            text = f"cannot write {self.folder / checkpoint.BEST}: {error}"
+            if must:
+                raise CheckpointError(f"{text}; make room, then run the command again") from error
+            self.reporter.note(f"{text}; the one before it still stands")
+            return False
+        return True
 
     def _publish(self, row: dict[str, Any], best: bool) -> None:
         try:

@@ -360,3 +360,24 @@ def test_mixing_stops_at_its_epoch(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(Trainer, "_train_epoch", watched)
     run(recipe(epochs=3, mixup_off_epoch=2, val=None), tmp_path)
     assert seen == [True, True, False]
+
+
+def test_a_best_that_cannot_be_written_waits_for_a_better_epoch(tmp_path, recipe, monkeypatch):
+    from parameternet.training import checkpoint
+
+    real, calls = checkpoint.save_weights, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_weights", failing)
+    reporter = Notes()
+    run(recipe(val=None), tmp_path, reporter)  # without validation each epoch is the best
+    assert any("No space left" in note for note in reporter.notes)
+    assert weights.read(tmp_path / "best.safetensors")
+    calls.clear()
+    with pytest.raises(CheckpointError, match="make room"):
+        run(recipe(val=None, epochs=1), tmp_path / "short", reporter)

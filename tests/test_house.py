@@ -1,0 +1,100 @@
+"""The house stands: floors, import cost, what a wheel carries, a README that is true to the code."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import parameternet
+from parameternet import weights
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "parameternet"
+# A room imports from lower floors and from its own, never from higher ones.
+FLOORS = {
+    "files": 0, "layers": 1, "weights": 1, "models": 2, "flops": 2, "training": 3, "prediction": 3, "cli": 4,
+    "__main__": 5, "__init__": 5,
+}  # fmt: skip
+OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "openvino", "tensorboard"}
+
+
+def imports(path):
+    """(module, whether at the top level) of every import in a file, relative ones resolved."""
+    tree = ast.parse(path.read_text())
+    package = [*path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module, top
+            yield from ((f"{node.module}.{alias.name}", top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] + ([node.module] if node.module else [])
+            yield from ((".".join([*base, alias.name]), top) for alias in node.names)
+
+
+def room(dotted):
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "parameternet" and len(parts) > 1 and parts[1] in FLOORS else None
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in FLOORS, f"{own} has no floor: add it to FLOORS and to CONTRIBUTING.md"
+    for module, top in imports(path):
+        other = room(module)
+        if other and other != own:
+            assert FLOORS[other] <= FLOORS[own], f"{path.name} imports {module}, which is on a higher floor"
+        assert not (top and module.split(".")[0] in OPTIONAL), f"{module} must be imported where it is used"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time, timm; start = time.process_time(); import parameternet; spent = time.process_time() - start;"
+        f"print(spent); print(*[m for m in {sorted(OPTIONAL)} if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    spent, loaded = run.stdout.split("\n")[:2]
+    assert not loaded
+    assert float(spent) < 0.3
+
+
+def test_a_wheel_carries_configs_cards_and_small_weights(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        sizes = {info.filename: info.file_size for info in wheel.infolist()}
+    expected = [p for kind in ("configs", "weights") for p in (ROOT / kind).rglob("*") if p.is_file()]
+    assert expected
+    for path in expected:
+        name = f"parameternet/_shipped/{path.relative_to(ROOT).as_posix()}"
+        large = path.stat().st_size > 20 << 20
+        assert (name in sizes) is not large, f"{name}: {path.stat().st_size} bytes"
+    assert "parameternet/py.typed" in sizes and "parameternet/weights.json" in sizes
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(unpacked)
+    code = "from parameternet import weights; print(weights.shipped('configs')); print(weights.shipped('weights'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True, check=True)
+    assert [Path(line).is_relative_to(unpacked) for line in run.stdout.split()] == [True, True]
+
+
+def test_a_checkout_uses_its_own_folders():
+    assert weights.shipped("configs") == ROOT / "configs" and weights.shipped("weights") == ROOT / "weights"
+
+
+def test_versions_agree():
+    texts = {name: (ROOT / name).read_text() for name in ("setup.cfg", "CITATION.cff", "CHANGELOG.md")}
+    assert f"version = {parameternet.__version__}" in texts["setup.cfg"]
+    assert f"version: {parameternet.__version__}" in texts["CITATION.cff"]
+    assert f"## {parameternet.__version__}" in texts["CHANGELOG.md"]
