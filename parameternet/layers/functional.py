@@ -3,15 +3,26 @@
 For sample b, with routing weights alpha and expert kernels W_e: W_b = sum_e alpha_be W_e and y_b = W_b * x_b. The
 experts are one 4-D tensor, expert-major: `weight[e * out : (e + 1) * out]` is the kernel of expert e.
 
-A strategy is a plain function `(x, weight, routing_weights, stride, padding, dilation, groups) -> y`. `STRATEGIES`
-names them all, `choose_strategy` says which one runs where.
+A strategy is a plain function `(x, weight, routing_weights, geometry) -> y`. `STRATEGIES` names them all,
+`choose_strategy` says which one runs where.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["STRATEGIES", "choose_strategy", "dynamic_conv2d", "pair"]
+__all__ = ["STRATEGIES", "choose_strategy", "depthwise_conv2d", "dynamic_conv2d", "pair"]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is besides its kernel; pairs are (h, w)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -27,6 +38,105 @@ def _mix(weight: Tensor, routing_weights: Tensor) -> Tensor:
     return routing_weights @ weight.reshape(routing_weights.shape[1], -1)
 
 
+def _grouped(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:
+    """Mix B kernels, fold the batch into the channels, convolve once with B * groups groups. Takes every shape."""
+    batch, experts = routing_weights.shape
+    shape = [batch, weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]]
+    return _convolve_samples(x, _mix(weight, routing_weights).reshape(shape), geometry)
+
+
+def _batched_matmul(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:
+    """Mix B kernels and apply each to its sample by a batched matrix product. Pointwise; the batch stays free."""
+    x = _subsample(x, geometry.stride)
+    batch, channels, height, width = x.shape
+    out = weight.shape[0] // routing_weights.shape[1]
+    kernels = _mix(weight, routing_weights).reshape(batch, out, channels)
+    return torch.bmm(kernels, x.reshape(batch, channels, height * width)).reshape(batch, out, height, width)
+
+
+def _gated_inputs(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:
+    """[W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product: no kernel a sample, E times the products. Pointwise."""
+    x = _subsample(x, geometry.stride)
+    batch, channels, height, width = x.shape
+    experts = routing_weights.shape[1]
+    out = weight.shape[0] // experts
+    rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, 1, channels)
+    gated = (rows * routing_weights.reshape(batch, 1, experts, 1)).reshape(-1, experts * channels)
+    stacked = weight.reshape(experts, out, channels).transpose(0, 1).reshape(out, experts * channels)
+    return F.linear(gated, stacked).reshape(batch, height, width, out).permute(0, 3, 1, 2)
+
+
+def _shifted(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:
+    """Add up shifted copies of x times one tap each. Depthwise; the batch stays free and compilers fuse it."""
+    kh, kw = weight.shape[2], weight.shape[3]
+    kernels = _mix(weight, routing_weights).reshape(x.shape[0], geometry.groups, kh * kw)
+    (stride_h, stride_w), (dilation_h, dilation_w) = geometry.stride, geometry.dilation
+    x = F.pad(x, [geometry.padding[1], geometry.padding[1], geometry.padding[0], geometry.padding[0]])
+    # From a first row or column to behind the last that one tap reads.
+    rows = (x.shape[2] - dilation_h * (kh - 1) - 1) // stride_h * stride_h + 1
+    columns = (x.shape[3] - dilation_w * (kw - 1) - 1) // stride_w * stride_w + 1
+    terms = []
+    for tap in range(kh * kw):
+        top, left = tap // kw * dilation_h, tap % kw * dilation_w
+        seen = x[:, :, top : top + rows : stride_h, left : left + columns : stride_w]
+        terms.append(seen * kernels[:, :, tap, None, None])
+    y = terms[0]
+    for term in terms[1:]:
+        y = y + term
+    return y
+
+
+def _wide(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
+    experts, groups = routing_weights.shape[1], geometry.groups
+    out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
+    # A grouped convolution wants its kernels group by group, and they lie expert by expert.
+    by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1)
+    y = _conv2d(x, by_group.reshape(weight.shape), geometry)
+    height, width = y.shape[2], y.shape[3]
+    y = y.reshape(-1, groups, experts, out // groups, height, width)
+    return (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
+
+
+STRATEGIES = {
+    "grouped": _grouped,
+    "batched_matmul": _batched_matmul,
+    "gated_inputs": _gated_inputs,
+    "shifted": _shifted,
+    "wide": _wide,
+}
+
+
+def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The positions that a strided 1 x 1 kernel reads."""
+    if stride[0] == 1 and stride[1] == 1:
+        return x
+    return x[:, :, :: stride[0], :: stride[1]]
+
+
+def _conv2d(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return F.conv2d(x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def _convolve_samples(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """x (B, in, H, W) by kernels (B, out, in / groups, kh, kw), one a sample, with the batch folded into the groups."""
+    batch, out = kernels.shape[0], kernels.shape[1]
+    x = x.reshape(1, batch * x.shape[1], x.shape[2], x.shape[3])
+    kernels = kernels.reshape(batch * out, kernels.shape[2], kernels.shape[3], kernels.shape[4])
+    folded = Geometry(geometry.stride, geometry.padding, geometry.dilation, batch * geometry.groups)
+    if not torch.jit.is_scripting() and _gains_by_own_gradient(x, kernels, folded.groups):
+        y = _DepthwiseConv.apply(x, kernels, folded)
+    else:
+        y = _conv2d(x, kernels, folded)
+    return y.reshape(batch, out, y.shape[2], y.shape[3])
+
+
+@torch.jit.unused
+def _gains_by_own_gradient(x: Tensor, kernels: Tensor, groups: int) -> bool:
+    depthwise = kernels.shape[0] == groups == x.shape[1] and min(x.shape[2], x.shape[3]) > 1
+    return depthwise and kernels.requires_grad and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 class _DepthwiseConv(torch.autograd.Function):
     """Depthwise convolution on a CPU; the kernel's gradient is a convolution of the input by the output's gradient.
 
@@ -35,59 +145,25 @@ class _DepthwiseConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, kernels, stride, padding, dilation):
+    def forward(ctx, x, kernels, geometry):
         ctx.save_for_backward(x, kernels)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, kernels, None, stride, padding, dilation, x.shape[1])
+        ctx.geometry = geometry
+        return _conv2d(x, kernels, geometry)
 
     @staticmethod
     def backward(ctx, grad):
         x, kernels = ctx.saved_tensors
-        stride, padding, dilation = ctx.geometry
+        geometry = ctx.geometry
         grad_x = grad_kernels = None
         if ctx.needs_input_grad[0]:
-            conv = {"stride": stride, "padding": padding, "dilation": dilation, "groups": x.shape[1]}
-            grad_x = torch.nn.grad.conv2d_input(x.shape, kernels, grad, **conv)
+            grad_x = torch.nn.grad.conv2d_input(x.shape, kernels, grad, **geometry._asdict())
         if ctx.needs_input_grad[1]:
             # Strides and dilations change places: the tap (i, j) saw x at i * dilation + row * stride.
+            swapped = Geometry(geometry.dilation, geometry.padding, geometry.stride, geometry.groups)
             taps = grad.reshape(x.shape[1], 1, grad.shape[2], grad.shape[3])
-            grad_kernels = F.conv2d(x, taps, None, dilation, padding, stride, x.shape[1])
-            grad_kernels = grad_kernels[:, :, : kernels.shape[2], : kernels.shape[3]].reshape(kernels.shape)
-        return grad_x, grad_kernels, None, None, None
-
-
-def _grouped(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """Mix B kernels, fold the batch into the channels, convolve once with B * groups groups. Takes every shape."""
-    batch, experts = routing_weights.shape
-    out = weight.shape[0] // experts
-    kernels = _mix(weight, routing_weights).reshape(batch * out, weight.shape[1], weight.shape[2], weight.shape[3])
-    folded = x.reshape(1, batch * x.shape[1], x.shape[2], x.shape[3])
-    y = _convolve(folded, kernels, stride, padding, dilation, batch * groups)
-    return y.reshape(batch, out, y.shape[2], y.shape[3])
-
-
-def _convolve(
-    x: Tensor,
-    kernels: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    if not torch.jit.is_scripting():
-        depthwise = kernels.shape[0] == groups == x.shape[1] and min(x.shape[2], x.shape[3]) > 1
-        trains = kernels.requires_grad and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if depthwise and trains:
-            return _DepthwiseConv.apply(x, kernels, stride, padding, dilation)
-    return F.conv2d(x, kernels, None, stride, padding, dilation, groups)
+            seen = _conv2d(x, taps, swapped)[:, :, : kernels.shape[2], : kernels.shape[3]]
+            grad_kernels = seen.reshape(kernels.shape)
+        return grad_x, grad_kernels, None
 
 
 def depthwise_conv2d(
@@ -103,120 +179,12 @@ def depthwise_conv2d(
     In training on a CPU the batch is folded into the channels: 5.4 + 17 ms forward and backward against oneDNN's
     16 + 35 ms for 128 x 24 x 32 x 32 on one core.
     """
+    geometry = Geometry(stride, padding, dilation, weight.shape[0])
     if not torch.jit.is_scripting():
         on_cpu = x.device.type == "cpu" and x.ndim == 4 and x.shape[0] > 0
         if training and on_cpu and not _records_a_graph():
-            return _folded_depthwise(x, weight, stride, padding, dilation)
-    return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
-
-
-def _folded_depthwise(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> Tensor:
-    batch, channels = x.shape[0], x.shape[1]
-    kernels = weight.expand(batch, *weight.shape).reshape(batch * channels, 1, weight.shape[2], weight.shape[3])
-    folded = x.reshape(1, batch * channels, x.shape[2], x.shape[3])
-    y = _convolve(folded, kernels, stride, padding, dilation, batch * channels)
-    return y.reshape(batch, channels, y.shape[2], y.shape[3])
-
-
-def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The positions that a strided 1 x 1 kernel reads."""
-    if stride[0] == 1 and stride[1] == 1:
-        return x
-    return x[:, :, :: stride[0], :: stride[1]]
-
-
-def _batched_matmul(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """Mix B kernels and apply each to its sample by a batched matrix product. Pointwise; the batch stays free."""
-    x = _subsample(x, stride)
-    batch, channels, height, width = x.shape
-    out = weight.shape[0] // routing_weights.shape[1]
-    kernels = _mix(weight, routing_weights).reshape(batch, out, channels)
-    return torch.bmm(kernels, x.reshape(batch, channels, height * width)).reshape(batch, out, height, width)
-
-
-def _gated_inputs(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """[W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product: no kernel a sample, E times the products. Pointwise."""
-    x = _subsample(x, stride)
-    batch, channels, height, width = x.shape
-    experts = routing_weights.shape[1]
-    out = weight.shape[0] // experts
-    rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, 1, channels)
-    gated = (rows * routing_weights.reshape(batch, 1, experts, 1)).reshape(-1, experts * channels)
-    stacked = weight.reshape(experts, out, channels).transpose(0, 1).reshape(out, experts * channels)
-    return F.linear(gated, stacked).reshape(batch, height, width, out).permute(0, 3, 1, 2)
-
-
-def _shifted(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """Add up shifted copies of x times one tap each. Depthwise; the batch stays free and compilers fuse it."""
-    kh, kw = weight.shape[2], weight.shape[3]
-    kernels = _mix(weight, routing_weights).reshape(x.shape[0], groups, kh * kw)
-    height = (x.shape[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    width = (x.shape[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
-    y: Tensor | None = None
-    for tap in range(kh * kw):
-        top, left = tap // kw * dilation[0], tap % kw * dilation[1]
-        rows = x[:, :, top : top + (height - 1) * stride[0] + 1 : stride[0]]
-        seen = rows[:, :, :, left : left + (width - 1) * stride[1] + 1 : stride[1]]
-        term = seen * kernels[:, :, tap, None, None]
-        y = term if y is None else y + term
-    assert y is not None
-    return y
-
-
-def _wide(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
-    experts = routing_weights.shape[1]
-    out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
-    # A grouped convolution wants its kernels group by group, and they lie expert by expert.
-    by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1)
-    y = F.conv2d(x, by_group.reshape(weight.shape), None, stride, padding, dilation, groups)
-    height, width = y.shape[2], y.shape[3]
-    y = y.reshape(-1, groups, experts, out // groups, height, width)
-    return (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
-
-
-STRATEGIES = {
-    "grouped": _grouped,
-    "batched_matmul": _batched_matmul,
-    "gated_inputs": _gated_inputs,
-    "shifted": _shifted,
-    "wide": _wide,
-}
+            return _convolve_samples(x, weight.expand(x.shape[0], *weight.shape), geometry)
+    return _conv2d(x, weight, geometry)
 
 
 def _is_pointwise(weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
@@ -324,11 +292,10 @@ def dynamic_conv2d(
         if strategy is not None:
             depthwise = _is_depthwise(x, weight, routing_weights, groups)
             _check_strategy(strategy, _is_pointwise(weight, padding, groups), depthwise)
+    geometry = Geometry(stride, padding, dilation, groups)
     if x.shape[0] == 0:
         # No sample, no kernel to mix; the first expert's shape decides the output's.
-        return F.conv2d(
-            x, weight[: weight.shape[0] // routing_weights.shape[1]], None, stride, padding, dilation, groups
-        )
+        return _conv2d(x, weight[: weight.shape[0] // routing_weights.shape[1]], geometry)
     routing_weights = routing_weights.to(weight.dtype)
     if strategy is None:
         free_batch = False
@@ -337,15 +304,15 @@ def dynamic_conv2d(
         strategy = choose_strategy(x, weight, routing_weights, stride, padding, groups, free_batch)
     # A chain and not a look-up in STRATEGIES, because TorchScript has no tables of functions.
     if strategy == "grouped":
-        y = _grouped(x, weight, routing_weights, stride, padding, dilation, groups)
+        y = _grouped(x, weight, routing_weights, geometry)
     elif strategy == "batched_matmul":
-        y = _batched_matmul(x, weight, routing_weights, stride, padding, dilation, groups)
+        y = _batched_matmul(x, weight, routing_weights, geometry)
     elif strategy == "gated_inputs":
-        y = _gated_inputs(x, weight, routing_weights, stride, padding, dilation, groups)
+        y = _gated_inputs(x, weight, routing_weights, geometry)
     elif strategy == "shifted":
-        y = _shifted(x, weight, routing_weights, stride, padding, dilation, groups)
+        y = _shifted(x, weight, routing_weights, geometry)
     else:
-        y = _wide(x, weight, routing_weights, stride, padding, dilation, groups)
+        y = _wide(x, weight, routing_weights, geometry)
     if bias is not None:
         y = y + _mix(bias, routing_weights).to(y.dtype)[:, :, None, None]
     return y

@@ -122,7 +122,7 @@ def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
 def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """timm's schedule, in updates. It has no state but the number of updates, which `step_update` is told."""
     try:
-        return create_scheduler_v2(
+        scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=r.sched,
             num_epochs=r.epochs,
@@ -132,9 +132,15 @@ def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoc
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **r.sched_kwargs,
-        )[0]
+        )
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"schedule {r.sched!r}: {error}; timm has cosine, tanh, step, multistep, poly") from error
+        raise RecipeError(f"schedule {r.sched!r}: {error}; {_SCHEDULES}") from error
+    if scheduler is None and r.sched != "none":  # older versions of timm pass over a name that they do not know
+        raise RecipeError(f"unknown schedule {r.sched!r}; {_SCHEDULES}")
+    return scheduler
+
+
+_SCHEDULES = "timm has cosine, tanh, step, multistep, poly, and none"
 
 
 def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:

@@ -357,8 +357,9 @@ class Trainer:
         seed_all(mix(STEP, r.seed, p.epoch, p.step, self.place.rank))
         updating = (p.step + 1) % r.accumulate == 0
         quiet = nullcontext() if updating or self.place.world == 1 else self.network.no_sync()
-        with quiet, autocast(self.place.device, r.amp):
-            loss = self._loss(images, labels)
+        with quiet:
+            with autocast(self.place.device, r.amp):
+                loss = self._loss(images, labels)
             self.scaler.scale(loss / r.accumulate).backward()
         self.losses.append(loss.detach() * len(images))
         self.loss_images += len(images)
@@ -414,7 +415,8 @@ class Trainer:
     def _settle_loss(self) -> None:
         """Add up the losses since the last look, and stop where one is not a number."""
         if self.losses:
-            self.loss += torch.stack(self.losses).double().sum().cpu()
+            # float64 holds such a sum of float32 exactly, so that it does not matter how often somebody looks
+            self.loss += torch.stack(self.losses).cpu().double().sum()
             self.losses = []
         if not torch.isfinite(self.loss):
             raise DivergedError(self._diverged())

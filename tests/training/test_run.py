@@ -165,7 +165,7 @@ def test_float16_keeps_its_scale_over_a_resume(tmp_path, recipe):
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(tmp_path, recipe):
     plain = dict(model="test_vit", model_kwargs={"img_size": 32}, no_aug=True, mixup=0.0, cutmix=0.0, reprob=0.0)
     plain |= dict(drop_rate=0.0, drop_path_rate=0.0, opt="momentum", momentum=0.0, lr=0.1, warmup_epochs=0, epochs=1)
-    plain |= dict(sched="constant")
+    plain |= dict(sched="none")
     run(recipe(**plain, batch_size=12), tmp_path / "large")
     run(recipe(**plain, batch_size=4, accumulate=3), tmp_path / "small")
     large, small = load_last(tmp_path / "large")["model"], load_last(tmp_path / "small")["model"]
@@ -229,7 +229,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_leaves_the_old_checkpoint(tmp_p
 
 def test_nan_stops_with_advice_and_without_a_checkpoint_of_it(tmp_path, recipe):
     with pytest.raises(DivergedError, match="lower lr"):
-        run(recipe(lr=1e30, opt="sgd", warmup_epochs=0, checkpoint_minutes=0, sched="constant"), tmp_path)
+        run(recipe(lr=1e30, opt="sgd", warmup_epochs=0, checkpoint_minutes=0, sched="none"), tmp_path)
     if (tmp_path / "last.ckpt").exists():
         assert math.isfinite(json.loads(load_last(tmp_path)["progress"])["loss_sum"])
 
@@ -268,7 +268,7 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
     [
         (dict(model="test_efficientnett"), "closest: test_efficientnet"),
         (dict(opt="adamv"), "optimiser 'adamv'.*closest: adam"),
-        (dict(sched="cosinus"), "schedule 'cosinus'"),
+        (dict(sched="cosinus"), "schedule 'cosinus'.*timm has cosine"),
         (dict(model_kwargs=dict(nonsense=1)), "nonsense"),
         (dict(freeze=["blockz"]), "freeze: 'blockz' names no part.*closest: blocks"),
         (dict(freeze=["*"]), "leaves nothing to train"),
@@ -381,3 +381,28 @@ def test_a_best_that_cannot_be_written_waits_for_a_better_epoch(tmp_path, recipe
     calls.clear()
     with pytest.raises(CheckpointError, match="make room"):
         run(recipe(val=None, epochs=1), tmp_path / "short", reporter)
+
+
+def test_tensorboard_gets_each_epoch_where_it_is_installed(tmp_path, recipe, monkeypatch):
+    import importlib.util
+    import sys
+    import types
+
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard"
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, epoch))
+
+        def close(self):
+            written.append("closed")
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: True if n == "tensorboard" else real(n, *a))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    run(recipe(epochs=1), tmp_path)
+    assert {("top1", 1), ("train_loss", 1), ("lr", 1)} <= set(written[:-1])
+    assert written[-1] == "closed"
