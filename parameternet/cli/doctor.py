@@ -19,8 +19,8 @@ from parameternet.cli._output import print_json, print_table
 NEEDED = {
     "torch": "2.4",
     "torchvision": "",
-    "timm": "1.0.20",
-    "huggingface-hub": "",
+    "timm": "1.0.21",
+    "huggingface-hub": "0.30",
     "safetensors": "",
     "pillow": "10.1",
     "click": "",

@@ -128,8 +128,8 @@ def test_layer_decay_groups_grow_from_the_stem_to_the_head():
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
-    depth = [scale[id(p)] for p in (model.conv_stem.weight, model.blocks[3][0].ghost1.primary_conv[0].weight,
-                                    model.blocks[8][0].ghost1.primary_conv[0].weight, model.classifier.weight)]  # fmt: skip
+    first, last = (model.blocks[stage][0].ghost1.primary_conv[0] for stage in (3, 8))
+    depth = [scale[id(layer.weight)] for layer in (model.conv_stem, first, last, model.classifier)]
     assert depth == sorted(depth) and depth[-1] == 1.0 and depth[0] < depth[1] < depth[2]
 
 
