@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from parameternet import weights
+from parameternet.models import build_from_config
 
 __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 
@@ -90,8 +91,6 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def _build(config: dict[str, Any], **source: str) -> nn.Module:
-    import parameternet  # noqa: F401  registers the networks
-
     architecture = config["architecture"]
     if not timm.is_model(architecture) or not timm.model_entrypoint(architecture).__module__.startswith(
         "parameternet."
@@ -99,10 +98,7 @@ def _build(config: dict[str, Any], **source: str) -> nn.Module:
         raise ValueError(
             f"{architecture} is no network of this package, so its weights cannot be verified here: use timm"
         )
-    kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
-    cfg = {**config["pretrained_cfg"], **kept, **source, "architecture": architecture}
-    arguments = config.get("model_args") or {}
-    return timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **arguments).eval()
+    return build_from_config(config, **source).eval()
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:

@@ -1,3 +1,4 @@
 from . import parameternet
+from ._builder import build_from_config, build_model
 
-__all__ = ["parameternet"]
+__all__ = ["build_from_config", "build_model", "parameternet"]

@@ -1,15 +1,16 @@
 """timm's builder, with checkpoints that are verified before they reach a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from .. import weights
 
-__all__ = ["build_model"]
+__all__ = ["build_from_config", "build_model"]
 
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -28,6 +29,24 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
     for module in model.modules():
         _forget_tensors(module, cfg.source)
+    return model
+
+
+def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
+    """The network that a config in timm's Hub layout describes, with its weights.
+
+    Args:
+        config: `architecture`, `pretrained_cfg` and, where they matter, `model_args`, `num_classes`, `label_names` and
+            `label_descriptions`; the latter three end in the network's `pretrained_cfg`.
+        source: Where the weights are, as `weights.resolve` reads it: `state_dict=` verified tensors, `file=`,
+            `source=` and `hf_hub_id=`, or `tag=`.
+    """
+    kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
+    cfg = {**config["pretrained_cfg"], **kept, **source, "architecture": config["architecture"]}
+    # An architecture's own default may differ from the checkpoint's classes.
+    arguments = {"num_classes": cfg["num_classes"], **(config.get("model_args") or {})}
+    model = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=cfg, **arguments)
+    _forget_tensors(model, cfg.get("source"))
     return model
 
 

@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet import weights
+from parameternet.models import build_from_config
 from parameternet.training import distributed
 from parameternet.training.checkpoint import read_weights, weights_file
 from parameternet.training.data import eval_loader, stop_workers, stream_loader
@@ -128,11 +129,7 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _from_place(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     config, file = read_config(path), weights_file(path)
-    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"], "state_dict": read_weights(file)}
-    arguments = {"num_classes": config["num_classes"], **(config.get("model_args") or {})}
-    # the tensors are handed over, so that timm's own loading (filter, strictness) sees what has been verified
-    network = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=cfg, **arguments)
-    return network, config
+    return build_from_config(config, state_dict=read_weights(file)), config
 
 
 def read_config(path: Path) -> dict[str, Any]:
