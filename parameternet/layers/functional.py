@@ -141,7 +141,8 @@ class _DepthwiseConv(torch.autograd.Function):
     """Depthwise convolution on a CPU; the kernel's gradient is a convolution of the input by the output's gradient.
 
     oneDNN falls back to slow code for that gradient where the map is smaller than the kernel or the kernel is 5 x 5
-    with stride 2: 14 and 4 ms against 0.7 and 0.4 (128 x 240 channels at 2 x 2, 128 x 56 at 4 x 4, one core).
+    with stride 2: 10.7 and 4.1 ms against 0.8 and 0.5 (128 x 240 channels at 2 x 2, 128 x 56 at 4 x 4, one core; see
+    benchmarks/strategies.py).
     """
 
     @staticmethod
@@ -176,13 +177,14 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Static depthwise convolution, (B, C, H, W) by (C, 1, kh, kw).
 
-    In training on a CPU the batch is folded into the channels: 5.4 + 17 ms forward and backward against oneDNN's
-    16 + 35 ms for 128 x 24 x 32 x 32 on one core.
+    In training on a CPU, with kernels of 5 x 5 and larger, the batch is folded into the channels: 7.7 and 10.7 ms
+    against oneDNN's 18.6 and 30.2 for 128 x 36 x 16 x 16 and 128 x 336 x 4 x 4 with stride 2, forward and backward on
+    one core (benchmarks/strategies.py).
     """
     geometry = Geometry(stride, padding, dilation, weight.shape[0])
     if not torch.jit.is_scripting():
-        on_cpu = x.device.type == "cpu" and x.ndim == 4 and x.shape[0] > 0
-        if training and on_cpu and not _records_a_graph():
+        large = x.ndim == 4 and x.shape[0] > 0 and min(weight.shape[2], weight.shape[3]) >= 5
+        if training and large and x.device.type == "cpu" and not _records_a_graph():
             return _convolve_samples(x, weight.expand(x.shape[0], *weight.shape), geometry)
     return _conv2d(x, weight, geometry)
 
@@ -208,8 +210,8 @@ def choose_strategy(
     if _is_pointwise(weight, padding, groups):
         # Rounded up, as the strided positions 0, s, 2s, ... are counted.
         positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
-        # Up to here gating the inputs beats mixing a kernel for every sample: measured on two CPU cores with 80 to 960
-        # channels and batch 128, at 4 positions it trains 2 to 3 times as fast, at 16 it is slower.
+        # Up to here gating the inputs beats mixing a kernel for every sample. Training 80 -> 240 channels, batch 128,
+        # on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16 (benchmarks/strategies.py).
         if positions <= 4 and not free_batch:
             return "gated_inputs"
         return "batched_matmul"

@@ -31,7 +31,9 @@ The figures are of this very file, measured by `parameternet val {name} --data V
 ## Use
 
 ```python
-import parameternet, timm
+import timm
+import parameternet  # registers the networks with timm
+
 model = timm.create_model("{name}", pretrained=True).eval()
 ```
 
