@@ -22,7 +22,6 @@ BLOCKS = [
     if case["module"].split(".")[-1] in ("ConvBnAct", "GhostModule", "GhostBottleneck")
 ]
 NETWORKS = {
-    "parameternet_600m_128": ("parameternet_600m", "parameternet_600m_keys.json"),
     "parameternet_600m_224": ("parameternet_600m", "parameternet_600m_keys.json"),
     "reconstructed_300m_128": ("parameternet_300m", "parameternet_300m_keys.json"),
 }
@@ -84,7 +83,7 @@ def check_gradients(module, x, y, case, tolerance):
         ), name
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n in CASES])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_network(name):
     case, (architecture, keys) = CASES[name], NETWORKS[name]
     rows = json.loads((FOLDER / keys).read_text())
