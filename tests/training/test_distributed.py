@@ -38,8 +38,8 @@ def torchrun(tmp_path, recipe, *arguments, **environment):
     path.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     command += [str(Path(__file__).with_name("worker.py")), str(path), str(tmp_path / "two")]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
+    search = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    variables = {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300)
 
 
