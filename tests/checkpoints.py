@@ -39,7 +39,7 @@ def config(**changes):
             "interpolation": "bilinear",
             "mean": [0.5, 0.4, 0.3],
             "std": [0.2, 0.3, 0.4],
-            "first_conv": "conv_stem",
+            "first_conv": "stem.conv",
             "classifier": "classifier",
         },
         **changes,

@@ -270,7 +270,7 @@ def save_network(network, folder):
         "architecture": "parameternet_50m",
         "num_classes": 5,
         "model_args": {"width": 0.2},
-        "pretrained_cfg": {"first_conv": "conv_stem", "classifier": "classifier", "input_size": [3, 64, 64]},
+        "pretrained_cfg": {"first_conv": "stem.conv", "classifier": "classifier", "input_size": [3, 64, 64]},
     }
     (folder / "config.json").write_text(json.dumps(config))
 

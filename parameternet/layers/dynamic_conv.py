@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import dynamic_conv2d, pair
+from .autocast import autocast_dtype
+from .functional import convolve, pair
+from .strategies import STRATEGIES, Geometry
 
 __all__ = ["DynamicConv", "Router", "set_temperature"]
 
@@ -55,29 +57,39 @@ class Router(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._route(x)
+        if autocast_dtype(x.device.type) is None:
+            return self._route(x)
         return self._route_outside_autocast(x)
 
     @torch.jit.unused
     def _route_outside_autocast(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._route(x)
-        return self._route(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x)
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # A sum and a small division: the backward of mean would write a whole map of equal numbers.
-        pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
-        if self.hidden is not None:
-            pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
-        logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
+        total, positions = x.sum((2, 3), dtype=dtype), x.shape[2] * x.shape[3]
+        if self.hidden is None:
+            logits = _linear_of_mean(total, positions, self.weight, self.bias)
+        else:
+            hidden = _linear_of_mean(total, positions, self.hidden.weight, self.hidden.bias)
+            logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
         if self.softmax:
             return torch.softmax(logits / self.temperature.to(dtype), dim=1)
         return torch.sigmoid(logits)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}"
+
+
+def _linear_of_mean(total: Tensor, positions: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """`weight @ (total / positions) + bias` in the dtype of `total`, (B, in) -> (B, out)."""
+    if weight.dtype != total.dtype:
+        weight, bias = weight.to(total.dtype), bias.to(total.dtype)
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        # A graph must divide by the size of the picture that it is given, not of the one that it was recorded with.
+        return F.linear(total / positions, weight, bias)
+    return torch.addmm(bias, total, weight.t(), alpha=1 / positions)
 
 
 def _check_temperature(temperature: float) -> None:
@@ -99,6 +111,7 @@ class DynamicConv(nn.Module):
 
     Input (B, in_channels, H, W) -> output (B, out_channels, H', W'). `weight` is (E * out_channels, in_channels /
     groups, kh, kw): the kernels of E static convolutions, stacked. Sigmoid coefficients need not sum to one.
+    `shift` (out_channels,) is added to every sample's output; it is None until batch normalisation is folded in.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: As of torch.nn.Conv2d, but for the
@@ -109,6 +122,8 @@ class DynamicConv(nn.Module):
         num_experts: Kernels to mix.
         routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor.
         routing_hidden, temperature: As of `Router`; not with a shared router.
+        strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
+            it can be changed later.
 
     Raises:
         ValueError: Numbers that do not fit each other; the message shows them.
@@ -136,10 +151,14 @@ class DynamicConv(nn.Module):
         routing: str | Router = "sigmoid",
         routing_hidden: int | None = None,
         temperature: float = 1.0,
+        strategy: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be None or one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        self.strategy: str | None = strategy
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"in_channels={in_channels} and out_channels={out_channels} must be positive and divide by "
@@ -158,6 +177,7 @@ class DynamicConv(nn.Module):
         shape = (num_experts * out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        self.register_parameter("shift", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -186,16 +206,15 @@ class DynamicConv(nn.Module):
             routing_weights = self.routing(x)
         if self.pad_same:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return dynamic_conv2d(
-            x, self.weight, routing_weights, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
+        return convolve(x, self.weight, routing_weights, self.bias, geometry, self.strategy, self.shift)
 
     def extra_repr(self) -> str:
         padding = "'same'" if self.pad_same else self.padding
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"num_experts={self.num_experts}"
+            f"num_experts={self.num_experts}" + ("" if self.strategy is None else f", strategy={self.strategy!r}")
         )
 
 

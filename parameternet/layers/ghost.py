@@ -9,17 +9,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.fx
-from timm.layers import DropPath, SqueezeExcite, make_divisible
+from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
 from .dynamic_conv import DynamicConv
-from .functional import depthwise_conv2d
+from .folding import fold_batch_norm
+from .static import DepthwiseConv, SqueezeExcite
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
-
-# Its choice between two ways depends on the input, which torch.fx cannot follow.
-torch.fx.wrap("depthwise_conv2d")
 
 ConvLayer = Callable[..., nn.Module] | None
 ActLayer = type[nn.Module] | None
@@ -31,13 +28,6 @@ def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Mod
 
 def _act(act_layer: ActLayer) -> nn.Module:
     return nn.Identity() if act_layer is None else act_layer()
-
-
-class DepthwiseConv(nn.Conv2d):
-    """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.stride, self.padding, self.dilation, self.training)
 
 
 class ConvBnAct(nn.Module):
@@ -79,6 +69,11 @@ class ConvBnAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(self.conv(x)))
         return x + self.drop_path(y) if self.has_residual else y
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold batch normalisation, in place; timm's `reparameterize_model` calls this."""
+        self.bn1 = fold_batch_norm(self.conv, self.bn1)
 
 
 class GhostModule(nn.Module):
@@ -146,6 +141,12 @@ class GhostModule(nn.Module):
         if self.has_cheap:
             x = torch.cat([x, self.cheap_operation(x)], dim=1)
         return x[:, : self.out_channels] if self.has_surplus else x
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold batch normalisation, in place; timm's `reparameterize_model` calls this."""
+        _fold_inside(self.primary_conv)
+        _fold_inside(self.cheap_operation)
 
 
 class GhostBottleneck(nn.Module):
@@ -218,3 +219,14 @@ class GhostBottleneck(nn.Module):
         y = self.bn_dw(self.conv_dw(y))
         y = self.ghost2(self.se(y))
         return self.shortcut(x) + self.drop_path(y)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold batch normalisation outside of the Ghost modules, in place; timm's `reparameterize_model` calls this."""
+        self.bn_dw = fold_batch_norm(self.conv_dw, self.bn_dw)
+        _fold_inside(self.shortcut)
+
+
+def _fold_inside(layers: nn.Sequential) -> None:
+    for index in range(1, len(layers)):
+        layers[index] = fold_batch_norm(layers[index - 1], layers[index])

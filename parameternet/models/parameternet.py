@@ -27,6 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
+from ..layers.static import PooledConv
 from ._builder import build_model
 
 __all__ = ["ParameterNet"]
@@ -125,12 +126,9 @@ class ParameterNet(nn.Module):
         self.grad_checkpointing = False
 
         chs = make_divisible(16 * width, 4)
-        self.conv_stem = conv_layer(in_chans, chs, 3, stride=2, padding=1, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(chs, **dd)
-        self.act1 = act_layer()
-
+        self.stem = ConvBnAct(in_chans, chs, 3, stride=2, act_layer=act_layer, conv_layer=conv_layer, **dd)
         block = partial(GhostBottleneck, act_layer=act_layer, conv_layer=conv_layer, **dd)
-        taps = [(chs, 2, "act1")]
+        taps = [(chs, 2, "stem")]
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(map(len, stages)), device="cpu").tolist())
         blocks = []
         reduction = 2
@@ -151,15 +149,15 @@ class ParameterNet(nn.Module):
         blocks.append(nn.Sequential(ConvBnAct(chs, mid, 1, act_layer=act_layer, conv_layer=conv_layer, **dd)))
         self.blocks = nn.Sequential(*blocks)
         # The first stage keeps the stem's resolution, yet the stem is what timm's features of reduction 2 mean.
-        if taps[0][2] != "act1":
-            taps[0] = (self.bn1.num_features, 2, "act1")
+        if taps[0][2] != "stem":
+            taps[0] = (self.stem.conv.out_channels, 2, "stem")
         self.feature_info = [{"num_chs": c, "reduction": r, "module": m} for c, r, m in taps]
         self.stage_ends = [-1] + [int(m.split(".")[1]) for _, _, m in taps[1:]]
 
         self.num_features = mid
         self.head_hidden_size = 1280
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        self.conv_head = nn.Conv2d(mid, self.head_hidden_size, 1, **dd)
+        self.conv_head = PooledConv(mid, self.head_hidden_size, 1, **dd)
         self.act2 = act_layer()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -186,7 +184,7 @@ class ParameterNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
-        return {"stem": r"^conv_stem|bn1", "blocks": [(blocks, None), (r"conv_head", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"conv_head", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -227,7 +225,7 @@ class ParameterNet(nn.Module):
         take, last = feature_take_indices(len(self.stage_ends), indices)
         take = [self.stage_ends[i] + 1 for i in take]
         intermediates = []
-        x = self._stem(x)
+        x = self.stem(x)
         if 0 in take:
             intermediates.append(x)
         # TorchScript cannot slice a Sequential. The final convolution belongs to the last feature.
@@ -257,12 +255,9 @@ class ParameterNet(nn.Module):
         self.reset_classifier(0, "")
         return take
 
-    def _stem(self, x: Tensor) -> Tensor:
-        return self.act1(self.bn1(self.conv_stem(x)))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
-        x = self._stem(x)
+        x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x, flatten=True)
         return self.blocks(x)
@@ -278,8 +273,9 @@ class ParameterNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# The released file's names -> ours. Squeeze-and-excitation is timm's module today.
+# The released file's names -> ours; our own first checkpoints have its stem, too. Squeeze-and-excitation is timm's.
 _RENAMED = {"cond_conv.": "", "se.conv_reduce.": "se.fc1.", "se.conv_expand.": "se.fc2."}
+_STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -295,6 +291,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         new = name.removeprefix("module.")
         for old, ours in _RENAMED.items():
             new = new.replace(old, ours)
+        for old, ours in _STEM.items():
+            if new.startswith(old) and new.replace(old, ours, 1) in own:
+                new = new.replace(old, ours, 1)
         if "cond_conv." in name and new in own:
             # The stem may have other input channels here than there, so they are left open.
             shape = own[new].shape
@@ -306,8 +305,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     """Follow timm's adaptation of the first kernel to other input channels with the router that reads them."""
-    reader = "conv_stem.routing.hidden.weight"
-    reader = reader if reader in state_dict else "conv_stem.routing.weight"
+    reader = "stem.conv.routing.hidden.weight"
+    reader = reader if reader in state_dict else "stem.conv.routing.weight"
     if reader not in state_dict:
         return
     weight, in_chans = state_dict[reader], model.in_chans
@@ -340,7 +339,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv_stem",
+        "first_conv": "stem.conv",
         "classifier": "classifier",
         "license": "apache-2.0",
         **kwargs,

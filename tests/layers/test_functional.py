@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference import assert_no_worse, naive_dynamic_conv2d
 
-from parameternet.layers import STRATEGIES, dynamic_conv2d
-from parameternet.layers.functional import choose_strategy
+from parameternet.layers import STRATEGIES, dynamic_conv2d, strategies
+from parameternet.layers.strategies import choose_strategy
 
 # Batch, experts, channels and sides all differ, so that a swapped axis cannot hide.
 CASES = {
@@ -129,14 +129,92 @@ def test_gradients_by_finite_differences(name):
     assert torch.autograd.gradcheck(lambda *tensors: run(**dict(zip(values, tensors, strict=True))), leaves)
 
 
-def test_second_derivatives_of_a_depthwise_layer():
-    values = inputs(
-        {**CASES["depthwise"], "batch": 2, "size": (4, 3), "cin": 2, "cout": 2, "groups": 2}, 2, torch.float64
+@pytest.mark.parametrize("name", ["pointwise-strided", "group-order", "depthwise"])
+@pytest.mark.parametrize("large", [False, True])
+def test_second_derivatives(name, large, request):
+    if large:
+        request.getfixturevalue("few_at_a_time")
+    case = {**CASES[name], "batch": 2, "size": (4, 3) if name != "group-order" else (5, 6)}
+    case |= {"cin": 2, "cout": 2, "groups": min(CASES[name].get("groups", 1), 2)}
+    leaves = [value.requires_grad_() for value in inputs(case, 2, torch.float64).values()]
+    function = partial(dynamic_conv2d, **conv_args(case))
+    assert torch.autograd.gradgradcheck(lambda x, weight, routing_weights: function(x, weight, routing_weights), leaves)
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Two samples a part, whatever the machine."""
+    monkeypatch.setattr(strategies, "CACHED_BYTES", 0)
+    monkeypatch.setattr(strategies, "HEAP_BYTES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["pointwise", "pointwise-strided", "stem-bias", "group-order", "depthwise"])
+def test_parts_of_a_batch_add_up(name, dtype, few_at_a_time):
+    case = {**CASES[name], "batch": 5}
+    values = inputs(case, 3, dtype)
+    assert strategies.samples_at_a_time(values["weight"], values["routing_weights"]) == 2
+    got = outputs_and_gradients(dynamic_conv2d, case, values, dtype)
+    naive = outputs_and_gradients(naive_dynamic_conv2d, case, values, dtype)
+    exact = outputs_and_gradients(naive_dynamic_conv2d, case, values, torch.float64)
+    for quantity in exact:
+        assert_no_worse(quantity, got[quantity], naive[quantity], exact[quantity])
+    shift = torch.randn(case["cout"]).to(dtype)
+    with torch.no_grad():
+        shifted = dynamic_conv2d(**values, **conv_args(case), shift=shift)
+    assert_no_worse(
+        "shifted",
+        shifted,
+        naive["output"] + shift[:, None, None],
+        exact["output"] + shift.double()[:, None, None],
     )
-    leaves = [value.requires_grad_() for value in values.values()]
-    assert torch.autograd.gradgradcheck(
-        lambda x, weight, routing: dynamic_conv2d(x, weight, routing, padding=(1, 1), groups=2), leaves
-    )
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@pytest.mark.parametrize("name", ["pointwise", "pointwise-one-sample", "stem-bias", "depthwise-strided"])
+def test_a_shift_is_not_mixed(name, strategy):
+    case = CASES[name]
+    if not takes(strategy, case):
+        return
+    values = {n: v.requires_grad_() for n, v in inputs(case, 3, torch.float64).items()}
+    shift = torch.randn(case["cout"], dtype=torch.float64, requires_grad=True)
+    y = dynamic_conv2d(**values, **conv_args(case), strategy=strategy, shift=shift)
+    expected = naive_dynamic_conv2d(**values, **conv_args(case)) + shift[:, None, None]
+    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+    leaves = [*values.values(), shift]
+    for got, want in zip(
+        torch.autograd.grad(y.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["pointwise", "neighbour-mixup", "depthwise"])
+def test_large_kernels_are_not_kept_for_backward(name, few_at_a_time):
+    leaves = {n: v.requires_grad_() for n, v in inputs({**CASES[name], "batch": 3}, 4, torch.float32).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        dynamic_conv2d(**leaves, **conv_args(CASES[name]))
+    assert set(kept) == {leaf.data_ptr() for leaf in leaves.values()}
+
+
+@pytest.mark.parametrize("strategy", [None, "grouped", "batched_matmul"])
+def test_only_the_gradients_asked_for(strategy):
+    values = inputs(CASES["pointwise"], 2, torch.float32)
+    for name in values:
+        leaves = {n: v.clone().requires_grad_(n == name) for n, v in values.items()}
+        dynamic_conv2d(**leaves, strategy=strategy).sum().backward()
+        assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [name]
+
+
+@pytest.mark.parametrize("name", ["pointwise", "pointwise-strided", "neighbour-mixup", "depthwise"])
+def test_channels_last_inputs(name):
+    values = inputs(CASES[name], 4, torch.float32)
+    expected = dynamic_conv2d(**values, **conv_args(CASES[name]))
+    values["x"] = values["x"].to(memory_format=torch.channels_last)
+    assert torch.allclose(dynamic_conv2d(**values, **conv_args(CASES[name])), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_small_maps_gate_the_inputs_and_graphs_keep_the_batch_free():
@@ -170,6 +248,7 @@ def test_an_empty_batch_gives_an_empty_output_and_gradients():
         ({"groups": 4}, "8 channels .* 6 kernels of 8 channels, which groups=4 does not fit"),
         ({"groups": 0}, "groups=0"),
         ({"bias": torch.rand(6)}, r"\(24,\), got \(6,\)"),
+        ({"shift": torch.rand(24)}, r"shift must be \(out,\) = \(6,\), got \(24,\)"),
         ({"strategy": "fast"}, "unknown strategy 'fast'; there are grouped"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from parameternet import ConvBnAct, DynamicConv, GhostBottleneck, GhostModule
-from parameternet.layers.ghost import DepthwiseConv
+from parameternet.layers.static import DepthwiseConv
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])

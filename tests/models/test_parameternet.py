@@ -54,7 +54,7 @@ def test_the_registry_lists_exactly_these():
 def test_features_end_at_the_last_block_of_each_resolution(name):
     model = create(name, features_only=True)
     assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
-    assert model.feature_info.module_name() == ["act1", "blocks.2", "blocks.4", "blocks.6", "blocks.8"]
+    assert model.feature_info.module_name() == ["stem", "blocks.2", "blocks.4", "blocks.6", "blocks.8"]
     maps = model(torch.empty(1, 3, 64, 96, device="meta"))
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     assert [tuple(m.shape[2:]) for m in maps] == [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)]
@@ -115,7 +115,7 @@ def test_arguments_reach_the_layers():
     layers = [m for m in model.modules() if isinstance(m, DynamicConv)]
     assert {layer.num_experts for layer in layers} == {2}
     assert all(layer.routing.softmax and layer.routing.hidden.out_features == 6 for layer in layers)
-    assert isinstance(model.act1, nn.ReLU) and model.drop_rate == 0.3 and model.conv_stem.out_channels == 12
+    assert isinstance(model.stem.act1, nn.ReLU) and model.drop_rate == 0.3 and model.stem.conv.out_channels == 12
     assert not any(isinstance(m, DynamicConv) for m in create("parameternet_50m", dynamic=False).modules())
     with pytest.raises(ValueError, match="output_stride must be 32, got 16"):
         create("parameternet_50m", output_stride=16)
@@ -129,7 +129,7 @@ def test_layer_decay_groups_grow_from_the_stem_to_the_head():
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
     first, last = (model.blocks[stage][0].ghost1.primary_conv[0] for stage in (3, 8))
-    depth = [scale[id(layer.weight)] for layer in (model.conv_stem, first, last, model.classifier)]
+    depth = [scale[id(layer.weight)] for layer in (model.stem.conv, first, last, model.classifier)]
     assert depth == sorted(depth) and depth[-1] == 1.0 and depth[0] < depth[1] < depth[2]
 
 
@@ -196,4 +196,4 @@ def test_loaded_networks_keep_no_second_copy_of_their_weights(tmp_path):
 def test_timm_sees_a_parameternet():
     model = create("parameternet_50m", num_classes=200)
     assert isinstance(model, ParameterNet)
-    assert model.pretrained_cfg["first_conv"] == "conv_stem" and model.get_classifier() is model.classifier
+    assert model.pretrained_cfg["first_conv"] == "stem.conv" and model.get_classifier() is model.classifier

@@ -1,0 +1,100 @@
+"""The dynamic convolution as one operator of torch.compile's graphs.
+
+A compiler sees the operator and not what is in it: the batch size stays free, and each call runs what an uncompiled
+one would run, chosen for the shapes that come. Programs that leave Python, traced or exported, must not hold it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .gradients import mixed_gradients
+from .strategies import WITHOUT_GRADIENTS, Geometry, choose_strategy, is_channels_last
+
+__all__ = ["compiles_for_python", "convolve_compiled"]
+
+
+def compiles_for_python() -> bool:
+    """Is torch.compile recording, and not an export?"""
+    if not torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # Before torch 2.7 the two could not be told apart.
+    return hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
+
+
+def convolve_compiled(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
+) -> Tensor:
+    """What `functional.convolve` computes of tensors of one dtype, without the biases of experts."""
+    return torch.ops.parameternet.convolve(x, weight, routing_weights, shift, *geometry, strategy)
+
+
+@torch.library.custom_op("parameternet::convolve", mutates_args=())
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    strategy: str | None,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if strategy is None:
+        strategy = choose_strategy(x, weight, routing_weights, geometry.stride, geometry.padding, groups)
+    y = WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, shift, geometry)
+    return y.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The layout that the graph was told: the input's."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+@_convolve.register_fake
+def _(x, weight, routing_weights, shift, stride, padding, dilation, groups, strategy):
+    sides = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    shape = (x.shape[0], weight.shape[0] // routing_weights.shape[1], *sides)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+@torch.library.custom_op("parameternet::convolve_backward", mutates_args=())
+def _convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    grads = mixed_gradients(x, weight, routing_weights, grad, geometry, (True, True, True))
+    return tuple(g.contiguous() for g in grads)
+
+
+@_convolve_backward.register_fake
+def _(grad, x, weight, routing_weights, stride, padding, dilation, groups):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, weight, routing_weights))
+
+
+def _keep(ctx, inputs, output):
+    x, weight, routing_weights, shift, *geometry, _ = inputs
+    ctx.save_for_backward(x, weight, routing_weights)
+    ctx.geometry, ctx.shifted = geometry, shift is not None
+
+
+def _backward(ctx, grad):
+    grads = torch.ops.parameternet.convolve_backward(grad, *ctx.saved_tensors, *ctx.geometry)
+    grad_shift = grad.sum((0, 2, 3)) if ctx.shifted else None
+    return *grads, grad_shift, None, None, None, None, None
+
+
+_convolve.register_autograd(_backward, setup_context=_keep)

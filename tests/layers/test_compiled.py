@@ -1,0 +1,76 @@
+"""torch.compile: one graph without breaks for all batch sizes, the same numbers, the same gradients."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from parameternet import DynamicConv, GhostBottleneck, ParameterNet
+
+LAYERS = {
+    "pointwise": {"kernel_size": 1},
+    "pointwise-strided": {"kernel_size": 1, "stride": 2, "bias": True},
+    "dense": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def layer(name):
+    torch.manual_seed(0)
+    return DynamicConv(8, 8, **LAYERS[name])
+
+
+def gradients(function, model, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    function(x).square().sum().backward()
+    return [x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_operator_keeps_its_promises_to_the_compiler(name, memory_format):
+    conv = layer(name)
+    x = torch.randn(3, 8, 7, 9).to(memory_format=memory_format).requires_grad_()
+    routing_weights = torch.rand(3, 4, requires_grad=True)
+    shift = torch.randn(8, requires_grad=True)
+    geometry = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
+    torch.library.opcheck(torch.ops.parameternet.convolve, (x, conv.weight, routing_weights, shift, *geometry, None))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_a_compiled_layer(name):
+    conv = layer(name)
+    compiled = torch.compile(conv, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5):
+        x = torch.randn(batch, 8, 7, 9)
+        for got, expected in zip(gradients(compiled, conv, x), gradients(conv, conv, x), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_of_a_network_serves_all_batch_sizes(training):
+    stages = (((3, 16, 16, 0, 1),), ((5, 72, 24, 0.25, 2), (3, 72, 24, 0.25, 1)))
+    model = ParameterNet(stages, width=0.5, drop_rate=0.0).train(training)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.set_grad_enabled(training):
+        for batch in (2, 3, 8, 17, 64):
+            x = torch.randn(batch, 3, 32, 32)
+            assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_inductor_computes_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(DynamicConv(3, 8, 3, stride=2, padding=1), GhostBottleneck(8, 8)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 5):
+            x = torch.randn(batch, 3, 16, 16)
+            assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
