@@ -1,75 +1,304 @@
 """Multiply-accumulates of a network, the mixing of kernels and the routing told apart from the convolutions."""
 
-from collections.abc import Sequence
+import importlib.abc
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from timm.layers import CondConv2d, Conv2dSame, Linear
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layers import DynamicConv, Router
+from .layers.static import DepthwiseConv, PooledConv
 
-__all__ = ["Flops", "count_flops"]
+__all__ = ["Flops", "count_flops", "register_thop"]
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-accumulates for one picture. One multiplication with one addition counts once."""
+    """Multiply-accumulates of one call: one multiplication with one addition counts once, biases are left out.
+
+    convolution: Every convolution; of a dynamic one, the convolution of each sample by its own kernel.
+    mixing: The experts' kernels (and biases) times the routing weights: once for each of their numbers, and sample.
+    routing: The linear layers that make routing weights.
+    linear: All other linear layers and products of two matrices.
+    matmul: Products of batches of matrices, attention, and whatever else torch has a formula for.
+    not_counted: Kinds of arithmetic without a formula, with the number of calls, most calls first.
+    """
 
     convolution: int = 0
     mixing: int = 0
     routing: int = 0
     linear: int = 0
+    matmul: int = 0
+    not_counted: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
-        return self.convolution + self.mixing + self.routing + self.linear
+        return self.convolution + self.mixing + self.routing + self.linear + self.matmul
 
     def as_dict(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
+        """The counts by name; the last one, `total`, is the sum of the others."""
+        counts = {name: value for name, value in asdict(self).items() if name != "not_counted"}
+        return {**counts, "total": self.total}
 
 
-def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Flops:
-    """Count by running `model` on one picture without arithmetic (meta device).
+def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch_size: int = 1) -> Flops:
+    """Count what `model` does in evaluation mode with a batch of pictures, by running it without arithmetic.
 
-    Counted: convolutions and linear layers (without biases), kernel mixing (one for each number of the expert kernels)
-    and routing linears. Not counted, here as in most tables: normalisation, activations, pooling, additions, and
-    functional calls outside of these layers.
+    The formulas are torch's own (torch.utils.flop_counter), so whatever torch can count is counted, in functional form
+    too; `2 * total` is the figure of `FlopCounterMode`. What does arithmetic and has no formula (normalisation,
+    activations, pooling, sums) is named in `not_counted`.
+
+    A DynamicConv, and timm's CondConv2d, counts as it is defined, however it is computed: each sample's kernel is mixed
+    and then applied, so a batch of 8 mixes 8 times. Of the strategies, 'grouped' and 'batched_matmul' do just that, and
+    `FlopCounterMode` agrees while they run; 'wide' and 'gated_inputs' mix no kernels and convolve with every expert,
+    and 'shifted' multiplies elementwise, which `FlopCounterMode` does not see.
 
     Args:
-        model: Any network of torch.nn.Conv2d, torch.nn.Linear and DynamicConv layers; it is left as it is.
-        input_size: (channels, height, width).
+        model: Any network that takes one batch of tensors; it is left as it is. Hooks in it run.
+        input_size: Shape of one sample, mostly (channels, height, width).
+        batch_size: Samples in the call; what is counted is for all of them.
+
+    Raises:
+        ValueError: The network does not run on an input of that shape.
     """
-    counts = dict.fromkeys(("convolution", "mixing", "routing", "linear"), 0)
-
-    def convolution(layer, inputs, output):
-        kernel = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
-        counts["convolution"] += kernel * output[0].numel()
-        if isinstance(layer, DynamicConv):
-            counts["mixing"] += layer.weight.numel()
-
-    def linear(layer, inputs, output):
-        counts["linear"] += layer.in_features * output[0].numel()
-
-    def routing(layer, inputs, output):
-        counts["routing"] += layer.weight.numel() + (0 if layer.hidden is None else layer.hidden.weight.numel())
-
-    kinds = {nn.Conv2d: convolution, DynamicConv: convolution, Router: routing, nn.Linear: linear}
-    copy = _on_meta(model)
-    for module in copy.modules():
-        hook = next((hook for kind, hook in kinds.items() if isinstance(module, kind)), None)
-        if hook is not None:
-            module.register_forward_hook(hook)
-    with torch.no_grad():
-        copy(torch.empty(1, *input_size, device="meta", dtype=next(copy.parameters()).dtype))
-    return Flops(**counts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    shape, dtype = (batch_size, *input_size), next(floats, torch.get_default_dtype())
+    own_device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Where no arithmetic is possible first; a network that looks at numbers, or makes tensors on a device of its own
+    # choice, cannot run there.
+    for device in dict.fromkeys((torch.device("meta"), own_device)):
+        try:
+            return _count(_copy(model, device), torch.zeros(shape, dtype=dtype, device=device))
+        except Exception as error:
+            last = error
+    raise ValueError(
+        f"{type(model).__name__} did not take an input of shape {shape} ({type(last).__name__}: {last}): give "
+        "input_size as the shape of one sample that it takes"
+    ) from last
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without memory for its tensors, in evaluation mode and without hooks that others hung in."""
-    from copy import deepcopy
-
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        meta = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+def _copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in evaluation mode. On the meta device its tensors have no memory, elsewhere it shares the parameters."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        moved = parameter
+        if parameter.device != device:
+            moved = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+        memo[id(parameter)] = moved
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to(device, copy=True)
     return deepcopy(model, memo).eval()
+
+
+@torch.no_grad()
+def _count(model: nn.Module, x: Tensor) -> Flops:
+    counter = _Counter()
+    routers = {id(getattr(module, "routing_fn", None)) for module in model.modules()}  # as timm's blocks call them
+    for module in model.modules():
+        if isinstance(module, DynamicConv | CondConv2d):
+            _enter(module, counter.scopes, None)
+            module.register_forward_hook(counter.mixed_convolution)
+        elif isinstance(module, Router) or id(module) in routers:
+            _enter(module, counter.scopes, "routing")
+        elif isinstance(module, nn.Linear):
+            _enter(module, counter.scopes, "linear")
+    with counter:
+        model(x)
+    return Flops(**counter.counts, not_counted=tuple(counter.not_counted.most_common()))
+
+
+def _enter(module: nn.Module, scopes: list[str | None], name: str | None) -> None:
+    """While `module` runs, `name` is the innermost scope."""
+
+    def leave(*_: object) -> None:
+        scopes.pop()
+
+    module.register_forward_pre_hook(lambda *_: scopes.append(name))
+    module.register_forward_hook(leave)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up torch's formulas over the operations that run under it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry
+
+        super().__init__()
+        self.formulas = flop_registry
+        self.counts: Counter[str] = Counter()
+        self.not_counted: Counter[str] = Counter()
+        # What the modules around an operation count as, the innermost last. None: that module counts as a whole.
+        self.scopes: list[str | None] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = getattr(func, "overloadpacket", func)  # a higher-order operator has no overloads
+        formula = self.formulas.get(packet)
+        if formula is None and hasattr(func, "decompose"):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if self.scopes and self.scopes[-1] is None:
+            return result
+        if formula is not None:
+            kind = self.scopes[-1] if self.scopes else _kind_of_product(_name(func))
+            self.counts[kind] += formula(*args, **kwargs, out_val=result) // 2
+        elif not _only_moves(func):
+            self.not_counted[_name(func)] += 1
+        return result
+
+    def mixed_convolution(self, layer: DynamicConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
+        convolution, mixing = _mixed_convolution(layer, output)
+        self.counts["convolution"] += convolution
+        self.counts["mixing"] += mixing
+
+
+def _mixed_convolution(layer: DynamicConv | CondConv2d, output: Tensor) -> tuple[int, int]:
+    """(convolution, mixing) of a layer that made `output`, with a kernel for each sample."""
+    numbers = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+    kernel = layer.weight.numel() // (layer.num_experts * layer.out_channels)
+    return output.numel() * kernel, output.shape[0] * numbers
+
+
+# Leads numbers from one place to another, or makes them from none. Views are known by their schema.
+MOVES = {
+    "arange", "as_strided", "bernoulli", "cat", "channel_shuffle", "clone", "constant_pad_nd", "copy", "detach",
+    "embedding", "empty", "empty_like", "empty_permuted", "empty_strided", "eye", "fill", "flip", "full",
+    "full_like", "fused_sdp_choice", "gather", "im2col", "index", "index_put", "index_select", "lift_fresh",
+    "linspace", "local_scalar_dense", "masked_fill", "new_empty", "new_empty_strided", "new_full", "new_ones",
+    "new_zeros", "ones", "ones_like", "pixel_shuffle", "pixel_unshuffle", "rand", "randn", "reflection_pad1d",
+    "reflection_pad2d", "repeat", "replication_pad1d", "replication_pad2d", "replication_pad3d", "reshape_alias",
+    "resize", "roll", "scalar_tensor", "scatter", "slice_scatter", "split_with_sizes_copy", "stack", "to_copy",
+    "tril", "triu", "unbind_copy", "unsafe_index", "unsafe_split", "unsafe_view", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_nearest3d", "where", "zero", "zeros", "zeros_like",
+}  # fmt: skip
+# Several names for one thing.
+KINDS = {
+    "native_batch_norm": "batch_norm",
+    "native_batch_norm_legit": "batch_norm",
+    "native_batch_norm_legit_no_training": "batch_norm",
+    "cudnn_batch_norm": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "max_pool2d_with_indices": "max_pool2d",
+    "max_pool3d_with_indices": "max_pool3d",
+    "adaptive_max_pool2d_with_indices": "adaptive_max_pool2d",
+}
+
+
+def _name(func: Any) -> str:
+    """aten::hardswish_ -> hardswish; what is not torch's own keeps its namespace."""
+    full = func._schema.name if hasattr(func, "_schema") else str(func)
+    name = full.removeprefix("aten::").strip("_")
+    return KINDS.get(name, name)
+
+
+def _only_moves(func: Any) -> bool:
+    return getattr(func, "is_view", False) or _name(func) in MOVES or _name(func).startswith("prim::")
+
+
+def _kind_of_product(name: str) -> str:
+    if "convolution" in name or "conv2d" in name:
+        return "convolution"
+    return "linear" if name in ("mm", "addmm", "scaled_mm") else "matmul"
+
+
+# thop, and ultralytics-thop that goes by the same name ---------------------------------------------------------------
+
+
+def register_thop() -> None:
+    """Let `thop.profile` count our layers, and timm's CondConv2d networks: no `custom_ops` are needed.
+
+    `import parameternet` calls this. Both packages look layers up in a table by type, and what is not in it counts as
+    nothing. Our rules go into that table if thop is loaded; else as soon as somebody imports it, before or after the
+    network is made. thop is not imported for it, and need not be there. A rule that the table has already, and
+    `custom_ops`, are left alone.
+
+    thop then reports our convolution + mixing + routing + linear, in multiply-accumulates for the whole batch, plus
+    what it adds by its own rules: in our networks four for each number that goes into a BatchNorm, and one for each
+    that goes into or comes out of the last pooling. Before ultralytics-thop 2.2 `profile_origin` looks only at layers
+    without children, so it misses every DynamicConv, which has its router; use `profile`.
+    """
+    if "thop.profile" in sys.modules:
+        _add_rules(sys.modules["thop.profile"].register_hooks)
+    elif not any(isinstance(finder, _WaitsForThop) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WaitsForThop())
+
+
+def _add_rules(table: dict[type, Callable]) -> None:
+    for kind, rule in THOP_RULES.items():
+        table.setdefault(kind, rule)
+
+
+class _WaitsForThop(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; adds our rules when thop's table has been made."""
+
+    def __init__(self) -> None:
+        self.asks_the_others = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "thop.profile" or self.asks_the_others:
+            return None
+        self.asks_the_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asks_the_others = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_add(module) -> None:
+                execute(module)
+                _add_rules(getattr(module, "register_hooks", {}))
+
+            spec.loader.exec_module = execute_and_add
+        return spec
+
+
+def _thop_convolution(layer: nn.Conv2d, inputs: tuple, output: Tensor) -> None:
+    layer.total_ops += output.numel() * layer.weight[0].numel()
+
+
+def _thop_mixed_convolution(layer: DynamicConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
+    layer.total_ops += sum(_mixed_convolution(layer, output))
+    # Some versions add the counts of children to those of a layer with a rule, and some leave them out. So what the
+    # router has counted moves up to here, and is there once for both.
+    router = getattr(layer, "routing", None)
+    if router is not None:
+        layer.total_ops += router.total_ops
+        router.total_ops = router.total_ops * 0
+
+
+def _thop_routing(layer: Router, inputs: tuple, output: Tensor) -> None:
+    hidden = 0 if layer.hidden is None else layer.hidden.weight.numel()
+    layer.total_ops += output.shape[0] * (layer.weight.numel() + hidden)
+
+
+def _thop_linear(layer: nn.Linear, inputs: tuple, output: Tensor) -> None:
+    layer.total_ops += output.numel() * layer.in_features
+
+
+# Most versions look types up exactly, so the subclasses of torch's layers in our networks need rules, too.
+THOP_RULES = {
+    DynamicConv: _thop_mixed_convolution,
+    CondConv2d: _thop_mixed_convolution,
+    Router: _thop_routing,
+    DepthwiseConv: _thop_convolution,
+    PooledConv: _thop_convolution,
+    Conv2dSame: _thop_convolution,
+    Linear: _thop_linear,
+}

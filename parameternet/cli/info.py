@@ -30,6 +30,7 @@ def describe(name: str) -> dict[str, Any]:
     """Everything that the command says, as plain data."""
     config = _networks.config(name)
     model, size = _networks.build(config), _networks.input_size(config)
+    flops = count_flops(model, size)
     return {
         "name": name,
         "description": inspect.getdoc(timm.model_entrypoint(name.partition(".")[0])) or "",
@@ -42,7 +43,8 @@ def describe(name: str) -> dict[str, Any]:
         "stages": stages(model, size),
         "experts": experts(model),
         "parameters": parameters(model),
-        "macs": macs(model, size),
+        "macs": flops.as_dict(),
+        "not_counted": dict(flops.not_counted),
     }
 
 
@@ -92,11 +94,6 @@ def _kind(module: nn.Module) -> str:
     return "normalisation" if "Norm" in type(module).__name__ else "other"
 
 
-def macs(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
-    """Multiply-adds for one image by what they are spent on; they add up to `total`."""
-    return count_flops(model, size).as_dict()
-
-
 def _show(facts: dict[str, Any]) -> None:
     channels, height, width = facts["input_size"]
     mixed = facts["experts"]
@@ -121,7 +118,8 @@ def _show(facts: dict[str, Any]) -> None:
     click.echo()
     _show_split("parameters", facts["parameters"])
     click.echo()
-    _show_split("MACs", facts["macs"])
+    _show_split("MACs an image", facts["macs"])
+    click.echo(f"\nnot counted: {', '.join(f'{kind} x {calls}' for kind, calls in facts['not_counted'].items())}")
 
 
 def _experts_in_words(mixed: dict[str, Any]) -> str:
@@ -133,5 +131,5 @@ def _experts_in_words(mixed: dict[str, Any]) -> str:
 
 def _show_split(title: str, split: dict[str, int]) -> None:
     total = split["total"] or 1
-    rows = [(kind, count(number), f"{number / total:.1%}") for kind, number in split.items()]
+    rows = [(kind, count(number), f"{number / total:.1%}") for kind, number in split.items() if number]
     print_table((title, "number", "share"), rows, right=("number", "share"))

@@ -1,0 +1,5 @@
+"""Networks into networks."""
+
+from .fuse import fuse
+
+__all__ = ["fuse"]
