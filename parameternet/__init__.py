@@ -1,10 +1,15 @@
 """Image models with dynamic convolutions: many parameters, few FLOPs. Importing this registers them with timm."""
 
 from . import models
+from .flops import count_flops, register_thop
 from .layers import ConvBnAct, DynamicConv, GhostBottleneck, GhostModule, Router, dynamic_conv2d, set_temperature
 from .models.parameternet import ParameterNet
+from .surgery import fuse
 
 __version__ = "0.1.0"
+
+# So that other people's FLOPs reports are right whenever thop is imported.
+register_thop()
 
 __all__ = [
     "ConvBnAct",
@@ -14,7 +19,9 @@ __all__ = [
     "ParameterNet",
     "Router",
     "__version__",
+    "count_flops",
     "dynamic_conv2d",
+    "fuse",
     "models",
     "set_temperature",
 ]

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Train by a recipe.",
     "val": "Measure the accuracy of a checkpoint.",
     "release": "Make a checkpoint of a finished run.",
+    "export": "Write a network as ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
     "doctor": "Check this installation, and say how to mend it.",
 }
 
@@ -26,7 +27,7 @@ COMMANDS = {
 EXTRAS = {
     "train": ("yaml", "tqdm", "matplotlib"),
     "plot": ("matplotlib",),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "yolo": ("ultralytics",),
     "test": ("pytest", "ruff"),
 }

@@ -155,6 +155,7 @@ def test_info_adds_up(recorded):
     assert split["routers"] == sum(p.numel() for module in dynamic for p in module.routing.parameters())
     macs = facts["macs"]
     assert macs["total"] == sum(number for kind, number in macs.items() if kind != "total")
+    assert facts["not_counted"]["batch_norm"] > 0
     assert facts["input_size"] == [3, 64, 64] and facts["num_classes"] == 5 and facts["top1"] == 41.25
     assert facts["experts"]["num_experts"] == [4] and facts["experts"]["dynamic_convolutions"] == len(dynamic)
     assert [stage["height"] for stage in facts["stages"]] == [32, 16, 8, 4, 2]
@@ -165,6 +166,7 @@ def test_info_in_words():
     words = run("info", "parameternet_600m").stdout
     for part in ("34.5 M  100.0%", "convolutions of 4 experts, sigmoid routing", "3 x 224 x 224", "112 x 112"):
         assert part in words, words
+    assert words.splitlines()[-1].startswith("not counted: batch_norm x 92, ")
 
 
 # predict -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""`parameternet export`: a network as a file for another runtime."""
+
+from pathlib import Path
+
+import click
+import timm
+from torch import nn
+
+from parameternet import weights
+from parameternet.cli import _networks
+from parameternet.cli._output import print_table
+from parameternet.export import FORMATS, FORMS, Exported
+from parameternet.export import export as write
+
+
+@click.command()
+@click.argument("name")
+@click.option("--format", "format_", type=click.Choice(FORMATS), default="onnx", show_default=True)
+@click.option(
+    "--form",
+    type=click.Choice(FORMS),
+    default="computed",
+    show_default=True,
+    help="Kernels mixed in the graph, the fast way; or constant ones, for TensorRT and mobile runtimes.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Images at once.  [default: any number]")
+@click.option("--size", type=click.IntRange(min=1), help="Height and width.  [default: the checkpoint's]")
+@click.option("--dynamic-size", is_flag=True, help="Leave height and width free; slower in some runtimes.")
+@click.option("--output", type=click.Path(path_type=Path), help="The file.  [default: NAME with the format's ending]")
+@click.option("--opset", type=int, help="Version of ONNX's operators.  [default: the exporter's choice]")
+@click.option("--untrained", is_flag=True, help="An architecture with random weights, to try a runtime or measure it.")
+def export(
+    name: str,
+    format_: str,
+    form: str,
+    batch: int | None,
+    size: int | None,
+    dynamic_size: bool,
+    output: Path | None,
+    opset: int | None,
+    untrained: bool,
+) -> None:
+    """Write NAME as a file for another runtime, run it, and keep it if it computes what the network does.
+
+    NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained an
+    architecture. The file carries preprocessing and class names. The exit code is 1 if it differs by more than 1e-4.
+    """
+    made = write(
+        _untrained(name) if untrained else _trained(name),
+        output,
+        format_,
+        form=form,
+        batch=batch,
+        size=size,
+        dynamic_size=dynamic_size,
+        opset=opset,
+    )
+    _show(made)
+
+
+def _untrained(name: str) -> nn.Module:
+    return timm.create_model(_networks.resolve(name).partition(".")[0]).eval()
+
+
+def _trained(name: str) -> str:
+    has_weights = any(known.partition(".")[0] == name for known in weights.known())
+    if name in _networks.architectures() and not has_weights:
+        raise click.UsageError(f"{name} has no checkpoint; --untrained exports it with random weights")
+    return name
+
+
+def _show(made: Exported) -> None:
+    batch = "any batch" if made.batch is None else f"batch {made.batch}"
+    size = ", any height and width" if made.dynamic_size else ""
+    files = " and ".join(str(file) for file in made.files)
+    click.echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB")
+    rows = [(where, f"{value:.1e}") for where, value in made.differences.items()]
+    print_table(("the file run at", "largest relative difference"), rows, right=("largest relative difference",))

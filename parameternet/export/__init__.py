@@ -1,0 +1,162 @@
+"""Networks as files for other runtimes: ONNX, TorchScript, torch.export, OpenVINO; checked by running the file.
+
+>>> export("parameternet_50m.tin200", "net.onnx").differences
+{'batch 1, 64 x 64': 3e-07, 'batch 3, 64 x 64': 4e-07, 'batch 8, 64 x 64': 5e-07}
+>>> read_metadata("net.onnx")["mean"]
+[0.4802, 0.4481, 0.3978]
+"""
+
+import importlib
+import shutil
+import tempfile
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from parameternet.export.checking import BATCHES, ExportError, differences
+from parameternet.export.forms import FORMS
+from parameternet.export.metadata import describe, read_metadata
+from parameternet.export.plan import Plan
+from parameternet.files import atomic_write
+from parameternet.prediction import load
+from parameternet.surgery import fuse
+
+__all__ = ["FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
+
+FORMATS = ("onnx", "torchscript", "torch_export", "openvino")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: `files` (OpenVINO has two), their size in `bytes`, the largest relative difference by input."""
+
+    path: Path
+    files: list[Path]
+    bytes: int
+    format: str
+    form: str
+    batch: int | None
+    dynamic_size: bool
+    differences: dict[str, float]
+
+
+def export(
+    model: nn.Module | str | Path,
+    path: str | Path | None = None,
+    format: str = "onnx",
+    *,
+    form: str = "computed",
+    batch: int | None = None,
+    size: int | tuple[int, int] | tuple[int, int, int] | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+) -> Exported:
+    """Write a network as a file for another runtime, and keep it only if it computes what the network does.
+
+    The network itself stays as it is: a copy is fused (`parameternet.surgery.fuse`) and written in 32-bit floats. The
+    file is run at batches 1, 3 and 8, or the fixed one, and with `dynamic_size` at another size too, and held against
+    the network.
+
+    Args:
+        model: What `parameternet.prediction.load` takes, or any network, also one that was upcycled.
+        path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
+        format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin.
+        form: 'computed' kernels, or 'constant' ones for TensorRT and mobile runtimes (see `forms.py`).
+        batch: Images at once; None: any number.
+        size: Height and width of the input (a number: both), or with the channels before; None: what the network is
+            evaluated at.
+        dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.
+        opset: Version of ONNX's operators; None: the exporter's own choice.
+
+    Raises:
+        ExportError: it cannot be written, or the file differs by more than 1e-4; what was at `path` stands.
+        ValueError: a format, form, batch or size that there is not.
+        ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`.
+    """
+    writer = _writer(format)
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; there are {', '.join(FORMS)}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
+    network = _prepared(model)
+    size = _size(network, size)
+    facts = describe(network, size, verified=not isinstance(model, nn.Module))
+    facts |= {"form": form, "batch": batch or "free", "dynamic_size": dynamic_size}
+    plan = Plan(form, batch, size, dynamic_size, opset, facts)
+    path = _path(path, facts, writer)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        beside = Path(folder) / path.name
+        _write(writer, fuse(network), beside, plan)
+        found = _check(network, writer, beside, plan)
+        files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
+    return Exported(path, files, sum(file.stat().st_size for file in files), format, form, batch, dynamic_size, found)
+
+
+def _writer(format: str) -> ModuleType:
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+    return importlib.import_module(f"parameternet.export.{format}")
+
+
+def _prepared(model: nn.Module | str | Path) -> nn.Module:
+    """A copy for inference on the CPU in 32-bit floats."""
+    network = deepcopy(model) if isinstance(model, nn.Module) else load(model)
+    return network.eval().cpu().float().requires_grad_(False)
+
+
+def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, int, int]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    usual = tuple(cfg.get("test_input_size") or cfg.get("input_size") or ())
+    if size is None and not usual:
+        raise ValueError("the network does not say which size it reads: give size, (height, width) or with channels")
+    given = (size, size) if isinstance(size, int) else tuple(size or usual)
+    channels = getattr(model, "in_chans", None) or (usual[0] if usual else 3)
+    whole = given if len(given) == 3 else (channels, *given)
+    if len(whole) != 3 or min(whole) < 1:
+        raise ValueError(f"size must be a number, (height, width) or (channels, height, width), got {size}")
+    return whole
+
+
+def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) -> Path:
+    if path is None:
+        if not facts.get("name"):
+            raise ValueError("the network has no name to call the file by: give a path")
+        path = facts["name"] + writer.SUFFIX
+    path = Path(path)
+    if path.suffix != writer.SUFFIX:
+        raise ValueError(f"the file must end in {writer.SUFFIX}, got {path.name}")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist")
+    return path
+
+
+def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None:
+    try:
+        writer.write(model, path, plan)
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as error:  # every exporter has its own kinds
+        free = [words for words, yes in (("batch", plan.batch is None), ("size", plan.dynamic_size)) if yes]
+        hint = f"; try a fixed {' and '.join(free)}" if free else ""
+        reason = str(error).strip().partition("\n")[0]  # the rest is a listing of the program
+        raise ExportError(f"the exporter failed with {type(error).__name__}: {reason}{hint}") from error
+
+
+def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> dict[str, float]:
+    sizes = [plan.size]
+    if plan.dynamic_size:
+        channels, height, width = plan.size
+        # Neither square nor of the same parity nor a multiple of the stride.
+        sizes.append((channels, height + 37, width + 70))
+    batches = [plan.batch] if plan.batch else BATCHES
+    return differences(network, writer.runner(path), batches, sizes)
+
+
+def _keep(file: Path, path: Path) -> Path:
+    with open(file, "rb") as source, atomic_write(path) as target:
+        shutil.copyfileobj(source, target)
+    return path

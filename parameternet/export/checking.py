@@ -1,0 +1,79 @@
+"""Is the file the network? It is run, at several batch sizes, and held against the network it came from."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BATCHES", "TOLERANCE", "ExportError", "as_list", "difference", "differences"]
+
+BATCHES = (1, 3, 8)
+TOLERANCE = 1e-4
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+class ExportError(RuntimeError):
+    """The network could not be written, or the file does not compute what the network does."""
+
+
+def as_list(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """What a network returns, as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def pictures(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """(B, C, H, W): noise whose mean and contrast differ from picture to picture, so that each is routed otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = size
+    noise = torch.randn(batch, channels, height, width, generator=generator)
+    contrast = 0.5 + torch.rand(batch, 1, 1, 1, generator=generator)
+    return noise * contrast + torch.randn(batch, channels, 1, 1, generator=generator)
+
+
+@torch.no_grad()
+def difference(model: nn.Module, run: Run, x: Tensor) -> float:
+    """Largest |file - network| relative to the largest |network|, picture by picture and output by output.
+
+    Raises:
+        ExportError: the file does not run, or gives another number or other shapes of outputs.
+    """
+    expected = as_list(model(x))
+    try:
+        got = run(x.numpy())
+    except Exception as error:  # every runtime has its own kinds
+        raise ExportError(f"the file does not run for an input of {tuple(x.shape)}: {error}") from error
+    shapes = [tuple(e.shape) for e in expected], [tuple(g.shape) for g in got]
+    if shapes[0] != shapes[1]:
+        raise ExportError(f"for an input of {tuple(x.shape)} the network gives {shapes[0]}, the file {shapes[1]}")
+    worst = 0.0
+    for e, g in zip(expected, got, strict=True):
+        e = e.double().reshape(len(x), -1)
+        g = torch.from_numpy(np.asarray(g)).double().reshape(len(x), -1)
+        scale = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        # A NaN must not pass for a small number.
+        worst = max(worst, float(torch.nan_to_num((e - g).abs() / scale, nan=float("inf")).max()))
+    return worst
+
+
+def differences(
+    model: nn.Module, run: Run, batches: Iterable[int], sizes: Iterable[tuple[int, int, int]]
+) -> dict[str, float]:
+    """`difference` for every batch and size: {"batch 3, 224 x 224": 2e-7}.
+
+    Raises:
+        ExportError: one of them is above `TOLERANCE`.
+    """
+    found = {}
+    for size in sizes:
+        for batch in batches:
+            found[f"batch {batch}, {size[1]} x {size[2]}"] = difference(model, run, pictures(batch, size))
+    wrong = {where: value for where, value in found.items() if not value <= TOLERANCE}
+    if wrong:
+        words = "; ".join(f"{value:.1e} at {where}" for where, value in wrong.items())
+        raise ExportError(
+            f"the file differs from the network by {words} (relative to its largest output; at most {TOLERANCE:.0e} "
+            "is allowed), so it was not kept. Try the other form or another batch, and please report this"
+        )
+    return found

@@ -1,0 +1,45 @@
+"""What is to be written: form, batch, size; and what every writer needs for it."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Plan", "quiet"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`batch` None: free. `size` is (channels, height, width); with `dynamic_size` the latter two are only examples."""
+
+    form: str
+    batch: int | None
+    size: tuple[int, int, int]
+    dynamic_size: bool = False
+    opset: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def dynamic_dims(self, batch: int | None) -> dict[int, Any]:
+        """Free dimensions of the input as torch.export wants them, where `batch` (None: free) may differ from ours."""
+        dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1)}
+        if self.dynamic_size:
+            dims |= {2: torch.export.Dim("height", min=1), 3: torch.export.Dim("width", min=1)}
+        return dims
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters talk while they work; what matters of it they raise."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

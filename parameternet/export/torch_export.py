@@ -1,0 +1,57 @@
+"""torch.export, for PyTorch's own ahead-of-time compilers, ExecuTorch, and PyTorch without this package."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parameternet.export import forms
+from parameternet.export.checking import Run, as_list
+from parameternet.export.metadata import FILE_NAME
+from parameternet.export.plan import Plan, quiet
+
+__all__ = ["SUFFIX", "read", "runner", "write"]
+
+SUFFIX = ".pt2"
+
+
+@torch.no_grad()
+def write(model: nn.Module, path: Path, plan: Plan) -> None:
+    """Write `model`, which is changed, as an exported program."""
+    model = forms.write_for_torch(model, plan)
+    # A free dimension of 1 would be taken for a fixed one.
+    x = torch.zeros(plan.batch or 2, *plan.size)
+    dims = plan.dynamic_dims(plan.batch)
+    with quiet():
+        program = torch.export.export(
+            model,
+            (x,),
+            dynamic_shapes=(dims,) if dims else None,
+            # What free sizes must fulfil is asserted by the program, where it cannot be proved here.
+            prefer_deferred_runtime_asserts_over_guards=plan.dynamic_size,
+        )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # it holds the folders of this machine
+        torch.export.save(program, path, extra_files={FILE_NAME: json.dumps(plan.facts)})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The facts in an exported program."""
+    found = {FILE_NAME: ""}
+    with quiet():
+        torch.export.load(path, extra_files=found)
+    return json.loads(found[FILE_NAME])
+
+
+def runner(path: Path) -> Run:
+    """The file as a function of arrays, on the CPU."""
+    with quiet():
+        model = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(x):
+        return [y.numpy() for y in as_list(model(torch.from_numpy(x)))]
+
+    return run

@@ -1,0 +1,48 @@
+"""TorchScript, for PyTorch's C++ and mobile runtimes: a frozen trace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parameternet.export import forms
+from parameternet.export.checking import Run, as_list
+from parameternet.export.metadata import FILE_NAME
+from parameternet.export.plan import Plan, quiet
+
+__all__ = ["SUFFIX", "read", "runner", "write"]
+
+SUFFIX = ".torchscript"
+
+
+@torch.no_grad()
+def write(model: nn.Module, path: Path, plan: Plan) -> None:
+    """Write `model`, which is changed, as TorchScript."""
+    model = forms.write_for_torch(model, plan)
+    with quiet():
+        traced = torch.jit.trace(model, torch.zeros(plan.batch or 2, *plan.size), check_trace=False)
+        torch.jit.freeze(traced).save(str(path), _extra_files={FILE_NAME: json.dumps(plan.facts)})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The facts in a TorchScript file."""
+    found = {FILE_NAME: ""}
+    with quiet():
+        torch.jit.load(str(path), map_location="cpu", _extra_files=found)
+    return json.loads(found[FILE_NAME])
+
+
+def runner(path: Path) -> Run:
+    """The file as a function of arrays, on the CPU."""
+    with quiet():
+        model = torch.jit.load(str(path), map_location="cpu")
+
+    @torch.no_grad()
+    def run(x):
+        # Compiling for each new shape takes longer than all the checks.
+        with torch.jit.optimized_execution(False):
+            return [y.numpy() for y in as_list(model(torch.from_numpy(x)))]
+
+    return run

@@ -1,0 +1,220 @@
+"""Files hold what the network computes, whatever the batch; and what cannot be kept is refused in words."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from small import SIZE, needs, network
+from torch import nn
+
+from parameternet.export import FORMATS, FORMS, ExportError, checking, export, read_metadata
+from parameternet.layers import DynamicConv
+
+
+def pictures(batch, size=SIZE, seed=1):
+    return checking.pictures(batch, size, seed)
+
+
+@torch.no_grad()
+def difference(model, run, x):
+    expected, got = model(x).numpy(), run(x.numpy())[0]
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_computes_the_network_at_every_batch(exported, model, format, form):
+    file = exported(format, form)
+    assert list(file.result.differences) == [f"batch {batch}, 40 x 56" for batch in (1, 3, 8)]
+    for batch in (1, 2, 3, 8, 17):
+        assert difference(model, file.run, pictures(batch)) <= 1e-5, batch
+    # A picture's result does not depend on its neighbours.
+    x = pictures(3).numpy()
+    assert np.abs(file.run(x)[0][1:2] - file.run(x[1:2])[0]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_height_and_width_can_be_free(exported, model, format):
+    file = exported(format, dynamic_size=True)
+    assert len(file.result.differences) == 6
+    for size in ((40, 56), (33, 47), (64, 96)):
+        assert difference(model, file.run, pictures(2, (3, *size))) <= 1e-5, size
+
+
+@pytest.mark.parametrize("format, form, batch", [("onnx", *rest) for rest in itertools.product(FORMS, (1, 3))])
+def test_a_fixed_batch_is_the_only_one_that_a_file_takes(exported, model, format, form, batch):
+    file = exported(format, form, batch=batch)
+    assert list(file.result.differences) == [f"batch {batch}, 40 x 56"]
+    assert difference(model, file.run, pictures(batch)) <= 1e-5
+    with pytest.raises(Exception):  # noqa: B017  each runtime has its own
+        file.run(pictures(batch + 1).numpy())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_says_how_to_use_it(exported, format):
+    facts = read_metadata(exported(format).path)
+    assert facts == {
+        "input_size": [3, 40, 56],
+        "name": "small",  # not small.test: nobody verified the weights
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "bilinear",
+        "crop_pct": 0.8,
+        "crop_mode": "center",
+        "class_names": ['a "rose", rouge <é>', *(f"n{i}" for i in range(1, 7))],
+        "form": "computed",
+        "batch": "free",
+        "dynamic_size": False,
+    }
+
+
+def test_what_a_network_does_not_say_is_not_invented(tmp_path):
+    file = export(DynamicConv(3, 4, 3).eval(), tmp_path / "a.torchscript", "torchscript", size=8)
+    assert read_metadata(file.path) == {
+        "input_size": [3, 8, 8], "form": "computed", "batch": "free", "dynamic_size": False,
+    }  # fmt: skip
+
+
+def convolutions(graph, constants=frozenset()):
+    """(are its kernels constant?) for every convolution, also those in loops."""
+    constants = constants | {initializer.name for initializer in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            yield node.input[1] in constants
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from convolutions(attribute.g, constants)
+
+
+def test_constant_form_has_constant_kernels_only(exported):
+    needs("onnx")
+    import onnx
+
+    assert all(convolutions(onnx.load(exported("onnx", "constant").path).graph))
+    computed = list(convolutions(onnx.load(exported("onnx", "computed").path).graph))
+    assert not all(computed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_this_machine_is_in_an_onnx_file(exported, form):
+    assert b"site-packages" not in exported("onnx", form).path.read_bytes()
+    assert __file__.partition("tests")[0].encode() not in exported("onnx", form).path.read_bytes()
+
+
+def test_several_outputs(tmp_path):
+    needs("onnx")
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = DynamicConv(3, 6, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y, y.mean((2, 3))
+
+    assert export(Two().eval(), tmp_path / "two.onnx", size=8).differences.keys() == {
+        "batch 1, 8 x 8", "batch 3, 8 x 8", "batch 8, 8 x 8",
+    }  # fmt: skip
+
+
+def test_a_network_without_dynamic_convolutions(tmp_path):
+    needs("onnx")
+    assert max(export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "static.onnx", size=8).differences.values()) < 1e-5
+
+
+def test_the_network_stays_as_it_is(tmp_path):
+    model = network().train()
+    before, modules = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    export(model, tmp_path / "a.torchscript", "torchscript", form="constant")
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert [type(module) for module in model.modules()] == modules
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y * 1.001, lambda y: y * np.nan, lambda y: y[:, :-1], lambda y: y[::-1].copy()]
+)
+def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, wrong):
+    from parameternet.export import torchscript
+
+    right = torchscript.runner
+    monkeypatch.setattr(torchscript, "runner", lambda path: lambda x: [wrong(y) for y in right(path)(x)])
+    path = tmp_path / "net.torchscript"
+    path.write_text("older")
+    with pytest.raises(ExportError, match=r"differs from the network by|the network gives"):
+        export(network(), path, "torchscript")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.torchscript"] and path.read_text() == "older"
+
+
+def test_a_file_that_does_not_run_is_not_kept(tmp_path, monkeypatch):
+    from parameternet.export import torchscript
+
+    def refuse(x):
+        raise IndexError("broken inside")
+
+    monkeypatch.setattr(torchscript, "runner", lambda path: refuse)
+    with pytest.raises(ExportError, match=r"the file does not run for an input of \(1, 3, 40, 56\): broken inside"):
+        export(network(), tmp_path / "net.torchscript", "torchscript")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_strategy_that_freezes_the_batch_is_not_written(tmp_path):
+    model = network()
+    for module in model.modules():
+        if isinstance(module, DynamicConv):
+            module.strategy = "grouped"
+    assert len(export(model, tmp_path / "net.torchscript", "torchscript").differences) == 3
+    assert {module.strategy for module in model.modules() if isinstance(module, DynamicConv)} == {"grouped"}
+
+
+def test_an_exporter_that_fails_is_told(tmp_path):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = DynamicConv(3, 4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y if y.sum() > 0 else -y
+
+    with pytest.raises(ExportError, match=r"the exporter failed with .*; try a fixed batch"):
+        export(Picky().eval(), tmp_path / "a.pt2", "torch_export", size=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"format": "onxx"}, "unknown format 'onxx'; there are onnx, torchscript, torch_export, openvino"),
+        ({"form": "wide"}, "unknown form 'wide'; there are computed, constant"),
+        ({"batch": 0}, r"batch must be None \(free\) or at least 1, got 0"),
+        ({"size": (1, 2, 3, 4)}, "size must be a number"),
+        ({"path": "a.pt"}, "must end in .torchscript, got a.pt"),
+        ({"path": "nowhere/a.torchscript"}, "the folder nowhere does not exist"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        export(network(), **{"path": "a.torchscript", "format": "torchscript", **arguments})
+
+
+def test_a_network_without_a_size_or_a_name():
+    with pytest.raises(ValueError, match="does not say which size it reads"):
+        export(DynamicConv(3, 4).eval(), "a.torchscript", "torchscript")
+    with pytest.raises(ValueError, match="no name to call the file by"):
+        export(DynamicConv(3, 4).eval(), format="torchscript", size=8)
+
+
+def test_metadata_of_what_is_no_file_of_ours(tmp_path):
+    with pytest.raises(ValueError, match=r"none of the endings of exported files: .onnx, .torchscript, .pt2, .xml"):
+        read_metadata(tmp_path / "a.tflite")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_metadata(tmp_path / "a.onnx")
