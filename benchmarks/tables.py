@@ -1,10 +1,15 @@
-"""Print README's tables of networks and checkpoints, as Markdown. A test holds README to them.
+"""Print README's tables of networks, checkpoints, speed and exports, as Markdown. A test holds README to them.
 
 python benchmarks/tables.py
+
+Speed and exports are what benchmarks/speed.py and benchmarks/export.py last wrote to benchmarks/results.
 """
+
+from statistics import median
 
 import timm
 import torch
+from _timing import ROOT, read_csv
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
@@ -50,5 +55,71 @@ def checkpoints() -> list[str]:
     return rows
 
 
+Row = dict[str, str]
+
+
+def measured(what: str, device: str) -> list[Row]:
+    path = ROOT / "benchmarks" / "results" / f"{what}_{device}.csv"
+    return read_csv(path)[1] if path.exists() else []
+
+
+def speed(device: str = "cpu") -> list[str]:
+    """A row a batch size, inference and then training: milliseconds of all, ratios of ours, memory of all."""
+    rows = []
+    for what in ("networks", "training"):
+        cases: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in measured(what, device):
+            key = (row["case"], row["mode"], row["dtype"], row["batch"])
+            cases.setdefault(key, {})[row["contestant"]] = row
+        rows += [_speed(key, found) for key, found in cases.items()]
+    return rows
+
+
+def _speed(key: tuple[str, ...], found: dict[str, Row]) -> str:
+    case, mode, dtype, batch = key
+    everybody = [found[name] for name in ("static", "condconv", "ours")]
+    cells = [f"`{case}`, {mode}, {dtype}, batch {batch}"]
+    cells += [f"{float(row['ms']):.1f} ms" for row in everybody]
+    cells += [_ratio(found["ours"], base) for base in ("static", "condconv")]
+    cells += [" / ".join(row["peak_mib"] for row in everybody) + " MiB"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _ratio(row: Row, base: str) -> str:
+    middle, low, high = (float(row[f"vs_{base}{end}"]) for end in ("", "_low", "_high"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def layer_speed(device: str = "cpu") -> list[str]:
+    """A row a kind of layer: how long ours takes relative to CondConv2d, over all shapes and batch sizes."""
+    kinds: dict[str, list[float]] = {}
+    for row in measured("layers", device):
+        if row["contestant"] == "ours" and row["vs_condconv"]:
+            kind = f"{row['case'].split(',')[0]}, {row['mode']}, {row['dtype']}"
+            kinds.setdefault(kind, []).append(float(row["vs_condconv"]))
+    return [
+        f"| {kind} | {len(ratios)} | {min(ratios):.2f} | {median(ratios):.2f} | {max(ratios):.2f} |"
+        for kind, ratios in kinds.items()
+    ]
+
+
+def exported() -> list[str]:
+    """A row a network and runtime: static, then relative to it each form; sizes and the largest difference of all."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    path = ROOT / "benchmarks" / "results" / "export.csv"
+    for row in read_csv(path)[1] if path.exists() else []:
+        cases.setdefault((row["network"], row["runtime"]), {})[row["form"]] = row
+    return [_exported(*key, found) for key, found in cases.items()]
+
+
+def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
+    static, forms = found["static"], [row for form, row in found.items() if form != "static"]
+    worst = max(float(row[f"difference at batch {b}"] or 0) for row in found.values() for b in (1, 3, 8))
+    cells = [f"`{network}`, {runtime}", f"{float(static['ms']):.1f} ms", *(row["times static"] for row in forms)]
+    cells += [f"{static['MB']} / {forms[0]['MB']} MB", f"{worst:.0e}"]
+    return f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    print(*networks(), "", *checkpoints(), sep="\n")
+    tables = (networks(), checkpoints(), speed(), layer_speed(), exported(), speed("cuda"), layer_speed("cuda"))
+    print("\n\n".join("\n".join(rows) for rows in tables if rows))

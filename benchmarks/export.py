@@ -1,0 +1,123 @@
+"""What exported files weigh, how far they are from the network, and what they cost beside the static network.
+
+    python benchmarks/export.py                   parameternet_600m and parameternet_50m at 224 pixels: 15 minutes
+    python benchmarks/export.py parameternet_150m --rounds 51
+
+Every row is a file made by `parameternet.export.export`, which runs it at batches 1, 3 and 8 (or its fixed batch) and
+refuses it above a relative difference of 1e-4; the largest one stands in the row. The networks have random weights.
+
+Latency is that of one picture on one thread: in onnxruntime (the measure of the ParameterNet article) for ONNX, in
+OpenVINO for its format, and with `--runtimes torchscript torch.export` in PyTorch for these two. Files of one runtime
+take turns; a ratio is that to the static twin (`dynamic=False`) in the same runtime, exported in the same way with the
+batch fixed to 1, each round by itself: median and quartiles. Results go to benchmarks/results/export.csv.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from _timing import ROOT, Spread, header, interleave, ratio, write_csv
+
+import parameternet  # noqa: F401  registers the networks
+from parameternet.export import FORMS, Exported, export
+
+# runtime: format of its files
+RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino", "torchscript": "torchscript", "torch.export": "torch_export"}
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript", "torch_export": ".pt2"}
+
+
+def on_one_thread(runtime: str, path: Path) -> Callable[[np.ndarray], object]:
+    """The file as a function of a picture, on one thread."""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda x: session.run(None, {"input": x})
+    if runtime == "openvino":
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+        return lambda x: request.infer({0: x})
+    return importlib.import_module(f"parameternet.export.{RUNTIMES[runtime]}").runner(path)
+
+
+def files(name: str, format: str, size: int, folder: Path) -> dict[str, Exported]:
+    """The static twin and the network in every form, with the batch fixed to 1 and free."""
+    torch.manual_seed(0)
+    network, static = timm.create_model(name), timm.create_model(name, dynamic=False)
+    made = {}
+    for title, model, form, batch in [
+        ("static", static, "constant", 1),
+        *((f"{form}, batch {batch or 'free'}", network, form, batch) for form in FORMS for batch in (1, None)),
+    ]:
+        path = folder / f"{name}-{title.replace(', ', '-').replace(' ', '-')}{ENDINGS[format]}"
+        made[title] = export(model, path, format, form=form, batch=batch, size=size)
+        print(f"  {title}: {max(made[title].differences.values()):.1e}", file=sys.stderr)
+    return made
+
+
+def rows(name: str, runtime: str, size: int, rounds: int, folder: Path) -> list[dict[str, object]]:
+    print(f"{name}, {runtime}", file=sys.stderr)
+    made = files(name, RUNTIMES[runtime], size, folder)
+    x = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    runs = {title: partial(on_one_thread(runtime, file.path), x) for title, file in made.items()}
+    times = interleave(runs, rounds, "cpu")
+    found = []
+    for title, file in made.items():
+        spent, beside = Spread.of(times[title]), ratio(times[title], times["static"])
+        found.append(
+            {
+                "network": name,
+                "format": file.format,
+                "form": title,
+                "MB": f"{file.bytes / 1e6:.1f}",
+                **{f"difference at batch {b}": _difference(file, b) for b in (1, 3, 8)},
+                "runtime": runtime,
+                "ms": f"{spent.median * 1e3:.2f}",
+                "ms, quartiles": f"{spent.low * 1e3:.2f} to {spent.high * 1e3:.2f}",
+                "times static": f"{beside.median:.2f}",
+                "times static, quartiles": f"{beside.low:.2f} to {beside.high:.2f}",
+            }
+        )
+    return found
+
+
+def _difference(file: Exported, batch: int) -> str:
+    return next((f"{value:.0e}" for at, value in file.differences.items() if at.startswith(f"batch {batch},")), "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=["parameternet_600m", "parameternet_50m"])
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["onnxruntime", "openvino"])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "export.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino", "onnx"))
+    head = [*header(1, "cpu"), packages, f"{options.size} pixels, batch 1, {options.rounds} rounds taking turns"]
+    print("\n".join(head))
+    found: list[dict[str, object]] = []
+    for name in options.networks:
+        for runtime in options.runtimes:
+            with tempfile.TemporaryDirectory() as folder:
+                found += rows(name, runtime, options.size, options.rounds, Path(folder))
+    widths = {key: max(len(key), *(len(str(row[key])) for row in found)) for key in found[0]}
+    for row in [dict(zip(found[0], found[0], strict=True)), *found]:
+        print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()).rstrip())
+    write_csv(options.output, head, found)
+
+
+if __name__ == "__main__":
+    main()
