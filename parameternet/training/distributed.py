@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -73,9 +74,14 @@ def place(device: str = "auto") -> Iterator[Place]:
         yield Place(0, 1, chosen)
         return
     _join("nccl" if chosen.type == "cuda" else "gloo")
+    here = Place(rank, world, chosen, dist.new_group(backend="gloo"))
     try:
-        yield Place(rank, world, chosen, dist.new_group(backend="gloo"))
+        yield here
     finally:
+        # A thread of gloo that lets go of its last tensor after the interpreter has ended aborts the process. Threads
+        # end with their group, and a group with the last that knows it: networks with gradients to share are cycles.
+        here.control = None
+        gc.collect()
         dist.destroy_process_group()
 
 

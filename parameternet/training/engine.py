@@ -69,13 +69,17 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with distributed.place(recipe.device) as place:
-        reporter = reporter if reporter and place.first else Reporter()
-        try:
-            trainer = Trainer(recipe, Path(folder), place, reporter)
-            with trainer.signals, closing(trainer):
-                return trainer.fit()
-        finally:
-            reporter.close()
+        return _run(recipe, Path(folder), place, reporter if reporter and place.first else Reporter())
+
+
+def _run(recipe: Recipe, folder: Path, place: Place, reporter: Reporter) -> dict[str, Any]:
+    # The trainer ends with this function: what it holds of the other processes must be gone when they part.
+    try:
+        trainer = Trainer(recipe, folder, place, reporter)
+        with trainer.signals, closing(trainer):
+            return trainer.fit()
+    finally:
+        reporter.close()
 
 
 class StopSignals:
