@@ -164,6 +164,11 @@ def header(threads: int, device: str) -> list[str]:
     ]
 
 
+def kind_of_processor(device: str) -> str:
+    """`cuda`, or the vectors that torch uses on this CPU: avx2, avx512, default."""
+    return "cuda" if device == "cuda" else torch.backends.cpu.get_cpu_capability().lower()
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -21,7 +21,8 @@ and the program exits with 1.
 
 Times are medians, with quartiles, of runs that take turns; a ratio is the median over the rounds, each round by
 itself, so above 1 is slower. Memory is the highest point of model and run (networks and training): of a fresh process
-on a CPU, of torch's allocator on a GPU. Results go to benchmarks/results as CSV and as a plot, a pair for each device.
+on a CPU, of torch's allocator on a GPU. Results go to benchmarks/results as CSV and as a plot, a pair for each kind of
+processor, since the instructions of a CPU decide which form is fast.
 
 bfloat16 is measured on a CPU if it is asked for: one without instructions for it takes 20 times as long in all forms.
 
@@ -50,6 +51,7 @@ from _timing import (
     header,
     in_fresh_process,
     interleave,
+    kind_of_processor,
     peak_mib,
     ratio,
     relative_error,
@@ -133,7 +135,7 @@ def parse() -> argparse.Namespace:
 def run_all(what: str, device: str, options: argparse.Namespace) -> list[Row]:
     """Rows of all cases, in a file that grows with each of them."""
     print(f"\n{what} on {device}: ms (quartiles), ratio to static, to CondConv2d, MiB, error (of the naive form)")
-    head, path = header(options.threads, device), RESULTS / f"{what}_{device}.csv"
+    head, path = header(options.threads, device), RESULTS / f"{what}_{kind_of_processor(device)}.csv"
     print("\n".join(head), flush=True)
     rows: list[Row] = []
     dtypes = options.dtypes or (["float32"] if device == "cpu" else ["float32", "bfloat16"])

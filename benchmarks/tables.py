@@ -5,6 +5,7 @@ python benchmarks/tables.py
 Speed and exports are what benchmarks/speed.py and benchmarks/export.py last wrote to benchmarks/results.
 """
 
+from collections.abc import Iterator
 from statistics import median
 
 import timm
@@ -58,27 +59,31 @@ def checkpoints() -> list[str]:
 Row = dict[str, str]
 
 
-def measured(what: str, device: str) -> list[Row]:
-    path = ROOT / "benchmarks" / "results" / f"{what}_{device}.csv"
-    return read_csv(path)[1] if path.exists() else []
+PROCESSORS = {"avx2": "AVX2", "avx512": "AVX-512", "cuda": "GPU"}  # name of results -> what readers say
 
 
-def speed(device: str = "cpu") -> list[str]:
+def measured(what: str) -> Iterator[tuple[str, list[Row]]]:
+    """Processor and rows of each file that `speed.py --what WHAT` has written."""
+    for processor, words in PROCESSORS.items():
+        path = ROOT / "benchmarks" / "results" / f"{what}_{processor}.csv"
+        if path.exists():
+            yield words, read_csv(path)[1]
+
+
+def speed() -> list[str]:
     """A row a batch size, inference and then training: milliseconds of all, ratios of ours, memory of all."""
-    rows = []
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for what in ("networks", "training"):
-        cases: dict[tuple[str, ...], dict[str, Row]] = {}
-        for row in measured(what, device):
-            key = (row["case"], row["mode"], row["dtype"], row["batch"])
-            cases.setdefault(key, {})[row["contestant"]] = row
-        rows += [_speed(key, found) for key, found in cases.items()]
-    return rows
+        for processor, rows in measured(what):
+            for row in rows:
+                key = (processor, row["mode"], row["dtype"], row["batch"])
+                cases.setdefault(key, {})[row["contestant"]] = row
+    return [_speed(key, found) for key, found in cases.items()]
 
 
 def _speed(key: tuple[str, ...], found: dict[str, Row]) -> str:
-    case, mode, dtype, batch = key
     everybody = [found[name] for name in ("static", "condconv", "ours")]
-    cells = [f"`{case}`, {mode}, {dtype}, batch {batch}"]
+    cells = ["{}, {}, {}, batch {}".format(*key)]
     cells += [f"{float(row['ms']):.1f} ms" for row in everybody]
     cells += [_ratio(found["ours"], base) for base in ("static", "condconv")]
     cells += [" / ".join(row["peak_mib"] for row in everybody) + " MiB"]
@@ -90,13 +95,14 @@ def _ratio(row: Row, base: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def layer_speed(device: str = "cpu") -> list[str]:
+def layer_speed() -> list[str]:
     """A row a kind of layer: how long ours takes relative to CondConv2d, over all shapes and batch sizes."""
     kinds: dict[str, list[float]] = {}
-    for row in measured("layers", device):
-        if row["contestant"] == "ours" and row["vs_condconv"]:
-            kind = f"{row['case'].split(',')[0]}, {row['mode']}, {row['dtype']}"
-            kinds.setdefault(kind, []).append(float(row["vs_condconv"]))
+    for processor, rows in measured("layers"):
+        for row in rows:
+            if row["contestant"] == "ours" and row["vs_condconv"]:
+                kind = f"{processor}, {row['mode']}, {row['dtype']}, {row['case'].split(',')[0]}"
+                kinds.setdefault(kind, []).append(float(row["vs_condconv"]))
     return [
         f"| {kind} | {len(ratios)} | {min(ratios):.2f} | {median(ratios):.2f} | {max(ratios):.2f} |"
         for kind, ratios in kinds.items()
@@ -121,5 +127,5 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    tables = (networks(), checkpoints(), speed(), layer_speed(), exported(), speed("cuda"), layer_speed("cuda"))
+    tables = (networks(), checkpoints(), speed(), layer_speed(), exported())
     print("\n\n".join("\n".join(rows) for rows in tables if rows))
