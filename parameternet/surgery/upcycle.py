@@ -1,0 +1,353 @@
+"""`upcycle`: a dense network as a dynamic one that computes the same function, and trains on from there."""
+
+import fnmatch
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from ..layers import DynamicConv, Router
+from ..layers.static import DepthwiseConv
+from .survey import Survey, survey
+
+__all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
+
+KINDS = ("pointwise", "depthwise", "dense", "grouped")
+# Size of the noise between experts relative to the kernel's own, and of a random router; see `upcycle`.
+NOISE = 0.1
+# Exact types: a subclass may compute something else from the same weights.
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution of a network and its fate.
+
+    kind: One of `KINDS`. left: Why it stayed dense; None: it became dynamic. router: The convolution whose router it
+    uses, its own name unless routers are shared.
+    """
+
+    name: str
+    kind: str
+    shape: str
+    left: str | None = None
+    router: str | None = None
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a network became dynamic: `model.upcycling` of what `upcycle` returns. Enough to do it again."""
+
+    num_experts: int
+    routing: str
+    routing_hidden: int | None
+    layers: tuple[Layer, ...]
+
+    @property
+    def converted(self) -> tuple[Layer, ...]:
+        """The layers that became dynamic."""
+        return tuple(layer for layer in self.layers if layer.left is None)
+
+    def recipe(self) -> dict[str, Any]:
+        """What `rebuild` needs, as JSON has it: number of experts, routing, and the router of each converted layer."""
+        own = {key: value for key, value in asdict(self).items() if key != "layers"}
+        return {**own, "routers": {layer.name: layer.router for layer in self.converted}}
+
+
+def upcycle(
+    model: nn.Module,
+    num_experts: int = 4,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    kinds: Collection[str] = KINDS,
+    kernel_sizes: Collection[int] | None = None,
+    min_channels: int = 1,
+    stem: bool = False,
+    head: bool = False,
+    routing: str = "sigmoid",
+    routing_hidden: int | None = None,
+    share_routers: bool = True,
+    noise: float = NOISE,
+    router_std: float = 0.0,
+    seed: int = 0,
+    probe: Tensor | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
+
+    Routers start neutral: their linear layer is zero, so that every picture gets the same coefficients, and the
+    experts are scaled so that these coefficients times the experts are the dense kernel. The experts differ by noise
+    whose weighted sum is zero; without it they would all get the same gradient and stay alike for ever.
+
+    Args:
+        model: Any network with torch.nn.Conv2d layers.
+        num_experts: Kernels of each dynamic convolution.
+        include, exclude: Patterns of layer names (`blocks.*`, as in a shell); what both match stays dense.
+        kinds: Which of 'pointwise' (1 x 1), 'depthwise', 'dense' and 'grouped' convolutions to convert.
+        kernel_sizes: Only kernels of this height and width; None: all.
+        min_channels: Only layers with at least so many input and output channels.
+        stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
+            position (squeeze-and-excitation, heads on pooled features), too.
+        routing, routing_hidden: As of DynamicConv. Softmax coefficients start at 1 / num_experts, sigmoid ones at 1/2.
+        share_routers: One router for convolutions that read the same tensor.
+        noise: Standard deviation of the noise relative to that of the dense kernel.
+        router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
+        seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
+        probe: An input of the network; without one a picture of the size that `model.pretrained_cfg` names, or of 224
+            pixels, is taken. Nothing is computed with it: it shows which layers read what.
+        inplace: Change `model` itself. Otherwise a copy is changed.
+
+    Returns:
+        The network, with an `Upcycling` as its attribute `upcycling`: what was converted, what was not, and why.
+
+    Raises:
+        ValueError: Arguments that mean nothing, or a network in which nothing is to be converted; says why for each.
+
+    Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
+    """
+    _check(num_experts, kinds, noise, router_std)
+    if not inplace:
+        model = deepcopy(model)
+    chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head)
+    seen = survey(model, probe)
+    layers = tuple(chosen.layer(name, conv, seen, share_routers) for name, conv in _convolutions(model))
+    done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers))
+    if not done.converted:
+        reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
+        raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
+    return _convert(model, done, noise, router_std, seed)
+
+
+def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, seed: int = 0) -> nn.Module:
+    """Convert the layers of `model`, in place, that `Upcycling.recipe` recorded, whatever rules chose them.
+
+    Raises:
+        ValueError: A layer of the recipe is not there, or is no convolution that can be converted.
+    """
+    convolutions = dict(_convolutions(model))
+    missing = [name for name in recipe["routers"] if name not in convolutions]
+    if missing:
+        raise ValueError(
+            f"the recipe converts {len(recipe['routers'])} layers, of which this {type(model).__name__} has no "
+            f"convolution {', '.join(missing[:5])}: it was recorded for another network or version"
+        )
+    routers = recipe["routers"]
+    layers = tuple(
+        Layer(name, kind_of(conv), _shape(conv), None if name in routers else "not in the recipe", routers.get(name))
+        for name, conv in convolutions.items()
+    )
+    done = Upcycling(recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers)
+    return _convert(model, done, noise, 0.0, seed)
+
+
+def upcycle_state_dict(
+    state_dict: Mapping[str, Tensor], model: nn.Module, noise: float = NOISE, seed: int = 0
+) -> dict[str, Tensor]:
+    """A dense state dict as one of the dynamic `model`, which then computes the dense function; a checkpoint filter.
+
+    Kernels and biases of dynamic layers are split among the experts for the coefficients that the model's routers have
+    at a zero input; the routers themselves, which a dense checkpoint lacks, stay as they are in `model`. A state dict
+    that has routers already passes unchanged.
+
+    Args:
+        state_dict: Of the dense network.
+        model: The dynamic network, neutral routers in it (as `upcycle` leaves them).
+        noise, seed: As of `upcycle`.
+    """
+    out = dict(state_dict)
+    for name, conv in model.named_modules():
+        if not isinstance(conv, DynamicConv) or f"{name}.weight" not in out:
+            continue
+        if f"{name}.routing.weight" in out:
+            continue
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in out:
+                size = noise if part == "weight" else 0.0
+                out[f"{name}.{part}"] = split(out[f"{name}.{part}"], conv.routing, size, _generator(seed, name))
+        out |= {f"{name}.routing.{key}": value.clone() for key, value in conv.routing.state_dict().items()}
+    return out
+
+
+def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator) -> Tensor:
+    """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...)."""
+    if kernel.is_meta:
+        return kernel.new_empty(router.num_experts * kernel.shape[0], *kernel.shape[1:])
+    coefficients = neutral_coefficients(router)
+    dense = kernel.detach().double().cpu()
+    experts = dense.expand(len(coefficients), *dense.shape)
+    if noise and len(coefficients) > 1:
+        drawn = torch.randn(experts.shape, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = drawn - torch.tensordot(coefficients / coefficients.sum(), drawn, 1)
+        experts = experts + noise * dense.square().mean().sqrt() * drawn
+    return (experts / coefficients.sum()).flatten(0, 1).to(kernel.device, kernel.dtype)
+
+
+@torch.no_grad()
+def neutral_coefficients(router: Router) -> Tensor:
+    """What `router` weighs the experts by when its linear layer adds nothing to its bias, (E,), float64."""
+    logits = router.bias.double().cpu()
+    return (logits / router.temperature.double().cpu()).softmax(0) if router.softmax else logits.sigmoid()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    kinds: Collection[str]
+    kernel_sizes: Collection[int] | None
+    min_channels: int
+    stem: bool
+    head: bool
+
+    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool) -> Layer:
+        left = self._left(name, conv, seen)
+        router = None if left else seen.reads.get(name, name) if share else name
+        return Layer(name, kind_of(conv), _shape(conv), left, router)
+
+    def _left(self, name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
+        """Why the convolution stays dense; None if it does not."""
+        cannot = _cannot(name, conv, seen)
+        if cannot:
+            return cannot
+        if not self.stem and name == seen.stem:
+            return "the stem"
+        if not self.head and name in seen.heads:
+            return "the head"
+        if not self.head and name in seen.pooled:
+            return "reads a single position: squeeze-and-excitation or a head"
+        if not _matches(name, self.include):
+            return f"not among {', '.join(self.include)}"
+        if _matches(name, self.exclude):
+            return f"excluded by {', '.join(self.exclude)}"
+        if kind_of(conv) not in self.kinds:
+            return f"{kind_of(conv)}, not {' or '.join(self.kinds)}"
+        if self.kernel_sizes is not None and not set(conv.kernel_size) <= set(self.kernel_sizes):
+            return f"a kernel of {conv.kernel_size}, not of {', '.join(map(str, self.kernel_sizes))}"
+        if min(conv.in_channels, conv.out_channels) < self.min_channels:
+            return f"fewer than {self.min_channels} channels"
+        return None
+
+
+def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
+    if type(conv) not in CONVOLUTIONS:
+        return f"a {type(conv).__name__} may compute something else from its weights"
+    if conv.padding_mode != "zeros":
+        return f"pads with {conv.padding_mode}"
+    if hasattr(conv, "parametrizations") or conv._forward_hooks or conv._forward_pre_hooks:
+        return "carries hooks or a parametrization"
+    if name in seen.tied:
+        return "shares itself or its weight with another place"
+    return None
+
+
+def _led_by_converted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """A router belongs to the first converted layer of those that read the same tensor."""
+    leaders: dict[str, str] = {}
+    out = []
+    for layer in layers:
+        if layer.router is not None:
+            leader = leaders.setdefault(layer.router, layer.name)
+            layer = Layer(layer.name, layer.kind, layer.shape, None, leader)
+        out.append(layer)
+    return tuple(out)
+
+
+def kind_of(conv: nn.Conv2d) -> str:
+    """One of `KINDS`."""
+    if conv.groups > 1:
+        return "depthwise" if conv.groups == conv.in_channels == conv.out_channels else "grouped"
+    return "pointwise" if tuple(conv.kernel_size) == (1, 1) else "dense"
+
+
+def _shape(conv: nn.Conv2d) -> str:
+    """1x1, 16 to 64"""
+    return f"{conv.kernel_size[0]}x{conv.kernel_size[1]}, {conv.in_channels} to {conv.out_channels}"
+
+
+def _convolutions(model: nn.Module) -> Iterable[tuple[str, nn.Conv2d]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    odd = [kind for kind in kinds if kind not in KINDS]
+    if odd or isinstance(kinds, str):
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
+    if noise < 0 or router_std < 0:
+        raise ValueError(f"noise and router_std must not be negative, got {noise} and {router_std}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer after the other
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _convert(model: nn.Module, done: Upcycling, noise: float, router_std: float, seed: int) -> nn.Module:
+    routers: dict[str, Router] = {}
+    for layer in done.converted:
+        conv = model.get_submodule(layer.name)
+        generator = _generator(seed, layer.name)
+        if layer.router not in routers:
+            routers[layer.router] = _neutral_router(conv, done, router_std, generator)
+        parent, _, child = layer.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _dynamic(conv, routers[layer.router], noise, generator))
+    model.upcycling = done
+    return model
+
+
+@torch.no_grad()
+def _neutral_router(conv: nn.Conv2d, done: Upcycling, std: float, generator: torch.Generator) -> Router:
+    router = Router(conv.in_channels, done.num_experts, done.routing, done.routing_hidden, device=conv.weight.device)
+    router.weight.zero_()
+    router.bias.zero_()
+    if std:
+        router.weight.copy_(std * torch.randn(router.weight.shape, generator=generator, device="cpu"))
+    if conv.weight.dtype == torch.float64:
+        router.double()
+    return router.train(conv.training).requires_grad_(conv.weight.requires_grad)
+
+
+def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Generator) -> DynamicConv:
+    dynamic = DynamicConv(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        "same" if isinstance(conv, Conv2dSame) else conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        router.num_experts,
+        router,
+        device="meta",
+    )
+    for part, size in (("weight", noise), ("bias", 0.0)):
+        dense = getattr(conv, part)
+        if dense is not None:
+            experts = split(dense, router, size, generator)
+            setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
+    return dynamic.train(conv.training)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
