@@ -170,8 +170,8 @@ def _prepared(state_dict: dict[str, Tensor], source: Source) -> dict[str, Tensor
 
 
 def _cfg(source: Source) -> dict[str, Any]:
-    """timm's own configuration of a source: where its dense weights are and how they see pictures."""
-    return asdict(replace(timm.get_pretrained_cfg(source.name), architecture=None, tag=None))
+    """timm's own configuration of a source: where on the Hub its dense weights are and how they see pictures."""
+    return asdict(replace(timm.get_pretrained_cfg(source.name), architecture=None, tag=None, url=""))
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`upcycle`: a dense network as a dynamic one that computes the same function, and trains on from there."""
 
 import fnmatch
+import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -75,6 +76,7 @@ def upcycle(
     share_routers: bool = True,
     noise: float = NOISE,
     router_std: float = 0.0,
+    coefficient: float = 0.5,
     seed: int = 0,
     probe: Tensor | None = None,
     inplace: bool = False,
@@ -94,10 +96,11 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
-        routing, routing_hidden: As of DynamicConv. Softmax coefficients start at 1 / num_experts, sigmoid ones at 1/2.
+        routing, routing_hidden: As of DynamicConv.
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
+        coefficient: What a neutral sigmoid router weighs each expert by, between 0 and 1; softmax has 1 / num_experts.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
         probe: An input of the network; without one a picture of the size that `model.pretrained_cfg` names, or of 224
             pixels, is taken. Nothing is computed with it: it shows which layers read what.
@@ -111,7 +114,7 @@ def upcycle(
 
     Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
     """
-    _check(num_experts, kinds, noise, router_std)
+    _check(num_experts, kinds, noise, router_std, coefficient)
     if not inplace:
         model = deepcopy(model)
     chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head)
@@ -121,7 +124,7 @@ def upcycle(
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
         raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
-    return _convert(model, done, noise, router_std, seed)
+    return _convert(model, done, _Start(noise, router_std, coefficient, seed))
 
 
 def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, seed: int = 0) -> nn.Module:
@@ -143,7 +146,7 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
         for name, conv in convolutions.items()
     )
     done = Upcycling(recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers)
-    return _convert(model, done, noise, 0.0, seed)
+    return _convert(model, done, _Start(noise, seed=seed))
 
 
 def upcycle_state_dict(
@@ -287,7 +290,7 @@ def _tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float) -> None:
+def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float, coefficient: float) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     odd = [kind for kind in kinds if kind not in KINDS]
@@ -295,6 +298,8 @@ def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: f
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
     if noise < 0 or router_std < 0:
         raise ValueError(f"noise and router_std must not be negative, got {noise} and {router_std}")
+    if not 0 < coefficient < 1:
+        raise ValueError(f"coefficient must be between 0 and 1, got {coefficient}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,26 +307,40 @@ def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: f
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _convert(model: nn.Module, done: Upcycling, noise: float, router_std: float, seed: int) -> nn.Module:
+@dataclass(frozen=True)
+class _Start:
+    """What experts and routers start from; see `upcycle`."""
+
+    noise: float = NOISE
+    router_std: float = 0.0
+    coefficient: float = 0.5
+    seed: int = 0
+
+    def generator(self, name: str) -> torch.Generator:
+        return _generator(self.seed, name)
+
+
+def _convert(model: nn.Module, done: Upcycling, start: _Start) -> nn.Module:
     routers: dict[str, Router] = {}
     for layer in done.converted:
         conv = model.get_submodule(layer.name)
-        generator = _generator(seed, layer.name)
         if layer.router not in routers:
-            routers[layer.router] = _neutral_router(conv, done, router_std, generator)
+            routers[layer.router] = _neutral_router(conv, done, start, layer.name)
         parent, _, child = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _dynamic(conv, routers[layer.router], noise, generator))
+        dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
+        setattr(model.get_submodule(parent), child, dynamic)
     model.upcycling = done
     return model
 
 
 @torch.no_grad()
-def _neutral_router(conv: nn.Conv2d, done: Upcycling, std: float, generator: torch.Generator) -> Router:
+def _neutral_router(conv: nn.Conv2d, done: Upcycling, start: _Start, name: str) -> Router:
     router = Router(conv.in_channels, done.num_experts, done.routing, done.routing_hidden, device=conv.weight.device)
     router.weight.zero_()
-    router.bias.zero_()
-    if std:
-        router.weight.copy_(std * torch.randn(router.weight.shape, generator=generator, device="cpu"))
+    router.bias.fill_(0.0 if router.softmax else math.log(start.coefficient / (1 - start.coefficient)))
+    if start.router_std:
+        generator = start.generator(f"{name}.routing")
+        router.weight.copy_(start.router_std * torch.randn(router.weight.shape, generator=generator, device="cpu"))
     if conv.weight.dtype == torch.float64:
         router.double()
     return router.train(conv.training).requires_grad_(conv.weight.requires_grad)
