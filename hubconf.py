@@ -12,7 +12,15 @@ _NETWORKS = {
     "parameternet_150m": "Ours: GhostNet's stages at width 1.0, 4 experts.",
     "parameternet_300m": "A reconstruction of the paper's ParameterNet-300M; its authors never released it.",
     "parameternet_600m": "Official: the network of the authors' released code, 34.5 M parameters.",
-}
+    **{f"dynamic_{name}": f"timm's {name} upcycled, 4 experts." for name in (
+        "ghostnet_050", "ghostnet_100", "ghostnet_130",
+        "ghostnetv2_100", "ghostnetv2_130", "ghostnetv2_160",
+        "ghostnetv3_050", "ghostnetv3_100", "ghostnetv3_130", "ghostnetv3_160",
+        "efficientnetv2_b0", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
+        "mobilenetv3_large_100",
+    )},
+    "dynamic_timm": "Any network of timm upcycled: source='resnet18'.",
+}  # fmt: skip
 
 
 def _entrypoint(name, summary):

@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from parameternet import weights
-from parameternet.models import build_from_config
+from parameternet.models import build_from_config, catalogue
 
 __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 
-DEFAULT_MODEL = "parameternet_50m.tin200"
+DEFAULT_MODEL = "dynamic_efficientnet_lite0.in1k_upcycled"
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_DOWNLOAD = 64 << 20  # bytes; a photo is smaller, an endless answer is not
 ImageLike = str | Path | Image.Image
@@ -61,10 +61,11 @@ def load(model: str | Path | None = None) -> nn.Module:
         WeightsError: no such weights, or not the right ones.
         ValueError: weights of a network that is not of this package.
     """
-    name = _with_tag(str(model or DEFAULT_MODEL))
+    name = str(model or DEFAULT_MODEL)
+    name = catalogue.checkpoint(name) or name
     path = Path(name.removeprefix("local-dir:")).expanduser()
-    if name in weights.known():  # before a folder of that name, which nobody vouches for
-        return _build(weights.config(name), tag=name.partition(".")[2])
+    if name in catalogue.checkpoints():  # before a folder of that name, which nobody vouches for
+        return _build(catalogue.config(name), tag=name.partition(".")[2])
     if name.startswith("hf-hub:"):
         return _build(weights.config(name), source="hf-hub", hf_hub_id=name.removeprefix("hf-hub:"))
     if (path / "best.safetensors").is_file():
@@ -75,13 +76,7 @@ def load(model: str | Path | None = None) -> nn.Module:
         return _build(weights.config(f"local-dir:{path}"), source="local-dir", file=str(path))
     if path.name != name:
         raise weights.WeightsNotFound(f"no such folder or file: {path}")
-    raise weights.UnknownWeights(weights.unknown(name))
-
-
-def _with_tag(name: str) -> str:
-    """The checkpoint that `name` means; an architecture alone means its first one."""
-    tagged = sorted(other for other in weights.known() if other.partition(".")[0] == name)
-    return DEFAULT_MODEL if DEFAULT_MODEL in tagged else next(iter(tagged), name)
+    raise weights.UnknownWeights(weights.unknown(name, catalogue.checkpoints()))
 
 
 def _config_of(path: Path) -> dict[str, Any]:

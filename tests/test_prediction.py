@@ -92,10 +92,17 @@ def test_every_name_of_a_network_gives_the_same_answer(folder, predictor, monkey
     assert Predictor(named[form], "cpu").predict(noise()) == predictor.predict(noise())
 
 
-def test_no_name_is_the_default_checkpoint(folder, monkeypatch):
-    assert prediction.DEFAULT_MODEL == checkpoints.NAME
-    checkpoints.record(monkeypatch, folder)
-    assert Predictor(device="cpu").name == checkpoints.NAME
+needs_lite = pytest.mark.skipif(
+    weights.packaged("timm/tf_efficientnet_lite0.in1k") is None, reason="the extra `demo` is not installed"
+)
+
+
+@needs_lite
+def test_no_name_is_the_default_checkpoint_and_it_knows_the_photos():
+    predictor = Predictor(device="cpu")
+    assert predictor.name == prediction.DEFAULT_MODEL and len(predictor.labels) == 1000
+    first = [result.labels[0] for result in predictor.predict(PHOTOS)]
+    assert first == ["tiger cat", "espresso", "missile"]  # ImageNet has no closer name for a rocket
 
 
 def test_a_folder_of_that_name_does_not_hide_the_recorded_checkpoint(folder, monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,17 @@ import timm
 import torch
 from torch import nn
 
-import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
+from parameternet.models import catalogue
 
-__all__ = ["architectures", "build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
-
-
-@cache
-def architectures() -> list[str]:
-    """Every network of this package that timm knows."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("parameternet.")]
+__all__ = ["build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
 
 
 def names() -> list[str]:
     """Every checkpoint, and every architecture that has none."""
-    known = weights.known()
+    known = catalogue.checkpoints()
     listed = []
-    for architecture in architectures():
+    for architecture in catalogue.architectures():
         tagged = [name for name in known if name.partition(".")[0] == architecture]
         listed += tagged or [architecture]
     return listed
@@ -35,7 +28,7 @@ def names() -> list[str]:
 
 def resolve(name: str) -> str:
     """`name` if it is one of ours; a usage error with the nearest names otherwise."""
-    everything = [*architectures(), *weights.known()]
+    everything = [*catalogue.architectures(), *catalogue.checkpoints()]
     if name in everything:
         return name
     near = difflib.get_close_matches(name, everything, n=3, cutoff=0.5)
@@ -46,6 +39,8 @@ def resolve(name: str) -> str:
 
 def config(name: str) -> dict[str, Any]:
     """The config.json of a checkpoint that is on this machine; of others, what the registry says."""
+    if name in catalogue.upcycled():
+        return catalogue.config(name)
     path = weights.local(name) if name in weights.known() else None
     beside = path.with_name(weights.CONFIG_NAME) if path else None
     if beside and beside.is_file():
@@ -75,7 +70,12 @@ def top1(described: dict[str, Any]) -> float | None:
 
 
 def whereabouts(name: str) -> str | None:
-    """Where the weights are: a path, or the Hub; None for a network that has none."""
+    """Where the weights are: a path, a package, or the Hub; None for a network that has none."""
+    if name in catalogue.upcycled():
+        repository = catalogue.config(name)["upcycled_from"]
+        return (
+            f"package {weights.PACKAGED[repository].module}" if weights.packaged(repository) else f"Hub: {repository}"
+        )
     if name not in weights.known():
         return None
     path = weights.local(name)

@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from parameternet import __version__, weights
-from parameternet.cli import EXTRAS, _networks
+from parameternet.cli import EXTRAS
 from parameternet.cli._output import print_json, print_table
+from parameternet.models import catalogue
 
 # distribution -> the oldest release that this package is tested with
 NEEDED = {
@@ -144,7 +145,7 @@ def _missing_places() -> Iterator[dict[str, str]]:
 
 def _unregistered() -> Iterator[dict[str, str]]:
     for name in weights.known():
-        if name.partition(".")[0] not in _networks.architectures():
+        if name.partition(".")[0] not in catalogue.architectures():
             yield {
                 "problem": f"weights.json records {name}, but no network of that name is registered",
                 "mend": "install parameternet again: its parts are of different versions",

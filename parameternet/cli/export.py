@@ -11,6 +11,7 @@ from parameternet.cli import _networks
 from parameternet.cli._output import print_table
 from parameternet.export import FORMATS, FORMS, Exported
 from parameternet.export import export as write
+from parameternet.models import catalogue
 
 
 @click.command()
@@ -64,7 +65,7 @@ def _untrained(name: str) -> nn.Module:
 
 def _trained(name: str) -> str:
     has_weights = any(known.partition(".")[0] == name for known in weights.known())
-    if name in _networks.architectures() and not has_weights:
+    if name in catalogue.architectures() and not has_weights:
         raise click.UsageError(f"{name} has no checkpoint; --untrained exports it with random weights")
     return name
 

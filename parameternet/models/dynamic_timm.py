@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import ImageNetInfo
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, ghostnet, register_model
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
@@ -52,7 +52,19 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if hasattr(module, "switch_to_deploy"):
             module.switch_to_deploy()
+            _become_plain(module)
     return model.requires_grad_()  # it detaches what it keeps
+
+
+def _become_plain(module: nn.Module) -> None:
+    """What is left of a block of the third generation is one of an earlier one, which TorchScript can follow."""
+    if isinstance(module, ghostnet.GhostModuleV3):
+        gated = module.mode == "shortcut"
+        module.__class__ = ghostnet.GhostModuleV2 if gated else ghostnet.GhostModule
+    else:
+        module.__class__ = ghostnet.GhostBottleneck
+        if module.stride == 1:
+            module.conv_dw = module.bn_dw = None
 
 
 # The attention of the second and third generation gates, as squeeze-and-excitation does, and stays dense as that does.

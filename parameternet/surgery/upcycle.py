@@ -243,12 +243,12 @@ class _Choice:
 
 
 def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
+    if hasattr(conv, "parametrizations") or conv._forward_hooks or conv._forward_pre_hooks:
+        return "carries hooks or a parametrization"
     if type(conv) not in CONVOLUTIONS:
         return f"a {type(conv).__name__} may compute something else from its weights"
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode}"
-    if hasattr(conv, "parametrizations") or conv._forward_hooks or conv._forward_pre_hooks:
-        return "carries hooks or a parametrization"
     if name in seen.tied:
         return "shares itself or its weight with another place"
     return None

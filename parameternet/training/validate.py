@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet import weights
-from parameternet.models import build_from_config
+from parameternet.models import build_from_config, catalogue
 from parameternet.training import distributed
 from parameternet.training.checkpoint import read_weights, weights_file
 from parameternet.training.data import eval_loader, stop_workers, stream_loader
@@ -123,7 +123,7 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         close = nearest(name.split(".")[0], timm.list_models())
         raise CheckpointError(f"{name!r} is neither a folder, nor a file, nor the name of a model{close}")
     network = timm.create_model(name, pretrained=True)
-    config = weights.config(name) if name in weights.known() else {}
+    config = catalogue.config(name) if name in catalogue.checkpoints() else {}
     return network, {"architecture": name.split(".")[0], "pretrained_cfg": network.pretrained_cfg, **config}
 
 

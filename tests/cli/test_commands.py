@@ -16,6 +16,7 @@ from parameternet import cli, weights
 from parameternet.cli import _output, doctor
 
 PHOTOS = Path(__file__).parent.parent / "photos"
+RECORDED = ("--model", checkpoints.NAME)
 CAT = str(PHOTOS / "cat.jpg")
 
 
@@ -120,7 +121,7 @@ def test_a_missing_package_gives_the_line_that_installs_it(monkeypatch, missing,
 
 
 def test_list_shows_networks_and_checkpoints(recorded):
-    header, *rows = run("list").stdout.splitlines()
+    header, *rows = run("list", "parameternet").stdout.splitlines()
     assert header.split() == ["name", "tag", "parameters", "MACs", "input", "top-1", "weights"]
     cells = {row.split()[0]: row.split() for row in rows}
     assert set(cells) == {"parameternet_50m", "parameternet_150m", "parameternet_300m", "parameternet_600m"}
@@ -142,6 +143,13 @@ def test_list_says_when_weights_are_on_the_hub(recorded, monkeypatch, tmp_path):
     monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(tmp_path))
     row = json.loads(run("list", "--json", "50m.tin200").stdout)[0]
     assert row["weights"] == f"Hub: parameternet/{checkpoints.NAME}"
+
+
+def test_list_shows_upcycled_checkpoints_with_their_figures():
+    rows = {row["name"]: row for row in json.loads(run("list", "--json", "dynamic_ghostnet_*").stdout)}
+    assert rows["dynamic_ghostnet_100"]["tag"] == "in1k_upcycled" and rows["dynamic_ghostnet_100"]["top1"] == 73.958
+    assert rows["dynamic_ghostnet_100"]["weights"] == "Hub: timm/ghostnet_100.in1k"
+    assert rows["dynamic_ghostnet_050"]["tag"] is rows["dynamic_ghostnet_050"]["weights"] is None
 
 
 def test_info_adds_up(recorded):
@@ -173,7 +181,7 @@ def test_info_in_words():
 
 
 def test_predict_names_classes(recorded):
-    done = run("predict", CAT, "--topk", "2")
+    done = run("predict", *RECORDED, CAT, "--topk", "2")
     path, *classes = done.stdout.splitlines()
     assert path == CAT and len(classes) == 2
     assert all(re.fullmatch(r"  +\d+\.\d%  (tabby|espresso|rocket|teapot|very long .*)", line) for line in classes)
@@ -182,7 +190,9 @@ def test_predict_names_classes(recorded):
 
 def test_predict_goes_on_after_what_it_cannot_read(recorded, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
-    done = run("predict", tmp_path / "text.jpg", CAT, "http://127.0.0.1:9/a.jpg", tmp_path / "none.png", code=1)
+    done = run(
+        "predict", *RECORDED, tmp_path / "text.jpg", CAT, "http://127.0.0.1:9/a.jpg", tmp_path / "none.png", code=1
+    )
     assert done.stdout.splitlines()[0] == CAT
     assert [line.partition(": ")[2][:12] for line in done.stderr.splitlines()] == [
         "not an image",
@@ -192,7 +202,7 @@ def test_predict_goes_on_after_what_it_cannot_read(recorded, tmp_path):
 
 
 def test_predict_as_json_is_nothing_but_json(recorded, tmp_path):
-    done = run("predict", PHOTOS, tmp_path / "none.png", "--json", "--save", tmp_path / "a.png", code=1)
+    done = run("predict", *RECORDED, PHOTOS, tmp_path / "none.png", "--json", "--save", tmp_path / "a.png", code=1)
     answer = json.loads(done.stdout)
     assert answer["model"] == checkpoints.NAME
     assert [result["error"] for result in answer["results"]] == [None, None, None, "no such file"]
@@ -201,7 +211,7 @@ def test_predict_as_json_is_nothing_but_json(recorded, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".webp"])
 def test_predict_saves_a_picture(recorded, tmp_path, suffix):
-    run("predict", PHOTOS, "--save", tmp_path / f"a{suffix}")
+    run("predict", *RECORDED, PHOTOS, "--save", tmp_path / f"a{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
     with Image.open(tmp_path / f"a{suffix}") as picture:
         picture.load()
