@@ -6,6 +6,8 @@ Two things are checked before a tensor reaches a network:
   carries one of those names must match, wherever it came from;
 - *the tensors*: every file that `save` writes carries a digest of its tensors in the safetensors metadata.
 
+What comes from the Hub, or from its cache, is held against the Hub's own digest before that.
+
 A reader might ask why: a flipped bit in the payload of a safetensors file is still a valid safetensors file, and the
 Hub's client compares sizes, not content. Only safetensors are read, because unpickling can run code.
 """
@@ -130,8 +132,8 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
     `<architecture>.<tag>`               `PARAMETERNET_WEIGHTS`, then the checkout or        recorded SHA-256, digest
                                          wheel, then the Hub
     `local-dir:DIR`                      `DIR/model.safetensors`                             digest
-    `hf-hub:ORG/NAME[@REVISION]`         that repository's `model.safetensors`               digest; if it is one of
-                                                                                             ours, SHA-256 too
+    `hf-hub:ORG/NAME[@REVISION]`         that repository's `model.safetensors`               the Hub's digest, its own;
+                                                                                             SHA-256 of one of ours
     `hf_hub_id` of another's repository  `PARAMETERNET_WEIGHTS`, then an installed package   digest; of a package, its
                                          that carries it (`PACKAGED`), then the Hub          recorded SHA-256
     `file=PATH` in the cfg's overlay     that file                                           digest
@@ -641,7 +643,7 @@ def _in_cache(repository: str, file: str, cache_dir: str | Path | None, revision
 
 
 def _etag(path: Path, metadata: Any = None) -> str | None:
-    """The digest that the Hub gives for a file in its cache: its blob's name, or else what the Hub answered just now."""
+    """The digest that the Hub gives for a file in its cache: its blob's name, or else its newest answer."""
     if path.is_symlink():
         etag = Path(os.readlink(path)).name
     elif metadata and metadata.commit_hash in path.parts:  # a file system without links

@@ -6,10 +6,7 @@ import json
 import pickle
 import random
 import re
-import shutil
-import threading
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -315,136 +312,6 @@ def test_sixty_damaged_files(network, tmp_path):
     assert total["digest only"]["silently wrong"] == 0
     assert total["digest only"]["refused"] >= 55  # a flipped bit in the header's remarks may be harmless
     assert total["timm"]["silently wrong"] > 20, "the sweep no longer makes files that need us"
-
-
-# The Hub ------------------------------------------------------------------------------------------------------------
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub as its client needs: `files` maps 'org/name/file' to bytes."""
-
-    files: dict = {}  # noqa: RUF012
-    asked: list = []  # noqa: RUF012
-
-    def do_HEAD(self):
-        self._answer(body=False)
-
-    def do_GET(self):
-        self._answer(body=True)
-
-    def _answer(self, body):
-        repository, _, rest = self.path.partition("/resolve/")
-        key = f"{repository[1:]}/{rest.split('/', 1)[-1]}"
-        self.asked.append(key)
-        data = self.files.get(key)
-        known_repository = any(name.startswith(repository[1:] + "/") for name in self.files)
-        self.send_response(200 if data is not None else 404)
-        if data is None:
-            self.send_header("X-Error-Code", "EntryNotFound" if known_repository else "RepoNotFound")
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
-        self.send_header("Content-Length", str(len(data or b"")))
-        self.end_headers()
-        if body and data:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(FakeHub, "files", {})
-    monkeypatch.setattr(FakeHub, "asked", [])
-    yield FakeHub
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def published(hub, checkout):
-    """Our checkpoint is on the Hub, and only there."""
-    for file in ("model.safetensors", "config.json"):
-        hub.files[f"parameternet/{NAME}/{file}"] = checkout.with_name(file).read_bytes()
-        checkout.with_name(file).unlink()
-    return hub
-
-
-def test_the_hub_is_the_last_place_and_is_asked_once(published):
-    assert weights.local(NAME) is None
-    assert_same(weights.resolve(CFG), tensors())
-    assert weights.config(NAME)["num_classes"] == 5
-    before = len(published.asked)
-    assert_same(weights.resolve(CFG), tensors())
-    assert weights.local(NAME).is_file()
-    assert len(published.asked) == before, "known content in the cache needs no network"
-
-
-def test_cache_is_used_when_the_hub_is_gone(published, monkeypatch):
-    weights.find(NAME)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", CLOSED)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert_same(weights.resolve(CFG), tensors())
-    assert_same(weights.resolve({"source": "hf-hub", "hf_hub_id": f"parameternet/{NAME}"}), tensors())
-
-
-def test_offline_without_a_cache_says_so(published, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(weights.WeightsNotFound, match="HF_HUB_OFFLINE is set, and the Hub's cache here does not hold"):
-        weights.resolve(CFG)
-
-
-def test_an_organisation_that_somebody_else_owns_cannot_give_its_own_file(published, tmp_path):
-    foreign = put(tmp_path / "foreign", {"a": torch.ones(3)})
-    published.files[f"parameternet/{NAME}/model.safetensors"] = foreign.read_bytes()
-    for cfg in (CFG, {"source": "hf-hub", "hf_hub_id": f"parameternet/{NAME}"}):
-        with pytest.raises(weights.WeightsDamaged, match=r"is not the recorded one.*delete the folder .*models--param"):
-            weights.resolve(cfg)
-
-
-def test_a_damaged_file_in_the_cache_is_named_and_mended_as_told(published):
-    path = weights.find(NAME)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.resolve().write_bytes(data)  # of the right size: the Hub's client does not look further
-    with pytest.raises(weights.WeightsDamaged) as caught:
-        weights.resolve(CFG)
-    folder = re.search(r"delete the folder (\S+)", str(caught.value))[1]
-    shutil.rmtree(folder)
-    assert_same(weights.resolve(CFG), tensors())
-
-
-def test_repositories_of_others_are_checked_by_their_digest(hub, tmp_path):
-    data = bytearray(put(tmp_path).read_bytes())
-    hub.files["somebody/net/model.safetensors"] = bytes(data)
-    cfg = {"source": "hf-hub", "hf_hub_id": "somebody/net@v1"}
-    assert_same(weights.resolve(cfg), tensors())
-    data[-1] ^= 1
-    hub.files["somebody/net/model.safetensors"] = bytes(data)
-    with pytest.raises(weights.WeightsDamaged, match="not those that were saved"):
-        weights.resolve(cfg, cache_dir=tmp_path / "fresh")
-
-
-@pytest.mark.parametrize(
-    ("repository", "message"),
-    [
-        ("nobody/nothing", "no such repository"),
-        ("somebody/net", "no such file or revision"),
-        ("a/b/c", "is no name for a Hub repository"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_one_sentence(hub, repository, message):
-    hub.files["somebody/net/README.md"] = b"hello"
-    with pytest.raises(weights.WeightsNotFound, match=message) as caught:
-        weights.resolve({"source": "hf-hub", "hf_hub_id": repository})
-    assert "\n" not in str(caught.value)
 
 
 # Where folders are --------------------------------------------------------------------------------------------------
