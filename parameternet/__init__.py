@@ -4,7 +4,7 @@ from . import models
 from .flops import count_flops, register_thop
 from .layers import ConvBnAct, DynamicConv, GhostBottleneck, GhostModule, Router, dynamic_conv2d, set_temperature
 from .models.parameternet import ParameterNet
-from .surgery import fuse
+from .surgery import collapse, convert_condconv, fuse, upcycle
 
 __version__ = "0.1.0"
 
@@ -19,9 +19,12 @@ __all__ = [
     "ParameterNet",
     "Router",
     "__version__",
+    "collapse",
+    "convert_condconv",
     "count_flops",
     "dynamic_conv2d",
     "fuse",
     "models",
     "set_temperature",
+    "upcycle",
 ]

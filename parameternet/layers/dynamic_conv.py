@@ -120,7 +120,8 @@ class DynamicConv(nn.Module):
             (the output has ceil(size / stride) positions, the odd zero comes last); 'valid' is none; or a number or
             a pair.
         num_experts: Kernels to mix.
-        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor.
+        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor; None:
+            no router, coefficients are handed to every call.
         routing_hidden, temperature: As of `Router`; not with a shared router.
         strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
             it can be changed later.
@@ -148,7 +149,7 @@ class DynamicConv(nn.Module):
         groups: int = 1,
         bias: bool = False,
         num_experts: int = 4,
-        routing: str | Router = "sigmoid",
+        routing: str | Router | None = "sigmoid",
         routing_hidden: int | None = None,
         temperature: float = 1.0,
         strategy: str | None = None,
@@ -169,7 +170,9 @@ class DynamicConv(nn.Module):
             kernel_size=kernel_size, stride=stride, dilation=dilation
         )
         self.pad_same, self.padding = _resolve_padding(padding, self.kernel_size, self.stride, self.dilation)
-        if isinstance(routing, Router):
+        if routing is None:
+            self.routing = None
+        elif isinstance(routing, Router):
             self.routing = _shared(routing, in_channels, num_experts, routing_hidden)
         else:
             self.routing = Router(in_channels, num_experts, routing, routing_hidden, temperature, device, dtype)
@@ -203,6 +206,8 @@ class DynamicConv(nn.Module):
                 raise ValueError(
                     f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}"
                 )
+            if self.routing is None:
+                raise ValueError("this convolution has no router: hand it routing_weights (batch, experts) with x")
             routing_weights = self.routing(x)
         if self.pad_same:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)

@@ -1,6 +1,9 @@
 """Networks into networks."""
 
+from .collapse import collapse, measure_routing
+from .compare import compare
+from .condconv import convert_condconv
 from .fuse import fuse
 from .upcycle import upcycle, upcycle_state_dict
 
-__all__ = ["fuse", "upcycle", "upcycle_state_dict"]
+__all__ = ["collapse", "compare", "convert_condconv", "fuse", "measure_routing", "upcycle", "upcycle_state_dict"]

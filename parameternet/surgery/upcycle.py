@@ -165,9 +165,9 @@ def upcycle_state_dict(
     """
     out = dict(state_dict)
     for name, conv in model.named_modules():
-        if not isinstance(conv, DynamicConv) or f"{name}.weight" not in out:
+        if not isinstance(conv, DynamicConv) or conv.routing is None:
             continue
-        if f"{name}.routing.weight" in out:
+        if f"{name}.weight" not in out or f"{name}.routing.weight" in out:
             continue
         for part in ("weight", "bias"):
             if f"{name}.{part}" in out:

@@ -1,0 +1,40 @@
+"""What surgery changed: sizes, costs, and whether the function is still the same."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..flops import Flops, count_flops
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks, (before, after). difference: the largest one of outputs, relative to the largest output."""
+
+    parameters: tuple[int, int]
+    flops: tuple[Flops, Flops]
+    difference: float
+
+
+@torch.no_grad()
+def compare(before: nn.Module, after: nn.Module, x: Tensor) -> Comparison:
+    """Hold two networks that should compute the same against each other, in evaluation mode.
+
+    Args:
+        before, after: Networks whose output is a tensor.
+        x: Pictures (B, C, H, W), on the networks' device.
+    """
+    networks = (before, after)
+    modes = [network.training for network in networks]
+    outputs = [network.eval()(x) for network in networks]
+    for network, training in zip(networks, modes, strict=True):
+        network.train(training)
+    scale = outputs[0].abs().max().clamp_min(torch.finfo(outputs[0].dtype).tiny)
+    return Comparison(
+        tuple(sum(p.numel() for p in network.parameters()) for network in networks),
+        tuple(count_flops(network, x.shape[1:]) for network in networks),
+        float((outputs[1] - outputs[0]).abs().max() / scale),
+    )

@@ -1,0 +1,59 @@
+"""timm's CondConv networks on our layer."""
+
+from copy import deepcopy
+
+import torch
+from timm.layers import CondConv2d
+from torch import nn
+
+from ..layers import DynamicConv
+
+__all__ = ["convert_condconv"]
+
+
+def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Put a DynamicConv in the place of each of timm's CondConv2d: the same function, faster and free to export.
+
+    The blocks go on to route as they did, one linear layer for the three convolutions of a block, and hand the
+    coefficients on; so the new layers have no router of their own. Weights are those of the old layers.
+
+    Args:
+        model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.
+        inplace: Change `model` itself. Otherwise a copy is changed.
+
+    Raises:
+        ValueError: There is no CondConv2d.
+
+    Source: CondConv, arXiv:1904.04971.
+    """
+    if not inplace:
+        model = deepcopy(model)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, CondConv2d)]
+    if not found:
+        raise ValueError(f"this {type(model).__name__} has no CondConv2d")
+    for name, old in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _converted(old))
+    return model
+
+
+@torch.no_grad()
+def _converted(old: CondConv2d) -> DynamicConv:
+    new = DynamicConv(
+        old.in_channels,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        "same" if old.dynamic_padding else old.padding,
+        old.dilation,
+        old.groups,
+        old.bias is not None,
+        old.num_experts,
+        routing=None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    new.weight.copy_(old.weight.reshape(new.weight.shape))
+    if old.bias is not None:
+        new.bias.copy_(old.bias.flatten())
+    return new.train(old.training).requires_grad_(old.weight.requires_grad)
