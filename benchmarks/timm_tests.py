@@ -75,9 +75,11 @@ def our_names() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="networks; all of ours if none is named")
-    parser.add_argument("--offline", action="store_true", help="leave out the two tests that download weights")
+    parser.add_argument("--offline", action="store_true", help="leave out the two tests that load weights")
     parser.add_argument("--quick", action="store_true", help="only forward, backward and features")
-    parser.add_argument("--module-filters", nargs="*", default=["parameternet"], help="added to FEAT_INTER_FILTERS")
+    parser.add_argument(
+        "--module-filters", nargs="*", default=["parameternet", "dynamic_timm"], help="added to FEAT_INTER_FILTERS"
+    )
     options = parser.parse_args()
     names = options.names or our_names()
     unknown = set(names) - set(our_names())

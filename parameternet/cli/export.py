@@ -6,7 +6,6 @@ import click
 import timm
 from torch import nn
 
-from parameternet import weights
 from parameternet.cli import _networks
 from parameternet.cli._output import print_table
 from parameternet.export import FORMATS, FORMS, Exported
@@ -64,8 +63,7 @@ def _untrained(name: str) -> nn.Module:
 
 
 def _trained(name: str) -> str:
-    has_weights = any(known.partition(".")[0] == name for known in weights.known())
-    if name in catalogue.architectures() and not has_weights:
+    if name in catalogue.architectures() and not catalogue.checkpoint(name):
         raise click.UsageError(f"{name} has no checkpoint; --untrained exports it with random weights")
     return name
 

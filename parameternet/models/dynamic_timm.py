@@ -20,7 +20,7 @@ from ..layers import DynamicConv
 from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
 from ._builder import build_model
 
-__all__ = ["SOURCES", "Source", "dynamic_timm"]
+__all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "labels"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if hasattr(module, "switch_to_deploy"):
-            module.switch_to_deploy()
+            with next(module.parameters()).device:  # it makes new layers wherever layers are made by default
+                module.switch_to_deploy()
             _become_plain(module)
     return model.requires_grad_()  # it detaches what it keeps
 
@@ -146,7 +147,7 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
 
 def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
     """A state dict of the dense or the dynamic network -> one of the dynamic network."""
-    state_dict = _by_order(state_dict, model)
+    state_dict = by_order(state_dict, model)
     if any(".routing." in name for name in state_dict):
         return state_dict
     of_timm = getattr(sys.modules[source.entrypoint.__module__], "checkpoint_filter_fn", None)
@@ -158,7 +159,7 @@ def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source)
     return upcycle_state_dict(state_dict, model)
 
 
-def _by_order(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def by_order(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the Lite networks' packages under timm's names: the names differ, the order does not."""
     if "_conv_stem.weight" not in state_dict:
         return state_dict

@@ -1,0 +1,116 @@
+"""From a dense checkpoint to a folder that a fresh process loads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from trained import trained
+
+from parameternet import weights
+from parameternet.layers import DynamicConv
+from parameternet.models.upcycled import load_dense, upcycle_checkpoint
+from parameternet.prediction import Predictor
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return trained("mobilenetv3_small_050", num_classes=7)
+
+
+@pytest.fixture(scope="module")
+def file(dense, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    weights.save(dense.state_dict(), path)
+    return path
+
+
+def test_a_file_becomes_a_folder_that_computes_the_same_in_a_fresh_process(dense, file, tmp_path):
+    folder = tmp_path / "dynamic"
+    dynamic, compared = upcycle_checkpoint(
+        str(file), folder, "mobilenetv3_small_050", num_experts=3, routing="softmax", exclude="blocks.0.*", seed=5
+    )
+    assert compared.difference <= 1e-5
+    assert compared.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (dense, dynamic))
+    assert compared.flops[1].mixing > compared.flops[0].mixing == 0
+    x = torch.randn(2, 3, 64, 64)
+    torch.save(x, tmp_path / "x")
+    code = (
+        "import sys, timm, torch, parameternet\n"
+        f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+        f"y = model(torch.load('{tmp_path / 'x'}'))\n"
+        f"torch.save(y.detach(), '{tmp_path / 'y'}')"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    expected = dense(x).detach()
+    assert torch.allclose(torch.load(tmp_path / "y"), expected, atol=1e-5 * float(expected.abs().max()))
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert again.upcycling.recipe() == dynamic.upcycling.recipe()
+    assert {m.num_experts for m in again.modules() if isinstance(m, DynamicConv)} == {3}
+    assert Predictor(folder, "cpu").model.num_classes == 7
+
+
+def test_a_folder_is_a_source_and_keeps_names_and_preprocessing(dense, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    weights.save(dense.state_dict(), source / weights.FILE_NAME)
+    config = {
+        "architecture": "mobilenetv3_small_050",
+        "num_classes": 7,
+        "label_names": list("abcdefg"),
+        "pretrained_cfg": {"num_classes": 7, "input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1],
+                           "first_conv": "conv_stem", "classifier": "classifier"},
+    }  # fmt: skip
+    (source / weights.CONFIG_NAME).write_text(json.dumps(config))
+    upcycle_checkpoint(str(source), tmp_path / "out")
+    written = weights.config(f"local-dir:{tmp_path / 'out'}")
+    assert written["label_names"] == list("abcdefg") and written["upcycled_from"] == "source"
+    predictor = Predictor(tmp_path / "out", "cpu")
+    assert predictor.labels == list("abcdefg")
+    found = predictor.data_config
+    assert tuple(found["mean"]) == (0.1, 0.2, 0.3) and tuple(found["input_size"]) == (3, 96, 96)
+
+
+def test_a_checkpoint_is_not_overwritten_unasked(file, tmp_path):
+    upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050")
+    before = (tmp_path / weights.FILE_NAME).read_bytes()
+    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+        upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", num_experts=2)
+    assert (tmp_path / weights.FILE_NAME).read_bytes() == before
+    upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", overwrite=True, num_experts=2)
+    assert (tmp_path / weights.FILE_NAME).read_bytes() != before
+
+
+@pytest.mark.skipif(weights.packaged("timm/tf_efficientnet_lite0.in1k") is None, reason="`demo` is not installed")
+def test_a_name_of_timm_takes_the_weights_from_where_they_are():
+    model = load_dense("tf_efficientnet_lite0")
+    assert model.pretrained_cfg["label_descriptions"]["n02123045"] == "tabby, tabby cat"
+    package = torch.load(weights.packaged("timm/tf_efficientnet_lite0.in1k"), weights_only=True)
+    assert torch.equal(model.conv_stem.weight, package["_conv_stem.weight"])
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "error", "message"),
+    [
+        ("no_such_net", None, ValueError, "no folder, no .safetensors file, no hf-hub:ORG/NAME and no network of timm"),
+        ("resnet18d_x", None, ValueError, "no network of timm"),
+        ("ghostnet_050", None, weights.WeightsNotFound, "timm has no weights of ghostnet_050"),
+        ("FILE", None, ValueError, "does not say which network it is of, and there is no config.json"),
+        ("FILE", "resnet19", ValueError, "timm knows no 'resnet19'"),
+        ("none.safetensors", "resnet18", weights.WeightsNotFound, "no such file"),
+    ],
+)
+def test_errors_say_what_is_missing(file, source, architecture, error, message):
+    with pytest.raises(error, match=message):
+        load_dense(str(file) if source == "FILE" else source, architecture)
+
+
+def test_a_damaged_file_is_refused(file, tmp_path):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(data)
+    with pytest.raises(weights.WeightsDamaged):
+        upcycle_checkpoint(str(tmp_path / "damaged.safetensors"), tmp_path / "out", "mobilenetv3_small_050")
+    assert not (tmp_path / "out").exists()
