@@ -15,6 +15,7 @@ from _timing import ROOT, read_csv
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
 from parameternet.flops import count_flops
+from parameternet.models.dynamic_timm import SOURCES
 
 ORIGIN = {
     "parameternet_50m": "ours: GhostNet's stages at width 0.5",
@@ -42,6 +43,19 @@ def networks() -> list[str]:
         static = parameters(create(name, dynamic=False))
         macs = f"{flops.total / 1e6:.1f} M | {flops.mixing / 1e6:.1f} M"
         rows.append(f"| `{name}` | {origin} | {parameters(model)} | {static} | {macs} |")
+    return rows
+
+
+def upcycled() -> list[str]:
+    """A row a network of timm's: parameters dense and with 4 experts, MACs at its test size, accuracy if it has any."""
+    rows = []
+    for name, source in SOURCES.items():
+        model, dense = create(name), create(name, dynamic=False)
+        size = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=True)["input_size"]
+        macs = [f"{count_flops(network, size).total / 1e6:.0f} M" for network in (dense, model)]
+        figures = [f"{figure:.2f}" if figure else "-" for figure in (source.top1, source.top5)]
+        sizes = f"{parameters(dense)} | {parameters(model)} | {' | '.join(macs)}"
+        rows.append(f"| `{name}` | {sizes} | {size[-1]} px | {' | '.join(figures)} |")
     return rows
 
 
@@ -127,5 +141,5 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    tables = (networks(), checkpoints(), speed(), layer_speed(), exported())
+    tables = (networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported())
     print("\n\n".join("\n".join(rows) for rows in tables if rows))
