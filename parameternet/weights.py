@@ -40,6 +40,7 @@ __all__ = [
     "find",
     "hub",
     "hub_cause",
+    "hub_damage",
     "hub_reason",
     "known",
     "local",
@@ -519,12 +520,12 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
 
     if isinstance(error, errors.LocalEntryNotFoundError):  # the client's word for whatever went wrong before
         error = error.__cause__ or error
+    signed_in = token or get_token()
     if isinstance(error, errors.HFValidationError):
         return f"that is no name for a Hub repository ({_first_line(error, token)})"
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated: accept its terms on its page, and log in with that account (hf auth login)"
     if isinstance(error, errors.RepositoryNotFoundError):
-        signed_in = token or get_token()
         private = "that the token in use may not see" if signed_in else "that needs a login (hf auth login)"
         return f"no such repository, or a private one {private}"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -532,6 +533,8 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return "the repository has no such file"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401 and not signed_in:
+        return "the Hub wants a login for that: hf auth login"
     if status == 401:
         return "the Hub refuses the token in use, which is wrong or has expired: hf auth login, or unset HF_TOKEN"
     if status == 403:
@@ -574,7 +577,7 @@ def _from_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> di
 def _cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:
     """The file in the Hub's cache, unless it is known to be damaged."""
     path = _in_cache(repository, file, cache_dir, revision)
-    return path if path and not _damage(_bytes(path), _etag(path)) else None
+    return path if path and not hub_damage(_bytes(path), _etag(path)) else None
 
 
 def _download(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
@@ -596,7 +599,7 @@ def _fetch(repository: str, file: str, revision: str | None, cache_dir: str | Pa
                 raise WeightsDamaged(f"{damage}; it was removed from the cache, but {error}") from error
             raise
         data = _bytes(path)
-        found = _damage(data, etag)
+        found = hub_damage(data, etag)
         if not found:
             return path, hashlib.sha256(data).hexdigest() if etag else None
         damage = f"{_address(repository, file, revision)} came damaged ({len(data):,} bytes): {found}"
@@ -653,8 +656,8 @@ def _etag(path: Path, metadata: Any = None) -> str | None:
     return etag if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag or "") else None
 
 
-def _damage(data: bytes, etag: str | None) -> str:
-    """What is wrong with the content of a file of the Hub; empty if nothing is, or nobody can tell."""
+def hub_damage(data: bytes, etag: str | None) -> str:
+    """What is wrong with `data` if the Hub's digest of it is `etag`; empty if nothing is, or nobody can tell."""
     if etag is None:
         return ""
     if len(etag) == 64:  # large files; the Hub keeps them under their SHA-256

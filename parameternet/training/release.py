@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from parameternet import files, weights
-from parameternet.training.card import write_card
+from parameternet.hub import write_card
 from parameternet.training.checkpoint import BEST, read_weights
 from parameternet.training.errors import CheckpointError
 from parameternet.training.recipe import Recipe, load_recipe
@@ -67,7 +66,9 @@ def release(
         config = _write_weights(run, fresh, name, recipe)
         found = validate(fresh, data, reporter=reporter, **measuring)
         found["macs"] = _macs(fresh, found["input_size"])
-        _write_words(run, fresh, name, recipe, config, found)
+        _write_words(run, fresh, recipe, config, found)
+        reference = name if records or destination is None else f"local-dir:{name}"
+        files.write_text(fresh / "README.md", write_card(fresh, reference))
         _replace(folder, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -133,22 +134,15 @@ def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:
     return count_flops(load(folder)[0], input_size).total
 
 
-def _write_words(
-    run: Path, folder: Path, name: str, recipe: Recipe, config: dict[str, Any], found: dict[str, Any]
-) -> None:
-    config["results"] = {
-        key: found[key] for key in ("top1", "top5", "loss", "images", "input_size", "macs", "parameters")
-    }
+def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any], found: dict[str, Any]) -> None:
+    figures = ("top1", "top5", "top1_interval", "loss", "images", "input_size", "macs", "parameters")
+    config["results"] = {key: found[key] for key in figures}
     config["results"] |= {"data": recipe.data_name, "unreadable": len(found["unreadable"])}
     files.write_json(folder / weights.CONFIG_NAME, config)
     files.write_text(folder / "recipe.yaml", recipe.to_yaml())
     for document in ("history.csv", "curves.png"):
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
-    with open(run / "history.csv", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    size = (folder / weights.FILE_NAME).stat().st_size
-    files.write_text(folder / "README.md", write_card(name, recipe, config, found, rows, size))
 
 
 def _replace(folder: Path, fresh: Path) -> None:

@@ -1,0 +1,364 @@
+"""The card of a checkpoint: what it is, what was measured, how to use it, how it came about, what it is not for."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.data import resolve_data_config
+from timm.models import is_model_pretrained
+
+from parameternet import weights
+from parameternet.flops import count_flops
+from parameternet.models import catalogue
+
+__all__ = ["describe", "write_card"]
+
+_CARD = """\
+# {name}
+
+{intro}
+
+## Model Details
+
+- **Task:** image classification among {classes} classes; feature maps and embeddings
+- **Network:** `{architecture}`, whose convolutions mix their kernels anew for each picture, after
+  [ParameterNet](https://arxiv.org/abs/2306.14525)
+- **Software:** timm, and the package `parameternet`, which registers the network and checks every file that it loads
+{details}
+## Results
+
+| | |
+| --- | --- |
+{results}
+
+{measured}
+
+## Model Usage
+
+{usage}
+## Training
+
+{training}
+
+## Limits
+
+It knows {classes} classes and answers every picture with one of them. Photographs unlike those it was trained on (other
+subjects, drawings, other sizes than {size} px) get answers that mean little, and its probabilities were not calibrated.
+{validation}Not for decisions about people.
+{terms}
+## Citation
+
+```bibtex
+@inproceedings{{han2024parameternet,
+  title = {{ParameterNet: Parameters Are All You Need}},
+  author = {{Han, Kai and Wang, Yunhe and Guo, Jianyuan and Wu, Enhua}},
+  booktitle = {{Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition}},
+  year = {{2024}}
+}}
+```
+"""
+
+# heading -> what stands under it; a test runs every block of Python, from the top down
+_USAGE = {
+    "Image Classification": """\
+```python
+import timm
+import torch
+from PIL import Image
+
+import parameternet  # registers the networks with timm
+
+model = timm.create_model("{reference}", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model, use_test_size=True)
+transform = timm.data.create_transform(**config, is_training=False)
+images = transform(Image.open("photo.jpg").convert("RGB"))[None]  # (1, 3, {size}, {size})
+
+with torch.inference_mode():
+    probabilities = model(images).softmax(-1)
+print(probabilities.topk(5))
+```
+
+`parameternet predict photo.jpg --model {spoken}` prints the names of the classes, which are in `config.json`.
+""",
+    "Feature Map Extraction": """\
+With `images` from above:
+
+```python
+backbone = timm.create_model("{reference}", pretrained=True, features_only=True).eval()
+for features, reduction in zip(backbone(images), backbone.feature_info.reduction()):
+    print(features.shape, reduction)  # (1, channels, {size} / reduction, {size} / reduction)
+```
+""",
+    "Image Embeddings": """\
+```python
+encoder = timm.create_model("{reference}", pretrained=True, num_classes=0).eval()
+embedding = encoder(images)  # one vector for each image
+print(embedding.shape)
+```
+""",
+}
+_TORCH_HUB = """\
+From a checkout of the repository, without installing it:
+
+```python
+import torch
+
+model = torch.hub.load(
+    "path/to/parameternet", "{architecture}", source="local", pretrained=True, pretrained_cfg="{tag}"
+)
+```
+"""
+
+_DENSE = "[{dense}](https://huggingface.co/{dense})"
+_TERMS = {
+    "ImageNet-1k": "The pictures of ImageNet are for non-commercial research and education only by its terms of "
+    "access; use weights trained on them accordingly.",
+}
+
+
+def write_card(source: str | Path, reference: str | None = None) -> str:
+    """The card of a checkpoint in Markdown, under a header that the Hub reads.
+
+    Args:
+        source: `architecture.tag`, or a folder in the Hub's layout: config.json, and what there is of recipe.yaml,
+            history.csv and model.safetensors.
+        reference: What its examples load the checkpoint by, in timm's form: `hf-hub:ORG/NAME`. None: its name, where
+            the registry knows it, or else its folder.
+
+    Raises:
+        WeightsNotFound, WeightsDamaged: no such checkpoint, or its config or weights are not as they should be.
+    """
+    name, config, folder = describe(source)
+    recipe, history = _recipe(folder), _history(folder)
+    reference = reference or (name if is_model_pretrained(name) else f"local-dir:{name}")
+    results = _results(config)
+    words = _words(name, config, results, recipe) | {
+        "results": "\n".join(f"| {key} | {value} |" for key, value in _table(config, results, folder).items()),
+        "usage": _usage(name, config, reference),
+        "training": _training(recipe, history) if recipe and history else _origin(config),
+    }
+    header = _header(name, config, results, recipe)
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n{_CARD.format_map(words)}"))
+
+
+def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
+    """(name, config, folder) of a checkpoint that is given by name or folder; no folder if its weights have none.
+
+    Raises:
+        WeightsNotFound, WeightsDamaged: as `write_card`.
+    """
+    folder = Path(source) if Path(source).is_dir() else None
+    config = weights.config(f"local-dir:{folder}") if folder else catalogue.config(str(source))
+    cfg = config["pretrained_cfg"]
+    config = {"num_classes": cfg.get("num_classes", 1000), **config}
+    if folder:
+        return f"{config['architecture']}.{cfg['tag']}" if cfg.get("tag") else folder.resolve().name, config, folder
+    return str(source), config, weights.find(str(source)).parent if source in weights.known() else None
+
+
+def _recipe(folder: Path | None) -> dict[str, Any]:
+    path = folder and folder / "recipe.yaml"
+    return yaml.safe_load(path.read_text("utf-8")) if path and path.is_file() else {}
+
+
+def _history(folder: Path | None) -> list[dict[str, str]]:
+    path = folder and folder / "history.csv"
+    return list(csv.DictReader(path.read_text("utf-8").splitlines())) if path and path.is_file() else []
+
+
+def _results(config: dict[str, Any]) -> dict[str, Any]:
+    """The recorded figures; parameters and multiply-adds are counted where they are missing."""
+    results = dict(config.get("results") or {})
+    if not {"parameters", "macs"} <= results.keys():
+        arguments = {"num_classes": config["num_classes"], **(config.get("model_args") or {})}
+        network = timm.create_model(config["architecture"], **arguments)
+        results["parameters"] = sum(p.numel() for p in network.parameters())
+        results["macs"] = count_flops(network, _data_config(config)["input_size"]).total
+    return results
+
+
+def _data_config(config: dict[str, Any]) -> dict[str, Any]:
+    return resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
+
+
+# The header ----------------------------------------------------------------------------------------------------------
+
+
+def _header(name: str, config: dict[str, Any], results: dict[str, Any], recipe: dict[str, Any]) -> ModelCardData:
+    data, figures = results.get("data"), _figures(config, results)
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=_license(config, recipe),
+        base_model=config.get("upcycled_from"),
+        datasets=[_identifier(data)] if data else None,
+        tags=["image-classification", "timm", "parameternet", "dynamic-convolution"],
+        model_name=name if figures else None,
+        eval_results=figures or None,
+    )
+
+
+def _license(config: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    return recipe.get("license") or config["pretrained_cfg"].get("license")
+
+
+def _identifier(data: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-")
+
+
+def _figures(config: dict[str, Any], results: dict[str, Any]) -> list[EvalResult]:
+    data, dense = results.get("data"), config.get("upcycled_from")
+    if not data:
+        return []
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=_identifier(data),
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=f"{title} accuracy (%)",
+            metric_value=results[key],
+            source_name=dense,
+            source_url=f"https://huggingface.co/{dense}" if dense else None,
+        )
+        for key, title in (("top1", "Top-1"), ("top5", "Top-5"))
+        if results.get(key) is not None
+    ]
+
+
+# The text ------------------------------------------------------------------------------------------------------------
+
+
+def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    data, dense, license_ = results.get("data"), config.get("upcycled_from"), _license(config, recipe)
+    terms = recipe.get("data_terms") or _TERMS.get(data)
+    own_choice = "It was measured on one validation set, on which its best epoch was chosen too. "
+    return {
+        "name": name,
+        "architecture": config["architecture"],
+        "classes": config["num_classes"],
+        "size": _data_config(config)["input_size"][-1],
+        "intro": _intro(config, data, dense),
+        "details": f"- **Licence of the weights:** {license_}\n" if license_ else "",
+        "measured": _measured(name, results, dense),
+        "validation": own_choice if recipe else "",
+        "terms": f"\n## Data\n\n{terms}\n" if terms else "",
+    }
+
+
+def _intro(config: dict[str, Any], data: str | None, dense: str | None) -> str:
+    classes = f"for {config['num_classes']} classes" + (f" of {data}" if data else "")
+    if dense is None:
+        return f"`{config['architecture']}` {classes}."
+    return (
+        f"{_DENSE.format(dense=dense)}, {classes}, upcycled: dynamic convolutions stand where the dense ones stood, and "
+        "compute the same function. A start for further training, which is what makes the experts differ."
+    )
+
+
+def _measured(name: str, results: dict[str, Any], dense: str | None) -> str:
+    if dense:
+        return (
+            f"Top-1 and top-5 are the dense model's, {_DENSE.format(dense=dense)}, as timm publishes them. They hold "
+            "here because upcycling is exact: what an untrained router mixes from the experts is the dense kernel, so "
+            "both networks compute the same function. After further training they hold no more."
+        )
+    if "top1" not in results:
+        return "Its accuracy has not been measured."
+    return f"The figures are of this very file, measured by `parameternet val {name} --data VAL` when it was released."
+
+
+def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:
+    data = _data_config(config)
+    spread = f" ± {results['top1_interval']:.2f} (95 %)" if "top1_interval" in results else ""
+    bad = f"; {results['unreadable']} could not be read" if results.get("unreadable") else ""
+    rows = {
+        "top-1": f"{results['top1']:.2f} %{spread}" if "top1" in results else None,
+        "top-5": f"{results['top5']:.2f} %" if "top5" in results else None,
+        "measured on": f"{results['images']:,} validation images, each once{bad}" if "images" in results else None,
+        "input": f"{data['input_size'][-1]} px, {data['interpolation']}, crop {data['crop_pct']:g}",
+        "parameters": f"{results['parameters']:,}",
+        "FLOPs (multiply-adds)": f"{results['macs'] / 1e6:.1f} M an image",
+        "file": _file(folder / weights.FILE_NAME) if folder else None,
+    }
+    return {key: value for key, value in rows.items() if value}
+
+
+def _file(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    with safe_open(path, "pt") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  it is no mapping
+    return f"{path.stat().st_size / 1e6:.1f} MB, {' and '.join(names[kind] for kind in names if kind in kinds)}"
+
+
+def _usage(name: str, config: dict[str, Any], reference: str) -> str:
+    sections = dict(_USAGE)
+    if reference == name:  # torch.hub takes names alone
+        sections["torch.hub"] = _TORCH_HUB
+    words = {
+        "reference": reference,
+        "spoken": reference.removeprefix("local-dir:"),
+        "size": _data_config(config)["input_size"][-1],
+        "architecture": config["architecture"],
+        "tag": name.partition(".")[2],
+    }
+    return "\n".join(f"### {heading}\n\n{text.format_map(words)}" for heading, text in sections.items())
+
+
+def _origin(config: dict[str, Any]) -> str:
+    dense = config.get("upcycled_from")
+    if dense:
+        return (
+            f"None of its own: the weights are those of {_DENSE.format(dense=dense)}, whose card tells of its training."
+        )
+    return "No recipe stands beside these weights."
+
+
+def _training(recipe: dict[str, Any], rows: list[dict[str, str]]) -> str:
+    r = recipe
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    start = f"from {r['init']}" if r.get("init") else "from random weights"
+    rate = f"{r['opt']}, learning rate {r['lr']:g} ({r['sched']}, {r['warmup_epochs']:g} epochs of warm-up)"
+    parts = [
+        f"{len(rows)} epochs ({int(rows[-1]['updates']):,} updates) {start} in {hours:.1f} hours",
+        f"{rate}, weight decay {r['weight_decay']:g}, {r['batch_size'] * r['accumulate']} images an update",
+        f"images of {_sizes(r)} px; {_augmentation(r)}",
+    ]
+    if r.get("ema_decay"):
+        parts.append(f"the weights are an average over updates (decay {r['ema_decay']:g})")
+    return "\n".join(f"- {part}" for part in parts) + (
+        "\n\n`recipe.yaml` is the whole recipe, `history.csv` and `curves.png` show the run. Again:\n"
+        "`parameternet train recipe.yaml --set train=TRAIN --set val=VAL`."
+    )
+
+
+def _sizes(r: dict[str, Any]) -> str:
+    return ", then ".join(str(size) for size in [*(s["input_size"] for s in r["resolution_schedule"]), r["input_size"]])
+
+
+def _augmentation(r: dict[str, Any]) -> str:
+    if r["no_aug"]:
+        return "no augmentation"
+    strengths = {
+        "colour jitter": r["color_jitter"],
+        "": r["auto_augment"],
+        "erasing": r["reprob"],
+        "mixup": r["mixup"],
+        "cutmix": r["cutmix"],
+        "label smoothing": r["smoothing"],
+    }
+    used = [f"crops of {r['scale'][0]:g} to {r['scale'][1]:g} of the area", "flips" if r["hflip"] else ""]
+    used += [f"{word} {value}" for word, value in strengths.items() if value]
+    return ", ".join(filter(None, used))

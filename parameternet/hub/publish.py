@@ -1,0 +1,171 @@
+"""A checkpoint's way to the Hub: verified first, shown if wished, and then one commit or none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from parameternet import weights
+from parameternet.hub.card import describe, write_card
+
+__all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
+
+CARD = "README.md"
+_ALONG = ("recipe.yaml", "history.csv", "curves.png")  # how it came about, where that is known
+
+
+class PublishError(RuntimeError):
+    """A checkpoint was not published; the message says why and what to do."""
+
+
+class OtherWeights(PublishError):
+    """The repository holds other weights already."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the checkpoint, and how the repository's stands to it: "new", "changed" or "same"."""
+
+    path: str
+    bytes: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` found and did: the address of the commit, or None if there was nothing to commit."""
+
+    repository: str
+    files: tuple[File, ...]
+    commit: str | None = None
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Would other weights go that are there now?"""
+        return any(file.path == weights.FILE_NAME and file.state == "changed" for file in self.files)
+
+
+def publish(
+    source: str | Path,
+    repo_id: str,
+    revision: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    private: bool = False,
+    token: str | None = None,
+) -> Published:
+    """Put a checkpoint on the Hub: card, config.json, model.safetensors and how it was trained, in one commit.
+
+    The repository is made if there is none. Files that are there already are left alone, and if all are, nothing is
+    committed. A README.md that somebody wrote by hand goes as it is; otherwise the card is written for `repo_id`.
+
+    Args:
+        source: `architecture.tag` of a recorded checkpoint, or a folder in the Hub's layout.
+        repo_id: `ORG/NAME`.
+        revision: The branch, made from main if there is none; None: main.
+        dry_run: Only look what would go; needs no right to write.
+        overwrite: Replace other weights that are there.
+        private: Nobody else may see a repository that is made.
+        token: None: this machine's own (`hf auth login` or HF_TOKEN).
+
+    Raises:
+        WeightsNotFound, WeightsDamaged: the local files are not whole; nothing was sent.
+        OtherWeights: other weights are there, and `overwrite` is False.
+        PublishError: the Hub did not take it. Nothing has changed there but for a new empty repository or branch,
+            unless the connection broke after the commit; publishing again tells.
+    """
+    files = _read(source, repo_id)
+    api = HfApi(token=token, library_name="parameternet")
+    with _in_a_sentence(repo_id, token):
+        head, there = _there(api, repo_id, revision, list(files))
+    states = {path: _state(data, there.get(path)) for path, data in files.items()}
+    planned = Published(repo_id, tuple(File(path, len(data), states[path]) for path, data in files.items()))
+    changed = [path for path, state in states.items() if state != "same"]
+    if dry_run or not changed:
+        return planned
+    if planned.replaces_weights and not overwrite:
+        raise OtherWeights(
+            f"{repo_id} holds other weights. To replace them: overwrite=True, or --yes; "
+            "to keep them: another name, or another revision"
+        )
+    with _in_a_sentence(repo_id, token):
+        if head is None:
+            _make(api, repo_id, revision, private)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, files[path]) for path in changed],
+            commit_message=f"Publish {describe(source)[0]}",
+            revision=revision,
+            parent_commit=head or None,  # refused if somebody else has committed since we looked
+        )
+    return Published(repo_id, planned.files, commit.commit_url)
+
+
+def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
+    """The files that go, path -> content. What is verified is what goes: each is read once."""
+    name, _, folder = describe(source)
+    if folder is None:
+        raise PublishError(
+            f"{name} has no weights of its own: they are read from another repository of the Hub. "
+            f"parameternet upcycle makes a folder of them, which can be published"
+        )
+    paths = [folder / file for file in (weights.CONFIG_NAME, weights.FILE_NAME, *_ALONG)]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if weights.FILE_NAME not in files:
+        raise weights.WeightsNotFound(f"{folder} holds no {weights.FILE_NAME}: nothing to publish")
+    ours = name == str(source) or repo_id == f"{weights.hub()}/{name}"
+    recorded = weights.known().get(name, {}).get("sha256") if ours else None
+    for sha256 in filter(None, (recorded, hashlib.sha256(files[weights.FILE_NAME]).hexdigest())):
+        weights.read(folder / weights.FILE_NAME, sha256)
+    return {CARD: _card(source, folder, repo_id).encode(), **files}
+
+
+def _card(source: str | Path, folder: Path, repo_id: str) -> str:
+    path = folder / CARD
+    by_hand = path.read_text("utf-8") if path.is_file() else None
+    if by_hand and by_hand not in (write_card(source), write_card(folder)):
+        return by_hand
+    return write_card(source, f"hf-hub:{repo_id}")
+
+
+def _there(api: HfApi, repo_id: str, revision: str | None, paths: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """(newest commit, path -> what the Hub knows of the file); None: no such repository or branch."""
+    try:
+        head = api.model_info(repo_id, revision=revision).sha or ""
+        return head, {file.path: file for file in api.get_paths_info(repo_id, paths, revision=head or revision)}
+    except RevisionNotFoundError:
+        return None, {}
+    except RepositoryNotFoundError as error:
+        if type(error) is not RepositoryNotFoundError:  # gated
+            raise
+        return None, {}
+
+
+def _state(data: bytes, there: Any) -> str:
+    if there is None:
+        return "new"
+    return "changed" if weights.hub_damage(data, there.lfs.sha256 if there.lfs else there.blob_id) else "same"
+
+
+def _make(api: HfApi, repo_id: str, revision: str | None, private: bool) -> None:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+@contextmanager
+def _in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        refused = " ".join(str(error).split()) if type(error) is ValueError else weights.hub_reason(error, token)
+        raise PublishError(f"{repo_id}: {refused}") from weights.hub_cause(error, token)
+    except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
+        raise PublishError(f"{repo_id}: {weights.hub_reason(error, token)}") from weights.hub_cause(error, token)
