@@ -115,7 +115,6 @@ model = torch.hub.load(
 ```
 """
 
-_DENSE = "[{dense}](https://huggingface.co/{dense})"
 _TERMS = {
     "ImageNet-1k": "The pictures of ImageNet are for non-commercial research and education only by its terms of "
     "access; use weights trained on them accordingly.",
@@ -155,11 +154,12 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
     """
     folder = Path(source) if Path(source).is_dir() else None
     config = weights.config(f"local-dir:{folder}") if folder else catalogue.config(str(source))
-    cfg = config["pretrained_cfg"]
+    cfg, architecture = config["pretrained_cfg"], config["architecture"]
     config = {"num_classes": cfg.get("num_classes", 1000), **config}
-    if folder:
-        return f"{config['architecture']}.{cfg['tag']}" if cfg.get("tag") else folder.resolve().name, config, folder
-    return str(source), config, weights.find(str(source)).parent if source in weights.known() else None
+    if folder is None:
+        return str(source), config, weights.find(str(source)).parent if source in weights.known() else None
+    says_little = not cfg.get("tag") or architecture == "dynamic_timm"  # which may be any network
+    return folder.resolve().name if says_little else f"{architecture}.{cfg['tag']}", config, folder
 
 
 def _recipe(folder: Path | None) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _header(name: str, config: dict[str, Any], results: dict[str, Any], recipe: 
         library_name="timm",
         pipeline_tag="image-classification",
         license=_license(config, recipe),
-        base_model=config.get("upcycled_from"),
+        base_model=_dense_repository(config),
         datasets=[_identifier(data)] if data else None,
         tags=["image-classification", "timm", "parameternet", "dynamic-convolution"],
         model_name=name if figures else None,
@@ -213,7 +213,7 @@ def _identifier(data: str) -> str:
 
 
 def _figures(config: dict[str, Any], results: dict[str, Any]) -> list[EvalResult]:
-    data, dense = results.get("data"), config.get("upcycled_from")
+    data, dense = results.get("data"), _dense_repository(config)
     if not data:
         return []
     return [
@@ -238,7 +238,7 @@ def _figures(config: dict[str, Any], results: dict[str, Any]) -> list[EvalResult
 
 
 def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    data, dense, license_ = results.get("data"), config.get("upcycled_from"), _license(config, recipe)
+    data, dense, license_ = results.get("data"), _dense(config), _license(config, recipe)
     terms = recipe.get("data_terms") or _TERMS.get(data)
     own_choice = "It was measured on one validation set, on which its best epoch was chosen too. "
     return {
@@ -254,26 +254,42 @@ def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: d
     }
 
 
+def _dense(config: dict[str, Any]) -> str | None:
+    """The dense checkpoint that an upcycled one was made of, with a link where there is one."""
+    repository = _dense_repository(config)
+    return f"[{repository}](https://huggingface.co/{repository})" if repository else config.get("upcycled_from")
+
+
+def _dense_repository(config: dict[str, Any]) -> str | None:
+    """Its repository on the Hub; None if it is a file of somebody's, or the checkpoint is no upcycled one."""
+    source = (config.get("upcycled_from") or "").removeprefix("hf-hub:").partition("@")[0]
+    if source.count("/") == 1:
+        return source
+    return timm.get_pretrained_cfg(source).hf_hub_id if timm.is_model(source.partition(".")[0]) else None
+
+
 def _intro(config: dict[str, Any], data: str | None, dense: str | None) -> str:
     classes = f"for {config['num_classes']} classes" + (f" of {data}" if data else "")
     if dense is None:
         return f"`{config['architecture']}` {classes}."
     return (
-        f"{_DENSE.format(dense=dense)}, {classes}, upcycled: dynamic convolutions stand where the dense ones stood, and "
-        "compute the same function. A start for further training, which is what makes the experts differ."
+        f"{dense}, {classes}, upcycled: dynamic convolutions stand where the dense ones stood, and compute the same "
+        "function. A start for further training, which is what makes the experts differ."
     )
 
 
 def _measured(name: str, results: dict[str, Any], dense: str | None) -> str:
+    exact = (
+        "upcycling is exact: what an untrained router mixes from the experts is the dense kernel, so both networks "
+        "compute the same function. After further training they hold no more."
+    )
+    if dense and "top1" in results:
+        return f"Top-1 and top-5 are the dense model's, {dense}, as timm publishes them. They hold here because {exact}"
     if dense:
-        return (
-            f"Top-1 and top-5 are the dense model's, {_DENSE.format(dense=dense)}, as timm publishes them. They hold "
-            "here because upcycling is exact: what an untrained router mixes from the experts is the dense kernel, so "
-            "both networks compute the same function. After further training they hold no more."
-        )
-    if "top1" not in results:
-        return "Its accuracy has not been measured."
-    return f"The figures are of this very file, measured by `parameternet val {name} --data VAL` when it was released."
+        return f"The dense model's figures hold here, {dense}, because {exact}"
+    if "top1" in results:
+        return f"The figures are of this file, measured by `parameternet val {name} --data VAL` when it was released."
+    return "Its accuracy has not been measured."
 
 
 def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:
@@ -318,11 +334,9 @@ def _usage(name: str, config: dict[str, Any], reference: str) -> str:
 
 
 def _origin(config: dict[str, Any]) -> str:
-    dense = config.get("upcycled_from")
+    dense = _dense(config)
     if dense:
-        return (
-            f"None of its own: the weights are those of {_DENSE.format(dense=dense)}, whose card tells of its training."
-        )
+        return f"None of its own: the weights are those of {dense}, whose card tells of theirs."
     return "No recipe stands beside these weights."
 
 

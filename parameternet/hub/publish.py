@@ -114,7 +114,7 @@ def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
     if folder is None:
         raise PublishError(
             f"{name} has no weights of its own: they are read from another repository of the Hub. "
-            f"parameternet upcycle makes a folder of them, which can be published"
+            "`parameternet upcycle` makes a folder of them, which can be published"
         )
     paths = [folder / file for file in (weights.CONFIG_NAME, weights.FILE_NAME, *_ALONG)]
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
