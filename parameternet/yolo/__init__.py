@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Dynamic convolutions, and any network of timm as a backbone, in stock Ultralytics: importing this is all it takes.
+
+>>> import parameternet.yolo
+>>> from ultralytics import YOLO
+>>> model = YOLO("yolov8n-dynamicconv.yaml")
+
+Written against Ultralytics, and so under its licence, AGPL-3.0, unlike the rest of this package.
+"""
+
+try:
+    from ultralytics import YOLO
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "ultralytics":
+        raise
+    raise ModuleNotFoundError(
+        "parameternet.yolo needs ultralytics: pip install 'parameternet[yolo]'", name=error.name
+    ) from error
+
+from .backbone import TimmBackbone, TimmBatchNorm, TimmStage
+from .layers import (
+    C2f_DynamicConv,
+    C2f_GhostModule_DynamicConv,
+    C3k2_DynamicConv,
+    C3k2_GhostModule_DynamicConv,
+    C3k_DynamicConv,
+    DynamicConv,
+    DynamicConvBnAct,
+    GhostBottleneck,
+    GhostModule,
+)
+from .registration import register
+
+__all__ = [
+    "YOLO",
+    "C2f_DynamicConv",
+    "C2f_GhostModule_DynamicConv",
+    "C3k2_DynamicConv",
+    "C3k2_GhostModule_DynamicConv",
+    "C3k_DynamicConv",
+    "DynamicConv",
+    "DynamicConvBnAct",
+    "GhostBottleneck",
+    "GhostModule",
+    "TimmBackbone",
+    "TimmBatchNorm",
+    "TimmStage",
+    "register",
+]
+
+register()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Any network of timm as the backbone of a detector: `TimmBackbone`, and `TimmStage`, which picks a feature by stride.
+
+- [-1, 1, TimmBackbone, [parameternet_600m, {pretrained: False}]]  # 0
+- [0, 1, TimmStage, [8]]  # 1
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from parameternet import fuse
+
+__all__ = ["Features", "TimmBackbone", "TimmStage", "features_of"]
+
+# Ways to make families take pictures of any size, where their default is a fixed one.
+FREE_SIZES: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network of timm gives: channels and strides of its features, whether channels come last, and the arguments
+    by which it takes any size."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    channels_last: bool
+    options: dict[str, Any] = field(hash=False)
+
+    def index(self, stride: int) -> int:
+        """Of the feature of that stride, the last one if there are several."""
+        found = [i for i, s in enumerate(self.strides) if s == stride]
+        if not found:
+            raise ValueError(f"no feature of stride {stride}; there are {', '.join(map(str, self.strides))}")
+        return found[-1]
+
+
+def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
+    """Look at a network without memory for its parameters, and without a random number.
+
+    Raises:
+        ValueError: not a network of timm, or of a family that takes one size alone, which is named.
+    """
+    return _features_of(name, in_chans, tuple(sorted(options.items())))
+
+
+@lru_cache
+def _features_of(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
+    errors = []
+    for more in FREE_SIZES:
+        given = {**more, **dict(options)}
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(name, features_only=True, in_chans=in_chans, **given).eval()
+                shapes = [[f.shape for f in net(torch.empty(1, in_chans, *size))] for size in ((64, 96), (256, 256))]
+        except Exception as error:  # whatever the network's own code makes of a size
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        channels = tuple(net.feature_info.channels())
+        assert tuple(shape[-1 if last else 1] for shape in shapes[0]) == channels, (name, shapes)
+        return Features(channels, tuple(net.feature_info.reduction()), last, given)
+    family = timm.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    raise ValueError(
+        f"TimmBackbone: {name} (family {family}) gives no features of pictures of any size, which a detector needs "
+        f"({errors[0]}); take another family"
+    )
+
+
+class TimmBatchNorm(nn.BatchNorm2d):
+    """Ultralytics sets eps and momentum of plain torch.nn.BatchNorm2d; a pretrained network keeps its own in this."""
+
+
+TimmBatchNorm.__module__ = "parameternet.yolo"
+
+# State dicts of pretrained networks that this process has seen, by what they are of: a trainer builds a model again,
+# and it must not ask the Hub each time, nor at all where it goes on from a checkpoint.
+_SEEN: dict[str, dict[str, Tensor]] = {}
+
+
+class TimmBackbone(nn.Module):
+    """Features of a network of timm, as a list. Pictures are 0..1, as YOLO feeds them; mean and std are ours to apply.
+
+    Args:
+        c1: Channels of the pictures.
+        spec: `name`, and what `timm.create_model` takes: `pretrained` (default False), `out_indices`, ...
+        channels: Of the features; the parser wants to know them, the network has them.
+    """
+
+    def __init__(self, c1: int, spec: dict[str, Any], channels: list[int] | None = None) -> None:
+        super().__init__()
+        self.c1, self.spec = c1, {**spec}
+        self._build(bool(spec.get("pretrained")))
+
+    def _build(self, pretrained: bool) -> None:
+        options = {key: value for key, value in self.spec.items() if key not in ("name", "pretrained", "out_indices")}
+        found = features_of(self.spec["name"], self.c1, options)
+        seen = _SEEN.get(self._key) if pretrained else None
+        net = timm.create_model(
+            self.spec["name"],
+            features_only=True,
+            in_chans=self.c1,
+            pretrained=pretrained and seen is None,
+            out_indices=tuple(self.spec.get("out_indices") or range(len(found.channels))),
+            **found.options,
+        )
+        cfg = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
+        if seen is not None:
+            net.load_state_dict(seen)
+        elif pretrained:
+            _SEEN[self._key] = {name: value.clone() for name, value in net.state_dict().items()}
+        for module in net.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = TimmBatchNorm
+        self.net, self.channels_last = net, found.channels_last
+        for name in ("mean", "std"):
+            values = cfg[name] if self.c1 == 3 else [sum(cfg[name]) / len(cfg[name])] * self.c1
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.c1} {sorted(self.spec.items(), key=str)}"
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = self.net((x - self.mean) / self.std)
+        return [f.permute(0, 3, 1, 2).contiguous() if self.channels_last else f for f in features]
+
+    def fold(self) -> None:
+        """Fold batch normalisation, in place."""
+        training = self.training
+        for module in self.net.modules():
+            if type(module) is TimmBatchNorm:
+                module.__class__ = nn.BatchNorm2d
+        fuse(self.net.eval(), inplace=True)
+        self.train(training)
+
+    # A checkpoint holds name, arguments and tensors and no class of timm's, which may move. A folded network has no
+    # name, so it travels whole.
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if not any(isinstance(module, TimmBatchNorm) for module in self.net.modules()):
+            return state
+        state["_modules"] = {name: module for name, module in self._modules.items() if name != "net"}
+        state["tensors"] = self.net.state_dict()
+        state["frozen"] = [name for name, p in self.net.named_parameters() if not p.requires_grad]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors, frozen = state.pop("tensors", None), state.pop("frozen", ())
+        super().__setstate__(state)
+        if tensors is None:
+            return
+        buffers = self._buffers
+        self._build(False)
+        self.net.load_state_dict(tensors, assign=True)
+        self._buffers.update(buffers)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        self.net.train(self.training)
+        if self.spec.get("pretrained"):
+            _SEEN[self._key] = {
+                name: value.float() if value.is_floating_point() else value for name, value in tensors.items()
+            }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TimmBackbone":
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__dict__.update({key: deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return copy
+
+
+class TimmStage(nn.Module):
+    """Picks a feature of a `TimmBackbone`: a row `[0, 1, TimmStage, [8]]` takes the one of stride 8."""
+
+    def __init__(self, c1: Any, index: int, c2: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return x[self.index]
+
+
+TimmBackbone.__module__ = TimmStage.__module__ = "parameternet.yolo"

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Makes stock Ultralytics know our layers, without touching its files.
+
+Its parser looks names up among its own globals and decides by membership in sets of classes what arguments a row gets.
+So a *stand-in* is put there for each of our names: a class that is equal to the stock class whose rule its row follows,
+and that builds our layer when it is called. Nothing but the parser ever sees it. Four functions are wrapped, each once.
+"""
+
+import importlib
+import threading
+from collections.abc import Callable
+from copy import deepcopy
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics import __version__
+from ultralytics.nn import modules, tasks
+from ultralytics.utils import dist
+
+from parameternet.layers import Router
+
+from . import backbone, layers, transfer, yamls
+
+__all__ = ["register"]
+
+OLDEST = "8.3.200"
+_LOCK = threading.RLock()
+# YAML name -> (our layer, the stock class whose row it follows).
+ROWS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "DynamicConv": (layers.DynamicConv, modules.Conv),
+    "DynamicConvBnAct": (layers.DynamicConvBnAct, modules.Conv),
+    "GhostModule": (layers.GhostModule, modules.Conv),
+    "GhostBottleneck_DynamicConv": (layers.GhostBottleneck, modules.Conv),
+    "C2f_DynamicConv": (layers.C2f_DynamicConv, modules.C2f),
+    "C2f_GhostModule_DynamicConv": (layers.C2f_GhostModule_DynamicConv, modules.C2f),
+    "C3k_DynamicConv": (layers.C3k_DynamicConv, modules.C3),
+    "TimmBackbone": (backbone.TimmBackbone, modules.HGStem),
+    "TimmStage": (backbone.TimmStage, modules.HGStem),
+}
+# The parser knows C3k2 by identity (sizes m, l, x; the kind of head), so these are built as C3k2 and changed after.
+TWINS = {
+    "C3k2_DynamicConv": layers.C3k2_DynamicConv,
+    "C3k2_GhostModule_DynamicConv": layers.C3k2_GhostModule_DynamicConv,
+}
+PICKLED = [*{layer for layer, _ in ROWS.values()}, *TWINS.values(), Router, backbone.TimmBatchNorm]
+
+
+class _StandIn(type):
+    """A class that the parser takes for `stock` and that builds `layer`."""
+
+    layer: type[nn.Module]
+    stock: type[nn.Module]
+
+    def __hash__(cls) -> int:
+        return hash(cls.stock)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.stock
+
+    def __call__(cls, *args: Any) -> nn.Module:
+        options = args[-1] if cls.layer not in (backbone.TimmBackbone, backbone.TimmStage) else None
+        if isinstance(options, dict):
+            return cls.layer(*args[:-1], **options)
+        return cls.layer(*args)
+
+
+def register() -> None:
+    """Let Ultralytics know our layers; once more changes nothing.
+
+    Raises:
+        ImportError: this Ultralytics has a layer of one of our names, or builds something else from our rows.
+    """
+    with _LOCK:
+        if getattr(tasks.parse_model, "of_parameternet", False):
+            return
+        names = [*ROWS, *TWINS]
+        taken = [name for name in names if hasattr(tasks, name)]
+        if taken:
+            raise ImportError(
+                f"Ultralytics {__version__} has a layer of its own named {', '.join(taken)}: "
+                "parameternet.yolo cannot be used with it"
+            )
+        originals = (tasks.parse_model, tasks.check_yaml, tasks.BaseModel.fuse, tasks.BaseModel.load)
+        try:
+            _install()
+            _test()
+        except Exception as error:
+            for name in ROWS:
+                vars(tasks).pop(name, None)
+            tasks.parse_model, tasks.check_yaml, tasks.BaseModel.fuse, tasks.BaseModel.load = originals
+            raise ImportError(
+                f"parameternet.yolo does not fit Ultralytics {__version__} (tested: {OLDEST} to 8.4.190): {error}"
+            ) from error
+
+
+def _install() -> None:
+    for name, (layer, stock) in ROWS.items():
+        namespace = {"__module__": "parameternet.yolo", "__qualname__": name, "layer": layer, "stock": stock}
+        setattr(tasks, name, _StandIn(name, (nn.Module,), namespace))
+    tasks.parse_model = _wrapped(tasks.parse_model, _parse_model)
+    tasks.check_yaml = _wrapped(tasks.check_yaml, _check_yaml)
+    tasks.BaseModel.fuse = _wrapped(tasks.BaseModel.fuse, _fuse)
+    tasks.BaseModel.load = _wrapped(tasks.BaseModel.load, _load)
+    dist.generate_ddp_file = _wrapped(dist.generate_ddp_file, _generate_ddp_file)
+    _add_thop_rules()
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals(PICKLED)
+
+
+def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours(original, ...)` in the place of `original(...)`."""
+
+    @wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    wrapper.of_parameternet = True
+    return wrapper
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _parse_model(original: Callable[..., Any], d: dict[str, Any], ch: int, verbose: bool = True) -> Any:
+    d = deepcopy(d)
+    rows = [*d["backbone"], *d["head"]]
+    _write_features(rows, ch)
+    twins = _rename_twins(rows)
+    model, save = original(d, ch, verbose)
+    for index, (name, options) in twins.items():
+        built = TWINS[name].rebuild(model[index], **options)
+        built.np = sum(p.numel() for p in built.parameters())
+        built.type = f"parameternet.yolo.{name}"
+    return model, save
+
+
+def _write_features(rows: list[list[Any]], ch: int) -> None:
+    """Channels and indices of timm's features, into the rows where the parser reads them."""
+    specs: dict[int, tuple[dict[str, Any], backbone.Features]] = {}
+    for index, row in enumerate(rows):
+        if row[2] == "TimmBackbone":
+            name, options = row[3][0], dict(row[3][1]) if len(row[3]) > 1 else {}
+            asked = {key: value for key, value in options.items() if key not in ("pretrained", "out_indices")}
+            found = backbone.features_of(name, ch, asked)
+            picked = _strides(rows, index)
+            spec = {"name": name, **options}
+            if picked:
+                spec["out_indices"] = sorted({found.index(stride) for stride in picked})
+            specs[index] = spec, found
+            row[3] = [spec, [found.channels[i] for i in spec.get("out_indices", range(len(found.channels)))]]
+        elif row[2] == "TimmStage":
+            source = row[0] if row[0] >= 0 else index + row[0]
+            if source not in specs:
+                raise ValueError(f"TimmStage in row {index} reads row {source}, which is no TimmBackbone")
+            spec, found = specs[source]
+            feature = found.index(row[3][0])
+            row[3] = [spec["out_indices"].index(feature), found.channels[feature]]
+
+
+def _strides(rows: list[list[Any]], source: int) -> list[int]:
+    """What the pickers of a backbone ask for."""
+    pickers = [(index, row) for index, row in enumerate(rows) if row[2] == "TimmStage"]
+    return [row[3][0] for index, row in pickers if (row[0] if row[0] >= 0 else index + row[0]) == source]
+
+
+def _rename_twins(rows: list[list[Any]]) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Rows of twins become rows of C3k2; where they were, and their options."""
+    found = {}
+    for index, row in enumerate(rows):
+        if row[2] in TWINS:
+            args = list(row[3])
+            options = args.pop() if isinstance(args[-1], dict) else {}
+            found[index] = row[2], options
+            row[2], row[3] = "C3k2", args
+    return found
+
+
+def _check_yaml(original: Callable[..., Any], file: Any, *args: Any, **kwargs: Any) -> Any:
+    own = yamls.find(str(file), lambda name: original(name, hard=False))
+    return original(file, *args, **kwargs) if own is None else own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The life of a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fuse(original: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    layers.fold(self)
+    for module in self.modules():
+        if isinstance(module, backbone.TimmBackbone):
+            module.fold()
+    return original(self, *args, **kwargs)
+
+
+def _load(original: Callable[..., Any], self: nn.Module, weights: Any, verbose: bool = True) -> None:
+    source = weights["model"] if isinstance(weights, dict) else weights
+    prepared = transfer.prepare(self, source, verbose)
+    original(self, weights if prepared is None else prepared, verbose)
+
+
+def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
+    file = original(trainer)
+    path = Path(file)
+    path.write_text(f"import parameternet.yolo\n{path.read_text('utf-8')}", "utf-8")
+    return file
+
+
+def _add_thop_rules() -> None:
+    """GFLOPs of Ultralytics' reports are those of convolutions. Some releases count on a small picture and scale by
+    area, which would multiply mixing by hundreds; `parameternet.count_flops` tells it."""
+    try:
+        rules = importlib.import_module("thop.profile").register_hooks
+    except ImportError:
+        return
+    from parameternet.layers import DynamicConv
+
+    for kind in (DynamicConv, layers.DynamicConv):
+        rules[kind] = _count_convolution
+    rules[Router] = _count_nothing
+
+
+def _count_convolution(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    layer.total_ops += output.numel() * layer.weight[0].numel()
+
+
+def _count_nothing(layer: nn.Module, inputs: Any, output: Any) -> None:
+    layer.total_ops += 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does it fit?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _test() -> None:
+    """Three rows, parsed in milliseconds: channels must be those of the stock layers."""
+    rows = [[-1, 1, "DynamicConv", [64, 3, 2]], [-1, 3, "C2f_DynamicConv", [128, True]], [-1, 1, "Conv", [32, 1, 1]]]
+    d = {"nc": 3, "depth_multiple": 0.34, "width_multiple": 0.25, "backbone": rows, "head": []}
+    state = torch.get_rng_state()
+    model, _ = tasks.parse_model(d, 3, verbose=False)
+    torch.set_rng_state(state)
+    first, second, third = model
+    built = (type(first), first.in_channels, first.out_channels, type(second), second.cv1.conv.in_channels,
+             len(second.m), third.conv.in_channels)  # fmt: skip
+    expected = (layers.DynamicConv, 3, 16, layers.C2f_DynamicConv, 16, 1, 32)
+    if built != expected:
+        raise RuntimeError(f"three rows were parsed to {built}, expected {expected}")
