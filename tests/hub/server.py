@@ -105,7 +105,8 @@ class Hub:
         """Let the next `times` requests of `method` whose path contains `part` go wrong.
 
         Kinds: a status such as "500"; "cut": half of the answer, then the end; "slow": a pause of two seconds in the
-        middle; "short": half of the answer, said to be all; "flipped": one wrong byte; "lost": done, but not answered.
+        middle; "short": half of the answer, said to be all; "flipped": one wrong byte; "lost": done, but not answered;
+        a function: called first, then all goes well.
         """
         self.faults.append(Fault(kind, method, part, times))
 
@@ -172,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.fault = self.hub.fault(self.command, unquote(self.path))
         with suppress(_Stop):
+            if callable(self.fault):
+                self.fault = self.fault()
             if self.fault and self.fault.isdigit():
                 self._refuse(int(self.fault), message="a fault on request")
             if self.fault == "cut" and self.command in ("POST", "PUT"):

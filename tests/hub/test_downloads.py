@@ -261,3 +261,14 @@ def test_a_token_that_cannot_be_sent_is_not_shown(foreign, monkeypatch, token):
     with pytest.raises(weights.WeightsNotFound) as caught:
         weights.resolve(CFG)
     assert "cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_no_reason_shows_a_token_of_whatever_form(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "one-of-a-mirror")
+    for token in (None, "given-by-hand"):
+        error = OSError(f"sent one-of-a-mirror, {token or 'nothing'} and hf_{'Abc123' * 6}\nin vain")
+        assert "one-of-a" not in weights.hub_reason(error, token) and "Abc123" not in weights.hub_reason(error, token)
+        assert "by-hand" not in weights.hub_reason(error, token) and weights.hub_cause(error, token) is None
+    assert "by-hand" in weights.hub_reason(OSError("sent given-by-hand"))
+    plain = OSError("no space left")
+    assert weights.hub_cause(plain) is plain and "no space left" in weights.hub_reason(plain)

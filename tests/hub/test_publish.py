@@ -65,6 +65,7 @@ def test_what_is_published_is_what_is_pulled(signed_in, folder):
     assert states(done) == dict.fromkeys((CARD, CONFIG, WEIGHTS, "history.csv"), "new")
     assert done.commit == f"{signed_in.address}/{TO}/commit/{commits(signed_in)[0]}" and len(commits(signed_in)) == 1
     assert signed_in.files(TO)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert not signed_in.repositories[TO].private
     pulled = timm.create_model(f"hf-hub:{TO}", pretrained=True)
     assert torch.equal(logits(pulled), logits(checkpoints.network()))
     assert f'create_model("hf-hub:{TO}", pretrained=True)' in signed_in.files(TO)[CARD].decode()
@@ -185,6 +186,14 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(signed_in, folder):
     with pytest.raises(room.PublishError, match="the Hub gave no answer"):
         room.publish(folder, TO)
     assert room.publish(folder, TO).commit is None and len(commits(signed_in)) == 1
+
+
+def test_what_somebody_else_commits_meanwhile_is_not_overwritten(signed_in, folder):
+    signed_in.put(TO, {"notes.txt": b"hello"})
+    signed_in.fail(lambda: signed_in.put(TO, {WEIGHTS: b"other"}) and None, "POST", "/preupload/")
+    with pytest.raises(room.PublishError, match=r"the Hub answers with an error .*412"):
+        room.publish(folder, TO)
+    assert signed_in.files(TO) == {"notes.txt": b"hello", WEIGHTS: b"other"}
 
 
 # What goes -----------------------------------------------------------------------------------------------------------
