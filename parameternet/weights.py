@@ -532,6 +532,8 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
         return "the repository has no such revision"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return "the repository has no such file"
+    if type(error) is ValueError:  # the Hub's word, or the client's, on what it was given: all of it is wanted
+        return " ".join(_without_tokens(str(error), token).split())
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401 and not signed_in:
         return "the Hub wants a login for that: hf auth login"

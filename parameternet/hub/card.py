@@ -115,6 +115,29 @@ model = torch.hub.load(
 ```
 """
 
+_YOLO = """\
+As the backbone of a detector, with the package `ultralytics` (both it and `parameternet.yolo` are under AGPL-3.0):
+
+```python
+from pathlib import Path
+
+import parameternet.yolo  # teaches Ultralytics the network
+from ultralytics import YOLO
+
+Path("detector.yaml").write_text('''
+nc: 80
+backbone:
+  - [-1, 1, TimmBackbone, [{reference}, {{pretrained: True}}]]
+  - [0, 1, TimmStage, [8]]
+  - [0, 1, TimmStage, [16]]
+  - [0, 1, TimmStage, [32]]
+head:
+  - [[1, 2, 3], 1, Detect, [nc]]
+''')
+detector = YOLO("detector.yaml")  # its head is untrained: detector.train(data="coco8.yaml")
+```
+"""
+
 _TERMS = {
     "ImageNet-1k": "The pictures of ImageNet are for non-commercial research and education only by its terms of "
     "access; use weights trained on them accordingly.",
@@ -321,8 +344,8 @@ def _file(path: Path) -> str | None:
 
 def _usage(name: str, config: dict[str, Any], reference: str) -> str:
     sections = dict(_USAGE)
-    if reference == name:  # torch.hub takes names alone
-        sections["torch.hub"] = _TORCH_HUB
+    if reference == name:  # these two take names alone
+        sections |= {"torch.hub": _TORCH_HUB, "YOLO": _YOLO}
     words = {
         "reference": reference,
         "spoken": reference.removeprefix("local-dir:"),

@@ -164,8 +164,5 @@ def _make(api: HfApi, repo_id: str, revision: str | None, private: bool) -> None
 def _in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        refused = " ".join(str(error).split()) if type(error) is ValueError else weights.hub_reason(error, token)
-        raise PublishError(f"{repo_id}: {refused}") from weights.hub_cause(error, token)
     except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
         raise PublishError(f"{repo_id}: {weights.hub_reason(error, token)}") from weights.hub_cause(error, token)
