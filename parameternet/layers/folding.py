@@ -10,14 +10,15 @@ from .static import DepthwiseConv
 __all__ = ["can_fold", "fold_batch_norm"]
 
 
-# Exact types: a subclass may compute something else from the same weights.
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv, DynamicConv)
+# Exact types: a subclass may compute something else from the same weights. One of DynamicConv tells by its `forward`.
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
 
 def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
     """Is `norm(conv(x))` the same as some `conv'(x)`, as far as the two layers tell?"""
-    if type(conv) not in CONVOLUTIONS or type(norm) not in NORMS:
+    dynamic = isinstance(conv, DynamicConv) and type(conv).forward is DynamicConv.forward
+    if not (dynamic or type(conv) in CONVOLUTIONS) or type(norm) not in NORMS:
         return False
     observed = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in (conv, norm))
     return norm.running_mean is not None and conv.out_channels == norm.num_features and not observed

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 __all__ = ["Survey", "survey"]
 
@@ -69,32 +68,29 @@ def _calls(model: nn.Module, probe: Tensor) -> dict[str, list[_Call]]:
         kept.append(x)
         calls.setdefault(name, []).append(_Call((id(x), x._version), x.shape[-2] * x.shape[-1]))
 
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with torch.no_grad(), _evaluating(model):
-            functional_call(model, {name: t.to("meta") for name, t in tensors.items()}, (probe.to("meta"),))
-    except Exception:  # it runs the network's own code, which may raise anything
+        double = _without_memory(model)
+        for name, module in double.named_modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+        with torch.no_grad():
+            double(probe.to("meta"))
+    except Exception:  # it copies and runs the network's own code, which may raise anything
         return {}
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors, in attributes too, have shapes and no numbers."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for value in (*module._buffers.values(), *vars(module).values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.to("meta")
+    return deepcopy(model, memo).eval()
 
 
 def _picture(model: nn.Module, cfg: dict[str, Any]) -> Tensor:

@@ -20,24 +20,31 @@ def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Mod
     normalisation's scale folded in, which is a start and not the same function.
     """
     state = source.float().state_dict()
-    dynamic = [name for name, module in model.named_modules() if isinstance(module, DynamicConv)]
-    if all(f"{name}.routing.weight" in state for name in dynamic if f"{name}.weight" in state) and not any(
-        f"{name}.conv.weight" in state for name in dynamic
-    ):
+    dense = _with_bare_kernels(state, model)
+    filled = [
+        conv for name, conv in _dynamic(model) if f"{name}.weight" in dense and f"{name}.routing.weight" not in dense
+    ]
+    if not filled:
         return None
-    changed = _bare(state, model)
-    changed = upcycle_state_dict(changed, model)
+    for conv in filled:
+        nn.init.zeros_(conv.routing.weight)
+        nn.init.zeros_(conv.routing.bias)
+    changed = upcycle_state_dict(dense, model)
     if verbose:
         _tell(changed, state, model)
     return _Holder(changed)
 
 
-def _bare(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _dynamic(model: nn.Module) -> list[tuple[str, DynamicConv]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, DynamicConv)]
+
+
+def _with_bare_kernels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Kernels of Conv under the names of the bare layers in their places."""
     out = dict(state)
-    for name, conv in model.named_modules():
+    for name, _ in _dynamic(model):
         dense = f"{name}.conv.weight"
-        if isinstance(conv, DynamicConv) and dense in out and f"{name}.bn.weight" in out:
+        if dense in out and f"{name}.bn.weight" in out:
             kernel, norm = out.pop(dense), {k: out.pop(f"{name}.bn.{k}") for k in ("weight", "running_var")}
             scale = norm["weight"] / (norm["running_var"] + 1e-3).sqrt()
             out[f"{name}.weight"] = kernel * scale[:, None, None, None]
