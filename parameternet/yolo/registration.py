@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics import __version__
+from ultralytics.engine.exporter import Exporter
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import dist
 
+from parameternet.export.forms import write_constant
 from parameternet.layers import Router
 
 from . import backbone, layers, transfer, yamls
@@ -105,6 +107,7 @@ def _install() -> None:
     tasks.BaseModel.fuse = _wrapped(tasks.BaseModel.fuse, _fuse)
     tasks.BaseModel.load = _wrapped(tasks.BaseModel.load, _load)
     dist.generate_ddp_file = _wrapped(dist.generate_ddp_file, _generate_ddp_file)
+    Exporter.export_ncnn = _wrapped(Exporter.export_ncnn, _export_ncnn)
     _add_thop_rules()
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals(PICKLED)
@@ -209,6 +212,11 @@ def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
     path = Path(file)
     path.write_text(f"import parameternet.yolo\n{path.read_text('utf-8')}", "utf-8")
     return file
+
+
+def _export_ncnn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    write_constant(self.model)  # ncnn has neither computed kernels nor tensors of five dimensions
+    return original(self, *args, **kwargs)
 
 
 def _add_thop_rules() -> None:

@@ -104,7 +104,7 @@ def test_any_network_of_timm_under_any_head(family, name, letter):
 
 
 def parse(rows, ch=3, **d):
-    return tasks.parse_model({"nc": 2, "backbone": rows, "head": [], **d}, ch, verbose=False)[0]
+    return tasks.parse_model({"nc": 2, "scale": "n", "backbone": rows, "head": [], **d}, ch, verbose=False)[0]
 
 
 def test_options_at_the_end_of_a_row():
