@@ -26,6 +26,7 @@ __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 DEFAULT_MODEL = "dynamic_efficientnet_lite0.in1k_upcycled"
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_DOWNLOAD = 64 << 20  # bytes; a photo is smaller, an endless answer is not
+NO_IMAGE = "not an image, or of a format that Pillow does not read"
 ImageLike = str | Path | Image.Image
 
 
@@ -228,12 +229,14 @@ def _try_to_read(source: ImageLike) -> tuple[Image.Image | None, str | None]:
     except _NoImage as error:
         return None, str(error)
     except Image.UnidentifiedImageError:
-        return None, "not an image, or of a format that Pillow does not read"
+        return None, NO_IMAGE
     except Image.DecompressionBombError as error:
         return None, f"too large: {error}"
     except FileNotFoundError:
         return None, "no such file"
     except Exception as error:  # decoders raise whatever they like on broken bytes, and the next image must go on
+        if isinstance(error.__context__, Image.UnidentifiedImageError):  # somebody's reader of more formats gave up, too
+            return None, NO_IMAGE
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         return None, f"cannot be read: {reason}"
 
