@@ -235,7 +235,7 @@ def _try_to_read(source: ImageLike) -> tuple[Image.Image | None, str | None]:
     except FileNotFoundError:
         return None, "no such file"
     except Exception as error:  # decoders raise whatever they like on broken bytes, and the next image must go on
-        if isinstance(error.__context__, Image.UnidentifiedImageError):  # somebody's reader of more formats gave up, too
+        if isinstance(error.__context__, Image.UnidentifiedImageError):  # a reader of more formats gave up, too
             return None, NO_IMAGE
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         return None, f"cannot be read: {reason}"

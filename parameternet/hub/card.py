@@ -124,7 +124,7 @@ from pathlib import Path
 import parameternet.yolo  # teaches Ultralytics the network
 from ultralytics import YOLO
 
-Path("detector.yaml").write_text('''
+Path("detector.yaml").write_text(\"\"\"
 nc: 80
 backbone:
   - [-1, 1, TimmBackbone, [{reference}, {{pretrained: True}}]]
@@ -133,7 +133,7 @@ backbone:
   - [0, 1, TimmStage, [32]]
 head:
   - [[1, 2, 3], 1, Detect, [nc]]
-''')
+\"\"\")
 detector = YOLO("detector.yaml")  # its head is untrained: detector.train(data="coco8.yaml")
 ```
 """
