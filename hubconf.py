@@ -19,6 +19,11 @@ _NETWORKS = {
         "efficientnetv2_b0", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
         "mobilenetv3_large_100",
     )},
+    **{
+        f"yolov8{scale}_{variant}": f"YOLOv8{scale}'s backbone, {variant}."
+        for scale in "nsmlx"
+        for variant in ("dynamicconv", "c2f_dynamicconv", "c2f_ghost_dynamicconv")
+    },
     "dynamic_timm": "Any network of timm upcycled: source='resnet18'.",
 }  # fmt: skip
 

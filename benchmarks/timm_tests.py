@@ -78,7 +78,10 @@ def main() -> int:
     parser.add_argument("--offline", action="store_true", help="leave out the two tests that load weights")
     parser.add_argument("--quick", action="store_true", help="only forward, backward and features")
     parser.add_argument(
-        "--module-filters", nargs="*", default=["parameternet", "dynamic_timm"], help="added to FEAT_INTER_FILTERS"
+        "--module-filters",
+        nargs="*",
+        default=["parameternet", "dynamic_timm", "dynamic_yolo"],
+        help="added to FEAT_INTER_FILTERS",
     )
     options = parser.parse_args()
     names = options.names or our_names()

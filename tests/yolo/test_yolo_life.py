@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lively
+from lively import lively
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -388,3 +388,20 @@ def test_routers_stay_in_full_precision_and_convs_have_no_second_face():
     assert {Conv: 1}.get(type(model.model[1])) is None
     router = next(m for m in model.modules() if isinstance(m, Router))
     assert router.half()(torch.rand(1, router.in_features, 4, 4).half()).dtype == torch.float32
+
+
+def test_a_classifier_of_ours_fills_the_backbone_of_a_detector():
+    import timm
+
+    classifier = lively(timm.create_model("yolov8n_c2f_dynamicconv", num_classes=3))
+    detector = YOLO("yolov8n-c2f-dynamicconv.yaml").model
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    detector.load(classifier)
+    after, given = detector.state_dict(), classifier.state_dict()
+    for name, value in after.items():
+        in_backbone = int(name.split(".")[1]) < 10
+        assert torch.equal(value, given[name] if in_backbone else before[name]), name
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = classifier.eval().forward_features(x)
+        assert torch.allclose(detector.eval().model[:10](x), expected, atol=1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lively
+from lively import lively
 from ultralytics import YOLO
 from ultralytics.nn.autobackend import AutoBackend
 
