@@ -5,6 +5,8 @@ python benchmarks/tables.py
 Speed and exports are what benchmarks/speed.py and benchmarks/export.py last wrote to benchmarks/results.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from statistics import median
 
@@ -56,6 +58,27 @@ def upcycled() -> list[str]:
         figures = [f"{figure:.2f}" if figure else "-" for figure in (source.top1, source.top5)]
         sizes = f"{parameters(dense)} | {parameters(model)} | {' | '.join(macs)}"
         rows.append(f"| `{name}` | {sizes} | {size[-1]} px | {' | '.join(figures)} |")
+    return rows
+
+
+DETECTORS = ("yolov8n", "yolo26n")
+BACKBONES = ("parameternet_300m", "parameternet_600m", "dynamic_ghostnetv2_100", "dynamic_efficientnet_lite0")
+
+
+def detectors() -> list[str]:
+    """A row a detector: parameters, Ultralytics' GFLOPs at 640 px (convolutions), and our count of mixing on top."""
+    if importlib.util.find_spec("ultralytics") is None:
+        return []
+    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+    import parameternet.yolo
+
+    rows = []
+    for stock in DETECTORS:
+        for suffix in ("", *(f"-{name}" for name in (*parameternet.yolo.rules(), *BACKBONES))):
+            model = parameternet.yolo.YOLO(f"{stock}{suffix}.yaml").model.eval()
+            gflops = parameternet.yolo.gflops(model)
+            mixing = 2 * count_flops(model, (3, 64, 64)).mixing / 1e9  # does not depend on the size
+            rows.append(f"| `{stock}{suffix}.yaml` | {parameters(model)} | {gflops:.1f} | {mixing:.3f} |")
     return rows
 
 
@@ -141,5 +164,5 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    tables = (networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported())
+    tables = (networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(), detectors())
     print("\n\n".join("\n".join(rows) for rows in tables if rows))

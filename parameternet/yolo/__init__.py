@@ -29,7 +29,8 @@ from .layers import (
     GhostBottleneck,
     GhostModule,
 )
-from .registration import register
+from .registration import gflops, register
+from .yamls import rules
 
 __all__ = [
     "YOLO",
@@ -45,7 +46,9 @@ __all__ = [
     "TimmBackbone",
     "TimmBatchNorm",
     "TimmStage",
+    "gflops",
     "register",
+    "rules",
 ]
 
 register()

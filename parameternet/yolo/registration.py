@@ -20,13 +20,14 @@ from ultralytics import __version__
 from ultralytics.engine.exporter import Exporter
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import dist
+from ultralytics.utils.torch_utils import get_flops
 
 from parameternet.export.forms import write_constant
 from parameternet.layers import Router
 
 from . import backbone, layers, transfer, yamls
 
-__all__ = ["register"]
+__all__ = ["gflops", "register"]
 
 OLDEST = "8.3.200"
 _LOCK = threading.RLock()
@@ -231,6 +232,11 @@ def _add_thop_rules() -> None:
     for kind in (DynamicConv, layers.DynamicConv):
         rules[kind] = _count_convolution
     rules[Router] = _count_nothing
+
+
+def gflops(model: nn.Module, size: int = 640) -> float:
+    """GFLOPs as Ultralytics reports them: twice the multiply-adds of convolutions, for one picture of that size."""
+    return get_flops(model, size)
 
 
 def _count_convolution(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
