@@ -116,4 +116,4 @@ def test_ci_finds_both_commands_of_the_readme():
     blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
     first, second = (block.split("```")[0].strip() for block in blocks[:2])
     assert first.startswith("python3 -m venv .venv") and "parameternet predict tests/photos/" in first
-    assert second.startswith("python3 -m venv .venv") and second.endswith("pytest")
+    assert second.startswith("python3 -m venv .venv") and second.endswith("pytest && .venv/bin/pytest tests/yolo")

@@ -24,7 +24,7 @@ from parameternet.surgery.upcycle import KINDS, NOISE
 @click.option("--min-channels", default=1, show_default=True, type=click.IntRange(min=1), help="Leave smaller ones.")
 @click.option("--stem", is_flag=True, help="The first convolution, too.")
 @click.option("--head", is_flag=True, help="The head and squeeze-and-excitation, too.")
-@click.option("--routing", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
+@click.option("--routing", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True)
 @click.option("--noise", default=NOISE, show_default=True, help="Between experts, relative to the dense kernel.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise.")
 @click.option("--architecture", metavar="NAME", help="timm's name of the network, for a file without a config.")

@@ -95,7 +95,7 @@ class Experts(NamedTuple):
 
     dynamic: bool = True
     num_experts: int = 4
-    routing: str = "sigmoid"
+    routing: str = "softmax"
     routing_hidden: int | None = None
     recipe: dict[str, Any] | None = None
 

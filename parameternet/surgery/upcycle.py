@@ -71,7 +71,7 @@ def upcycle(
     min_channels: int = 1,
     stem: bool = False,
     head: bool = False,
-    routing: str = "sigmoid",
+    routing: str = "softmax",
     routing_hidden: int | None = None,
     share_routers: bool = True,
     noise: float = NOISE,
@@ -96,7 +96,8 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
-        routing, routing_hidden: As of DynamicConv.
+        routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
+            came to scale the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.

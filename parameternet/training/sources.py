@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IterableImageDataset, create_dataset
 
 from parameternet.training.errors import DataError
@@ -71,7 +71,15 @@ class Source:
             with image:
                 return Image.open(image).convert("RGB"), int(label)
         except _DAMAGE as error:
-            return Unreadable(index, self.name(index), f"{type(error).__name__}: {error}")
+            return self._unreadable(index, error)
+        except Exception as error:
+            # Another package may try more formats after Pillow has given up, and then fail by whatever it lacks.
+            if isinstance(error.__context__, UnidentifiedImageError):
+                return self._unreadable(index, error.__context__)
+            raise
+
+    def _unreadable(self, index: int, error: BaseException) -> Unreadable:
+        return Unreadable(index, self.name(index), f"{type(error).__name__}: {error}")
 
     def _own_tar(self) -> None:
         # An open tar that forked workers share has one file position for all, and they would read each other's images.

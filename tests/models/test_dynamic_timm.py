@@ -40,10 +40,10 @@ def test_what_is_dynamic_and_what_is_not(name):
 
 def test_arguments_of_experts_and_of_timm():
     model = timm.create_model(
-        "dynamic_mobilenetv3_large_100", num_experts=2, routing="softmax", num_classes=7, in_chans=1, drop_rate=0.3
+        "dynamic_mobilenetv3_large_100", num_experts=2, routing="sigmoid", num_classes=7, in_chans=1, drop_rate=0.3
     )
     convs = [m for m in model.modules() if isinstance(m, DynamicConv)]
-    assert {(c.num_experts, c.routing.softmax) for c in convs} == {(2, True)}
+    assert {(c.num_experts, c.routing.softmax) for c in convs} == {(2, False)}
     assert model.drop_rate == 0.3 and model(torch.randn(2, 1, 64, 64)).shape == (2, 7)
     static = timm.create_model("dynamic_mobilenetv3_large_100", dynamic=False)
     assert not [m for m in static.modules() if isinstance(m, DynamicConv)]

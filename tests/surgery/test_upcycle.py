@@ -75,9 +75,10 @@ def test_timm_networks_keep_their_function_and_every_expert_and_router_learns(na
     "options",
     [
         {"routing": "softmax"},
+        {"routing": "sigmoid"},
         {"num_experts": 1},
         {"num_experts": 3, "routing_hidden": 4},
-        {"coefficient": 0.25},
+        {"routing": "sigmoid", "coefficient": 0.25},
         {"noise": 0.0},
         {"noise": 2.0, "stem": True, "head": True},
     ],
@@ -247,7 +248,7 @@ def test_a_dynamic_state_dict_passes_unchanged(small):
 
 
 def test_a_recipe_builds_the_network_again_whatever_rules_made_it(small):
-    dynamic = upcycle(small, num_experts=3, routing="softmax", routing_hidden=4, exclude="same")
+    dynamic = upcycle(small, num_experts=3, routing="sigmoid", routing_hidden=4, exclude="same")
     recipe = json.loads(json.dumps(dynamic.upcycling.recipe()))
     again = rebuild(Small().eval(), recipe)
     again.load_state_dict(dynamic.state_dict())

@@ -1,0 +1,211 @@
+"""The articles' headline again: yolov8n beside its dynamic kin, from scratch, on small data; and backbones of timm.
+
+    python benchmarks/detection.py --data bccd.yaml            every network and seed that is missing, then the table
+    python benchmarks/detection.py --table                     what was measured, as a Markdown table; and the plot
+
+Stock Ultralytics trains, all networks by the same settings (SGD as in the articles, no mixed precision). A run is a
+folder in runs/detection; one that was ended goes on, one that is whole is not run again. Each epoch's mAP on the
+validation images goes to benchmarks/results/detection.csv. The table has, for each network, the mean of the last five
+epochs, which is less a matter of luck than the best one, as mean and spread over seeds; parameters, GFLOPs at 640
+pixels as Ultralytics counts them, and the latency of one picture on one thread, normalisation folded in, relative to
+yolov8n, medians of runs that take turns.
+
+A name that ends in `+pretrained` starts its backbone from its weights; the same name without it, from random ones.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
+
+import torch
+import yaml
+from _timing import ROOT, Spread, header, interleave, ratio, read_csv, write_csv
+
+import parameternet.yolo
+from parameternet.yolo import YOLO
+
+RESULT = ROOT / "benchmarks" / "results" / "detection.csv"
+RUNS = ROOT / "runs" / "detection"
+STOCK = "yolov8n"
+NETWORKS = (
+    STOCK,
+    "yolov8n-dynamicconv",
+    "yolov8n-dynamicconvbnact",
+    "yolov8n-c2f-dynamicconv",
+    "yolov8n-c2f-ghost-dynamicconv",
+    "yolov8n-dynamic_efficientnet_lite0",
+    "yolov8n-dynamic_efficientnet_lite0+pretrained",
+    "yolov8n-parameternet_50m",
+    "yolov8n-parameternet_50m+pretrained",
+)
+LAST = 5
+Row = dict[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="YAML of the data set")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--imgsz", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        train(options.networks[0], options.seeds[0], options)
+        return
+    if not options.table:
+        if not options.data:
+            parser.error("--data is needed to train")
+        everything = [(network, seed) for seed in options.seeds for network in options.networks]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda run: _start(*run), everything))
+        collect(options)
+    print("\n".join(table()))
+    print(plot())
+
+
+def _start(network: str, seed: int) -> None:
+    """A process a run, with the arguments of this one."""
+    command = [sys.executable, "-W", "ignore", *sys.argv, "--one", "--networks", network, "--seeds", str(seed)]
+    folder = RUNS / f"{network}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    print(f"{network}, seed {seed}: {'done' if done.returncode == 0 else f'failed, see {folder}/log.txt'}", flush=True)
+
+
+def train(network: str, seed: int, options: argparse.Namespace) -> None:
+    """One run, or what is missing of it."""
+    folder = RUNS / f"{network}-{seed}"
+    last = folder / "run" / "weights" / "last.pt"
+    if len(_history(folder)) >= options.epochs:
+        return
+    if last.is_file() and _history(folder):
+        YOLO(last).train(resume=True)
+        return
+    YOLO(_description(network, folder)).train(
+        data=str(options.data.resolve()), epochs=options.epochs, imgsz=options.imgsz, batch=options.batch, seed=seed,
+        device=options.device, optimizer="SGD", amp=False, close_mosaic=10, workers=0, cache="ram", plots=False,
+        pretrained=False, project=str(folder), name="run", exist_ok=True, verbose=False,
+    )  # fmt: skip
+
+
+def _description(network: str, folder: Path) -> str:
+    """The YAML of a network; with its backbone's weights, one of its own."""
+    name, _, pretrained = network.partition("+")
+    if not pretrained:
+        return f"{name}.yaml"
+    from ultralytics.nn.tasks import yaml_model_load
+
+    d = yaml_model_load(f"{name}.yaml")
+    d["backbone"][0][3] = [d["backbone"][0][3][0], {"pretrained": True}]
+    path = folder / "yolov8n-pretrained.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in d.items() if key not in ("scale", "yaml_file")}))
+    return str(path)
+
+
+def _history(folder: Path) -> list[Row]:
+    path = folder / "run" / "results.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as lines:
+        return [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def collect(options: argparse.Namespace) -> None:
+    """All epochs of all runs in one file."""
+    rows = [
+        {"network": network, "seed": seed, "epoch": row["epoch"], "mAP50": row["metrics/mAP50(B)"],
+         "mAP50-95": row["metrics/mAP50-95(B)"]}
+        for seed in options.seeds for network in options.networks for row in _history(RUNS / f"{network}-{seed}")
+    ]  # fmt: skip
+    settings = f"settings: {options.data.stem}, {options.imgsz} px, {options.epochs} epochs, batch {options.batch}, SGD"
+    write_csv(RESULT, [*header(1, options.device), settings], rows)
+
+
+def measured() -> dict[str, dict[str, list[Row]]]:
+    """Epochs by network and seed."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in read_csv(RESULT)[1]:
+        found.setdefault(row["network"], {}).setdefault(row["seed"], []).append(row)
+    return found
+
+
+def table() -> list[str]:
+    """A row a network: size, cost, latency, and mAP over the last epochs, mean and spread over seeds."""
+    runs = measured()
+    models = {name: YOLO(f"{name.partition('+')[0]}.yaml").model.eval() for name in runs if "+" not in name}
+    gflops = {name: parameternet.yolo.gflops(model) for name, model in models.items()}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    times = _latency(models)
+    lines = []
+    for name, seeds in runs.items():
+        plain = name.partition("+")[0]
+        scores = [_spread([_late(rows, key) for rows in seeds.values()]) for key in ("mAP50", "mAP50-95")]
+        cells = (
+            f"`{name}`",
+            f"{sizes[plain] / 1e6:.2f} M",
+            f"{gflops[plain]:.1f}",
+            f"{times[plain].median:.2f}",
+            *scores,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _late(rows: list[Row], key: str) -> float:
+    return 100 * statistics.mean(float(row[key]) for row in rows[-LAST:])
+
+
+def _spread(values: list[float]) -> str:
+    middle = f"{statistics.mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):.1f}"
+
+
+def _latency(models: dict[str, torch.nn.Module]) -> dict[str, Spread]:
+    """Times relative to the stock network, one picture of 256 pixels, one thread."""
+    torch.set_num_threads(1)
+    x = torch.rand(1, 3, 256, 256)
+    fused = {name: model.fuse(verbose=False) for name, model in models.items()}
+    with torch.inference_mode():
+        times = interleave({name: lambda model=model: model(x) for name, model in fused.items()}, 11, "cpu")
+    return {name: ratio(times[name], times[STOCK]) for name in times}
+
+
+def plot() -> Path:
+    """mAP over epochs, a line a network, the mean over seeds."""
+    from matplotlib.figure import Figure
+
+    head, _ = read_csv(RESULT)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("mAP50", "mAP50-95"), strict=True):
+        for index, (name, seeds) in enumerate(measured().items()):
+            curves = [[100 * float(row[key]) for row in rows] for rows in seeds.values()]
+            mean = [statistics.mean(values) for values in zip(*curves, strict=False)]
+            style = "--" if name.endswith("+pretrained") else "-"
+            colour = "0.2" if name == STOCK else f"C{index}"
+            axes.plot(range(1, len(mean) + 1), mean, style, color=colour, label=name, linewidth=1.5)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{key} on validation images, %")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle("\n".join(head), fontsize=7)
+    out = RESULT.with_suffix(".png")
+    figure.savefig(out, dpi=110)
+    return out
+
+
+if __name__ == "__main__":
+    main()
