@@ -147,7 +147,7 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
 
 def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
     """A state dict of the dense or the dynamic network -> one of the dynamic network."""
-    state_dict = by_order(state_dict, model)
+    state_dict = by_order(state_dict, source.name)
     if any(".routing." in name for name in state_dict):
         return state_dict
     of_timm = getattr(sys.modules[source.entrypoint.__module__], "checkpoint_filter_fn", None)
@@ -159,11 +159,12 @@ def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source)
     return upcycle_state_dict(state_dict, model)
 
 
-def by_order(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def by_order(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """The tensors of the Lite networks' packages under timm's names: the names differ, the order does not."""
     if "_conv_stem.weight" not in state_dict:
         return state_dict
-    names = [name for name in model.state_dict() if ".routing." not in name]
+    with torch.device("meta"):
+        names = timm.model_entrypoint(architecture)().state_dict()
     return dict(zip(names, state_dict.values(), strict=True))
 
 

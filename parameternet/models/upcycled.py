@@ -42,9 +42,7 @@ def load_dense(source: str, architecture: str | None = None) -> nn.Module:
     else:
         config = _registered(source)
         cfg = {"hf_hub_id": config["pretrained_cfg"]["hf_hub_id"]}
-    with torch.device("meta"):
-        skeleton = timm.create_model(config["architecture"], num_classes=config["num_classes"])
-    state_dict = dynamic_timm.by_order(weights.resolve(cfg), skeleton)
+    state_dict = dynamic_timm.by_order(weights.resolve(cfg), config["architecture"])
     return build_from_config(config, state_dict=state_dict).eval()
 
 

@@ -130,6 +130,8 @@ def test_the_lite_networks_need_no_hub():
     dense.load_state_dict(dict(zip(dense.state_dict(), tensors.values(), strict=True)))
     dynamic = timm.create_model("dynamic_efficientnet_lite0", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=dynamic.pretrained_cfg))
+    headless = timm.create_model("dynamic_efficientnet_lite0", pretrained=True, num_classes=0, in_chans=1)
+    assert torch.equal(headless.conv_head.weight, dense.conv_head.weight)
     x = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(PHOTOS.glob("*.jpg"))])
     with torch.no_grad():
         expected = dense(x)
