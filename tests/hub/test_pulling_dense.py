@@ -3,10 +3,13 @@
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save
+from server import TOKEN
 from trained import trained
 
-from parameternet import weights
+from parameternet import DynamicConv, cli, weights
+from parameternet.hub import publish
 from parameternet.models.upcycled import upcycle_checkpoint
 
 
@@ -46,3 +49,16 @@ def test_the_command_reads_a_name_of_timm_from_the_hub(hub, dense, tmp_path):
     dynamic, compared = upcycle_checkpoint("ghostnet_100", tmp_path / "out")
     assert compared.difference <= 1e-5
     assert agree(outputs(dynamic), outputs(dense))
+
+
+def test_an_upcycled_folder_is_published_and_pulled(hub, dense, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.put("timm/ghostnet_100.in1k", {"model.safetensors": save(dense.state_dict())})
+    upcycle_checkpoint("ghostnet_100", tmp_path / "out", num_experts=2)
+    card = CliRunner().invoke(cli.main, ["card", str(tmp_path / "out")]).output
+    assert "ghostnet_100" in card and "upcycled" in card
+    publish(tmp_path / "out", "somebody/dynamic")
+    assert {"README.md", "config.json", "model.safetensors"} <= set(hub.files("somebody/dynamic"))
+    pulled = timm.create_model("hf-hub:somebody/dynamic", pretrained=True)
+    assert agree(outputs(pulled), outputs(dense))
+    assert {m.num_experts for m in pulled.modules() if isinstance(m, DynamicConv)} == {2}
