@@ -10,7 +10,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .. import weights
+from .. import files, weights
 from ..surgery.compare import Comparison, compare
 from ..surgery.upcycle import upcycle
 from . import dynamic_timm
@@ -131,7 +131,10 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
         model_config={**labels, "pretrained_cfg": _plain(cfg), "upcycled_from": upcycled_from},
         model_args={"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
     )
-    fresh.replace(folder / weights.CONFIG_NAME)
+    # Older releases of timm take the architecture from the network, whatever they are told.
+    config = {**json.loads(fresh.read_text("utf-8")), "architecture": "dynamic_timm"}
+    fresh.unlink()
+    files.write_json(folder / weights.CONFIG_NAME, config)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
