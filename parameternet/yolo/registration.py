@@ -3,7 +3,8 @@
 
 Its parser looks names up among its own globals and decides by membership in sets of classes what arguments a row gets.
 So a *stand-in* is put there for each of our names: a class that is equal to the stock class whose rule its row follows,
-and that builds our layer when it is called. Nothing but the parser ever sees it. Four functions are wrapped, each once.
+and that builds our layer when it is called. Nothing but the parser ever sees it. A few functions are wrapped
+(`_wraps`), each once.
 """
 
 import importlib
@@ -86,14 +87,15 @@ def register() -> None:
                 f"Ultralytics {__version__} has a layer of its own named {', '.join(taken)}: "
                 "parameternet.yolo cannot be used with it"
             )
-        originals = (tasks.parse_model, tasks.check_yaml, tasks.BaseModel.fuse, tasks.BaseModel.load)
+        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in _wraps()]
         try:
             _install()
             _test()
         except Exception as error:
             for name in ROWS:
                 vars(tasks).pop(name, None)
-            tasks.parse_model, tasks.check_yaml, tasks.BaseModel.fuse, tasks.BaseModel.load = originals
+            for original in originals:
+                setattr(*original)
             raise ImportError(
                 f"parameternet.yolo does not fit Ultralytics {__version__} (tested: {OLDEST} to 8.4.190): {error}"
             ) from error
@@ -103,15 +105,24 @@ def _install() -> None:
     for name, (layer, stock) in ROWS.items():
         namespace = {"__module__": "parameternet.yolo", "__qualname__": name, "layer": layer, "stock": stock}
         setattr(tasks, name, _StandIn(name, (nn.Module,), namespace))
-    tasks.parse_model = _wrapped(tasks.parse_model, _parse_model)
-    tasks.check_yaml = _wrapped(tasks.check_yaml, _check_yaml)
-    tasks.BaseModel.fuse = _wrapped(tasks.BaseModel.fuse, _fuse)
-    tasks.BaseModel.load = _wrapped(tasks.BaseModel.load, _load)
-    dist.generate_ddp_file = _wrapped(dist.generate_ddp_file, _generate_ddp_file)
-    Exporter.export_ncnn = _wrapped(Exporter.export_ncnn, _export_ncnn)
+    for owner, name, ours in _wraps():
+        setattr(owner, name, _wrapped(getattr(owner, name), ours))
     _add_thop_rules()
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals(PICKLED)
+
+
+def _wraps() -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+    """What is wrapped: where it is, its name, and what is called in its place, with the original first."""
+    return (
+        (tasks, "parse_model", _parse_model),
+        (tasks, "check_yaml", _check_yaml),
+        (tasks, "torch_safe_load", _torch_safe_load),
+        (tasks.BaseModel, "load", _load),
+        (tasks.BaseModel, "fuse", _fuse),
+        (dist, "generate_ddp_file", _generate_ddp_file),
+        (Exporter, "export_ncnn", _export_ncnn),
+    )
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,6 +217,12 @@ def _load(original: Callable[..., Any], self: nn.Module, weights: Any, verbose: 
     source = weights["model"] if isinstance(weights, dict) else weights
     prepared = transfer.prepare(self, source, verbose)
     original(self, weights if prepared is None else prepared, verbose)
+
+
+def _torch_safe_load(original: Callable[..., Any], weight: Any, *args: Any, **kwargs: Any) -> Any:
+    if str(weight).endswith(".safetensors"):
+        return transfer.read(weight), weight
+    return original(weight, *args, **kwargs)
 
 
 def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:

@@ -404,3 +404,48 @@ def test_a_classifier_of_ours_fills_the_backbone_of_a_detector():
     with torch.no_grad():
         expected = classifier.eval().forward_features(x)
         assert torch.allclose(detector.eval().model[:10](x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["yolov8n_c2f_dynamicconv", "parameternet_50m", "dynamic_ghostnetv2_100"])
+def test_a_file_of_a_classifier_fills_the_backbone_and_survives_training(data, tmp_path, kind):
+    import timm
+    from safetensors.torch import save_file
+
+    classifier = lively(timm.create_model(kind, num_classes=3))
+    file = tmp_path / "best.safetensors"
+    save_file({name: value.contiguous() for name, value in classifier.state_dict().items()}, file)
+    detector = YOLO(f"{kind.replace('_c2f_', '-c2f-') if 'yolo' in kind else f'yolov8n-{kind}'}.yaml").load(file)
+    given = {n.replace("_", "."): value for n, value in classifier.state_dict().items()}
+    prefix = "" if "yolo" in kind else "model.0.net."
+    name = next(n for n in detector.model.state_dict() if n.startswith(prefix) and n.endswith("routing.weight"))
+    expected = given[name.removeprefix(prefix).replace("_", ".")]
+    assert torch.equal(detector.model.state_dict()[name], expected)
+    detector.train(
+        data=str(data), project=str(tmp_path), name="run", lr0=1e-9, warmup_epochs=0, optimizer="SGD", **SMALL
+    )
+    after = YOLO(tmp_path / "run" / "weights" / "last.pt").model.float().state_dict()[name]
+    assert close(after, expected, 5e-3)  # checkpoints are in half precision
+
+
+def test_a_missing_or_damaged_file_of_weights_is_an_error(tmp_path):
+    detector = YOLO("yolov8n-dynamicconv.yaml")
+    before = {name: value.clone() for name, value in detector.model.state_dict().items()}
+    with pytest.raises(FileNotFoundError):
+        detector.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(Exception, match=r"(?i)header|deserializ"):
+        detector.load(tmp_path / "bad.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in detector.model.state_dict().items())
+
+
+def test_hidden_layers_of_the_head_come_along_where_classes_differ(tmp_path):
+    stock = YOLO("yolov8n.yaml")
+    lively(stock.model.eval())
+    stock.save(tmp_path / "stock.pt")
+    heads = []
+    for name in ("yolov8n", "yolov8n-dynamicconvbnact"):
+        d = {**tasks.yaml_model_load(f"{name}.yaml"), "nc": 2}
+        model = tasks.DetectionModel(d, verbose=False)
+        model.load(YOLO(tmp_path / "stock.pt").model)
+        heads.append(model.state_dict()["model.22.cv3.0.0.conv.weight"])
+    assert heads[0].shape == heads[1].shape and torch.equal(*heads)
