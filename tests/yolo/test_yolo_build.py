@@ -71,11 +71,20 @@ def test_networks_are_shaped_like_the_stock_ones(family, task, variant):
     assert_like_stock(f"{family}{task}", variant, "n")
 
 
-@pytest.mark.parametrize("variant", ["dynamicconvbnact", "c2f-dynamicconv"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("letter", ["s", "m", "l", "x"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scales(family, letter, variant):
+def test_scales_of_detectors(family, letter, variant):
     assert_like_stock(family, variant, letter)
+
+
+@pytest.mark.parametrize(("letter", "variant"), list(zip(["s", "m", "l", "x"], VARIANTS, strict=True)))
+@pytest.mark.parametrize("task", TASKS[1:])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_of_other_tasks(family, task, letter, variant):
+    if not tasks.check_yaml(f"{family}{task}.yaml", hard=False):
+        pytest.skip(f"this Ultralytics has no {family}{task}")
+    assert_like_stock(f"{family}{task}", variant, letter)
 
 
 def test_the_article_s_first_network_row_by_row():
