@@ -67,7 +67,10 @@ class Terminal(training.Reporter):
         self._clear()
         score = "" if row["top1"] is None else f"  top1 {row['top1']:.2f}  top5 {row['top5']:.2f}"
         mark = "  best" if best else ""
-        self._say(f"epoch {row['epoch']}  train loss {row['train_loss']:.4f}{score}  {row['seconds']:.0f} s{mark}")
+        pace = f"{row['images_per_second']:.0f} images/s  data {row['data_share']:.1%}"
+        self._say(
+            f"epoch {row['epoch']}  train loss {row['train_loss']:.4f}{score}  {row['seconds']:.0f} s  {pace}{mark}"
+        )
 
     def note(self, text: str) -> None:
         self._say(text, err=True)

@@ -154,10 +154,11 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def stop_workers(loader: PrefetchLoader | None) -> None:
+def stop_workers(loader: Any) -> None:
     """End a loader's workers now. Those that live until the process ends are killed there, and torch complains."""
-    inner = getattr(loader, "loader", None)
-    iterator = getattr(getattr(inner, "loader", inner), "_iterator", None)
+    while hasattr(loader, "loader"):  # what wraps torch's own
+        loader = loader.loader
+    iterator = getattr(loader, "_iterator", None)
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 

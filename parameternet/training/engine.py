@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from parameternet.training.data import (
     stream_loader,
     train_transforms,
 )
+from parameternet.training.device_data import Augment, DeviceBatches, DevicePixels, Kept
 from parameternet.training.distributed import Place
 from parameternet.training.errors import (
     CheckpointError,
@@ -115,6 +117,7 @@ class Progress:
     loss_sum: float = 0.0  # over this epoch, weighted by images
     loss_images: int = 0
     seconds: float = 0.0  # spent on this epoch before the process that runs now
+    waited: float = 0.0  # of this epoch's seconds, those spent on waiting for images
     unreadable: list[str] = field(default_factory=list)  # names, each once
     rows: list[dict] = field(default_factory=list)
 
@@ -179,6 +182,9 @@ class Trainer:
                 f"{len(source)} training images do not fill one update of batch_size {r.batch_size} x accumulate "
                 f"{r.accumulate}; lower one of them"
             )
+        if r.cache == "device":
+            data = DevicePixels(source, r.cache_size, place.device, self._unreadable)
+            return DeviceBatches(data, self.batches, Augment(r, len(source), place.device))
         images = Images(source, train_transforms(r), r.seed)
         return make_loader(images, self.batches, r.mean, r.std, r.workers, place.device, self._unreadable)
 
@@ -188,7 +194,8 @@ class Trainer:
         if is_stream(r.val):
             return stream_loader(dataset, r, batch, place.device, False, self.config)
         source = self._source(dataset, r.val)
-        return eval_loader(source, self.config, batch, r.workers, place, self._unreadable)
+        loader = eval_loader(source, self.config, batch, r.workers, place, self._unreadable)
+        return Kept(loader, place.device) if r.cache == "device" else loader
 
     def _source(self, dataset: Any, spec: str | dict) -> Source | Memory:
         source = Source(dataset, str(spec))
@@ -327,7 +334,7 @@ class Trainer:
         self.losses: list[Tensor] = []  # on the device, since the last look at them
         self.report_time, self.report_step = time.monotonic(), p.step
         self.started = self.report_time - p.seconds
-        for images, labels in self._remaining_batches():
+        for images, labels in self._timed(self._remaining_batches()):
             self._step(images, labels)
             p.step += 1
             if p.step % r.accumulate == 0:
@@ -337,12 +344,22 @@ class Trainer:
                 break
         self.train_seconds = time.monotonic() - self.started
 
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with the time that it took to get them added up."""
+        while True:
+            begun = time.monotonic()
+            batch = next(batches, None)
+            self.progress.waited += time.monotonic() - begun
+            if batch is None:
+                return
+            yield batch
+
     def _training_mode(self) -> None:
         self.network.train()
         for module in self.frozen:
             module.eval()
 
-    def _remaining_batches(self) -> Any:
+    def _remaining_batches(self) -> Iterator[Any]:
         p = self.progress
         if p.step >= self.steps:  # stopped while validating
             return
@@ -480,6 +497,7 @@ class Trainer:
         if best and self._save_best(row, must=p.epoch + 1 == r.epochs):
             p.best = score
         p.epoch, p.step, p.loss_sum, p.loss_images, p.seconds = p.epoch + 1, 0, 0.0, 0, 0.0
+        p.waited = 0.0
         signum = self.place.largest(self.signals.received)
         self._save_last(must=p.epoch == r.epochs or signum > 0)
         if self.place.first:
@@ -503,6 +521,7 @@ class Trainer:
             "images": found.get("images"),
             "unreadable": len(self.bad),
             "images_per_second": images / self.train_seconds,
+            "data_share": p.waited / self.train_seconds,
             "seconds": time.monotonic() - self.started,
         }
 

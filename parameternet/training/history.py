@@ -22,6 +22,7 @@ COLUMNS = (
     "images",
     "unreadable",
     "images_per_second",
+    "data_share",
     "seconds",
 )
 

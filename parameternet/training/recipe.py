@@ -48,7 +48,15 @@ class Recipe:
         None, "folder, .tar, `hfds/NAME[:split]`, `wds/FOLDER:shards`, or arguments of timm's create_dataset", free=True
     )
     val: str | dict | None = _field(None, "the same for validation; null: no validation, best = latest", free=True)
-    cache: str = _field("none", "none | ram: decode every image once into memory, shared by the workers", free=True)
+    cache: str = _field(
+        "none",
+        "none | ram: decode every image once into memory, shared by the workers | device: onto the training device, "
+        "where whole batches are augmented, by other draws than those of the other two",
+        free=True,
+    )
+    cache_size: int | None = _field(
+        None, "cache: device: side to which images are resized and cropped first; null: they all have one size"
+    )
     input_size: int = _field(224, "side of training images, pixels")
     test_input_size: int | None = _field(None, "side of validation images, pixels; null: input_size")
     resolution_schedule: list[dict] = _field(
@@ -151,6 +159,8 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Fields that decide the result and differ, as `name: mine -> other's`."""
         fixed = [item.name for item in dataclasses.fields(self) if not item.metadata["free"]]
+        if "device" in (self.cache, other.cache):  # it augments by other draws
+            fixed.append("cache")
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
         return [f"{name}: {mine} -> {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
 
@@ -275,7 +285,7 @@ def _check_meaning(r: Recipe) -> None:
             raise RecipeError(f"{name} must be at least {low}, got {getattr(r, name)}")
     for name, choices in [
         ("amp", (None, "float16", "bfloat16")),
-        ("cache", ("none", "ram")),
+        ("cache", ("none", "ram", "device")),
         ("clip_mode", ("norm", "value", "agc")),
     ]:
         if getattr(r, name) not in choices:

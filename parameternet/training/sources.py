@@ -6,11 +6,13 @@ import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IterableImageDataset, create_dataset
 
@@ -90,19 +92,16 @@ class Source:
 class Memory:
     """The images of another source, decoded once. Pixels lie in large blocks that forked workers share."""
 
-    def __init__(self, source: Source, threads: int | None = None):
-        threads = 1 if source.tar is not None else threads or os.cpu_count()  # an open tar has one file position
+    def __init__(self, source: Source):
         self.classes, self.where, self.name = source.classes, source.where, source.name
         self.items: list[Unreadable | tuple[int, int]] = []  # what is wrong, or (block, offset)
         self.shapes = np.zeros((len(source), 2), np.int32)
         self.labels = np.zeros(len(source), np.int64)
         self.blocks: list[np.ndarray] = []
         self.used = 0
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(source), 1024):  # in slices: the pool would hold every decoded image at once
-                found = pool.map(source.read, range(start, min(start + 1024, len(source))))
-                self.items += [self._store(start + i, item) for i, item in enumerate(found)]
-                self._check_room(len(source))
+        for start, found in decoded(source):
+            self.items += [self._store(start + i, item) for i, item in enumerate(found)]
+            self._check_room(len(source))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -110,7 +109,7 @@ class Memory:
     def _check_room(self, total: int) -> None:
         used = int(self.shapes.prod(1, dtype=np.int64).sum()) * 3
         missing = used * (total - len(self.items)) // len(self.items)
-        if (free := _free_memory()) is not None and missing > free:
+        if (free := free_memory()) is not None and missing > free:
             raise DataError(
                 f"cache: ram needs about {missing >> 20:,} MiB more for {self.where}, and {free >> 20:,} MiB "
                 "are free: set cache=none"
@@ -139,8 +138,18 @@ class Memory:
         return Image.fromarray(pixels), int(self.labels[index])
 
 
-def _free_memory() -> int | None:
-    """Bytes that can be used without swapping, where the system tells (Linux)."""
+def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
+    """Every image of a source, in slices: the index of the first, and what `read` gave. A pool of threads decodes."""
+    threads = 1 if source.tar is not None else os.cpu_count()  # an open tar has one file position
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), 1024):  # the pool would hold every decoded image at once
+            yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that can be used on a device (None: in main memory, without swapping), where the system tells."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

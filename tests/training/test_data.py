@@ -68,7 +68,7 @@ def test_memory_holds_the_same_images_as_the_disk(pictures, where):
 
 
 def test_memory_says_so_when_there_is_not_enough(pictures, monkeypatch):
-    monkeypatch.setattr("parameternet.training.sources._free_memory", lambda: -1)
+    monkeypatch.setattr("parameternet.training.sources.free_memory", lambda: -1)
     with pytest.raises(DataError, match=r"needs about .* MiB more .* set cache=none"):
         Memory(source(pictures / "train"))
 

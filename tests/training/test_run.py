@@ -60,7 +60,7 @@ def same_state(a, b) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(b_state["optimizer"]["state"][key][name]))
     assert a_state["scaler"] == b_state["scaler"]
     mine, theirs = (json.loads(state["progress"]) for state in (a_state, b_state))
-    clocks = ("seconds", "images_per_second")
+    clocks = ("seconds", "images_per_second", "data_share")
     mine["rows"], theirs["rows"] = (
         [{k: v for k, v in row.items() if k not in clocks} for row in p["rows"]] for p in (mine, theirs)
     )
@@ -118,6 +118,25 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, recipe, whole,
     assert before["updates"] in (stop_after, stop_after + 1)
     run(recipe(), tmp_path)
     same_state(whole, tmp_path)
+
+
+def test_a_run_on_data_that_lies_on_the_device_learns_and_resumes_bitwise(tmp_path, recipe):
+    device = dict(cache="device", cache_size=32, auto_augment=None, workers=0)
+    with pytest.raises(Interrupted):
+        run(recipe(**device), tmp_path / "stopped", Stop(8))
+    run(recipe(**device), tmp_path / "stopped")
+    run(recipe(**device), tmp_path / "whole")
+    same_state(tmp_path / "whole", tmp_path / "stopped")
+    with pytest.raises(CheckpointError, match=r"cache: \w+ -> \w+"):
+        run(recipe(**{**device, "cache": "ram"}), tmp_path / "whole")
+    easy = dict(mixup=0.0, cutmix=0.0, reprob=0.0, drop_path_rate=0.0, ema_decay=None, epochs=6, lr=1e-2)
+    result = run(
+        recipe(**{**device, **easy}, resolution_schedule=[dict(until_epoch=2, input_size=24)]), tmp_path / "easy"
+    )
+    assert result["best"]["top1"] > 60
+    rows = load_rows(tmp_path / "easy")
+    assert [row["input_size"] for row in rows] == ["24", "24", "32", "32", "32", "32"]
+    assert all(0 < float(row["data_share"]) < 1 for row in rows)
 
 
 def test_stopping_while_validating_loses_nothing(tmp_path, recipe, whole, monkeypatch):
