@@ -151,7 +151,7 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
 
 
 def upcycle_state_dict(
-    state_dict: Mapping[str, Tensor], model: nn.Module, noise: float = NOISE, seed: int = 0
+    state_dict: Mapping[str, Tensor], model: nn.Module, noise: float = NOISE, seed: int = 0, neutral: bool = False
 ) -> dict[str, Tensor]:
     """A dense state dict as one of the dynamic `model`, which then computes the dense function; a checkpoint filter.
 
@@ -163,6 +163,7 @@ def upcycle_state_dict(
         state_dict: Of the dense network.
         model: The dynamic network, neutral routers in it (as `upcycle` leaves them).
         noise, seed: As of `upcycle`.
+        neutral: For a model whose routers are random, as one that was just created: give it neutral ones.
     """
     out = dict(state_dict)
     for name, conv in model.named_modules():
@@ -170,12 +171,21 @@ def upcycle_state_dict(
             continue
         if f"{name}.weight" not in out or f"{name}.routing.weight" in out:
             continue
+        router = _silenced(conv.routing) if neutral else conv.routing
         for part in ("weight", "bias"):
             if f"{name}.{part}" in out:
                 size = noise if part == "weight" else 0.0
-                out[f"{name}.{part}"] = split(out[f"{name}.{part}"], conv.routing, size, _generator(seed, name))
-        out |= {f"{name}.routing.{key}": value.clone() for key, value in conv.routing.state_dict().items()}
+                out[f"{name}.{part}"] = split(out[f"{name}.{part}"], router, size, _generator(seed, name))
+        out |= {f"{name}.routing.{key}": value.clone() for key, value in router.state_dict().items()}
     return out
+
+
+def _silenced(router: Router) -> Router:
+    """A copy that weighs the experts alike, whatever it sees."""
+    router = deepcopy(router)
+    nn.init.zeros_(router.weight)
+    nn.init.zeros_(router.bias)
+    return router
 
 
 def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from parameternet.surgery import upcycle_state_dict
 from parameternet.training.checkpoint import read_weights
 from parameternet.training.errors import CheckpointError, RecipeError, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
@@ -46,11 +47,14 @@ def make_model(r: Recipe, num_classes: int) -> nn.Module:
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`; a classifier of another size is left as it was initialised.
 
+    Dense kernels are split among the experts of dynamic layers, which then compute the same (`surgery.upcycle`).
+
     Raises:
         CheckpointError: tensors other than the classifier's do not fit, with their names.
     """
     prepare = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     state = prepare(dict(state), model) if prepare else dict(state)
+    state = upcycle_state_dict(state, model, neutral=True)
     mine, heads = model.state_dict(), _classifier_names(model)
     wrong = [name for name in mine if name in state and state[name].shape != mine[name].shape]
     new_head = any(name.startswith(heads) for name in wrong)

@@ -54,16 +54,9 @@ def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Mod
     """
     own = source.float().state_dict()
     state = _under_backbone(own, model)
-    dense = _with_bare_kernels(state, model)
-    filled = [
-        conv for name, conv in _dynamic(model) if f"{name}.weight" in dense and f"{name}.routing.weight" not in dense
-    ]
-    if not filled:
-        return None if state is own else _with(source, state)
-    for conv in filled:
-        nn.init.zeros_(conv.routing.weight)
-        nn.init.zeros_(conv.routing.bias)
-    changed = upcycle_state_dict(dense, model)
+    changed = upcycle_state_dict(_with_bare_kernels(state, model), model, neutral=True)
+    if changed.keys() == own.keys():
+        return None
     if verbose:
         _tell(changed, state, model)
     return _with(source, changed)

@@ -425,3 +425,16 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(tmp_path, recipe, mon
     run(recipe(epochs=1), tmp_path)
     assert {("top1", 1), ("train_loss", 1), ("lr", 1)} <= set(written[:-1])
     assert written[-1] == "closed"
+
+
+def test_a_dynamic_network_starts_from_its_trained_static_twin(tmp_path, recipe):
+    twin = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False})
+    run(recipe(**twin), tmp_path / "static")
+    static = make_model(recipe(**twin, init=str(tmp_path / "static")), 3).eval()
+    dynamic = make_model(recipe(**{**twin, "model_kwargs": {}}, init=str(tmp_path / "static")), 3).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(dynamic(x), static(x), atol=1e-5)
+    first, second, *_ = dynamic.stem.conv.weight.unflatten(0, (4, -1))
+    assert not torch.equal(first, second)  # experts that are alike would stay alike
+    assert dynamic.stem.conv.routing.weight.abs().max() == 0

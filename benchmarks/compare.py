@@ -1,47 +1,69 @@
-"""Do experts buy accuracy at equal FLOPs? A network, its static twin and its variants, all trained by one recipe.
+"""Variants of one training recipe beside each other: same epochs and seeds, every figure from the runs' histories.
 
-    python benchmarks/claim.py configs/train/parameternet_50m_claim.yaml    every run that is missing, table and plot
-    python benchmarks/claim.py RECIPE --table                              what was measured: Markdown, and the plot
+    python benchmarks/compare.py claim configs/train/parameternet_50m_claim.yaml    every missing run, then a table
+    python benchmarks/compare.py transfer configs/train/parameternet_600m_cifar10.yaml
+    python benchmarks/compare.py claim RECIPE --table                               what was measured, and the plot
 
-The claim: the network with 4 experts and its static twin, same recipe, epochs and seeds (a seed draws initial weights,
-order and crops, so that runs of one seed see the same pictures). The ablation, of the first seed alone: other numbers
-of experts, softmax routing, a router with a hidden layer, each a change of the network with 4 experts.
+claim: do experts buy accuracy at equal FLOPs? The network with 4 experts and its static twin, for every seed; then, for
+the first seed alone, an ablation: other numbers of experts, softmax routing, a router with a hidden layer.
+transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
-Each run is a folder in runs/claim, which `parameternet train` goes on with where it was ended. Epochs go to
-benchmarks/results/RECIPE.csv. Figures are those of the last epoch, not of the best one. Differences from the static
-twin are paired by seed: mean and standard deviation over seeds.
+A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
+runs/compare, which `parameternet train` goes on with where it was ended. Epochs go to benchmarks/results/RECIPE.csv.
+Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by seed: mean
+and standard deviation over seeds.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
-import yaml
 from _timing import ROOT, header, read_csv, write_csv
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet.flops import count_flops
 from parameternet.training import Recipe, load_recipe
 
-STATIC, DYNAMIC = "static", "4 experts"
-VARIANTS = {
-    STATIC: {"dynamic": False},
-    DYNAMIC: {},
-    "1 expert": {"num_experts": 1},
-    "2 experts": {"num_experts": 2},
-    "8 experts": {"num_experts": 8},
-    "softmax": {"routing": "softmax"},
-    "hidden layer of 32": {"routing_hidden": 32},
-}
-CLAIM, ABLATION = (STATIC, DYNAMIC), tuple(VARIANTS)[2:]
 COLUMNS = ("top1", "top5", "train_loss", "images_per_second")
 Row = dict[str, str]
+
+
+class Plan(NamedTuple):
+    """Variants as changes of a recipe. Those of `always` run with every seed, the others with the first; the first
+    variant is what the others are compared with."""
+
+    always: dict[str, dict[str, Any]]
+    once: dict[str, dict[str, Any]]
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        return {**self.always, **self.once}
+
+    @property
+    def base(self) -> str:
+        return next(iter(self.always))
+
+
+PLANS = {
+    "claim": Plan(
+        always={"static": {"model_kwargs": {"dynamic": False}}, "4 experts": {}},
+        once={
+            "1 expert": {"model_kwargs": {"num_experts": 1}},
+            "2 experts": {"model_kwargs": {"num_experts": 2}},
+            "8 experts": {"model_kwargs": {"num_experts": 8}},
+            "softmax": {"model_kwargs": {"routing": "softmax"}},
+            "hidden layer of 32": {"model_kwargs": {"routing_hidden": 32}},
+        },
+    ),
+    "transfer": Plan(always={"from scratch": {"init": None}, "pretrained": {}}, once={}),
+}
 
 
 class Run(NamedTuple):
@@ -53,52 +75,60 @@ class Run(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", choices=PLANS)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], help="a change of the recipe")
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="a change of the recipe for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe, options.overrides)
+    plan, recipe = PLANS[options.plan], load_recipe(options.recipe, options.overrides)
     result = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.csv"
     if not options.table:
+        runs = [run for run in wanted(plan, options.seeds) if run.variant in (options.variants or plan.variants)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: train(run, options.recipe, options.overrides), wanted(options)))
-        collect(options.recipe.stem, recipe, result)
-    print("\n".join(table(recipe, result)))
-    print(plot(recipe, result))
+            list(pool.map(lambda run: train(plan, run, options.recipe, options.overrides), runs))
+        collect(plan, options.recipe.stem, recipe, result)
+    print("\n".join(table(plan, recipe, result)))
+    print(plot(plan, recipe, result))
 
 
-def wanted(options: argparse.Namespace) -> list[Run]:
-    """The claim for every seed, then the ablation for the first."""
-    claim = [Run(variant, seed) for seed in options.seeds for variant in CLAIM]
-    ablation = [Run(variant, options.seeds[0]) for variant in ABLATION]
-    return [run for run in claim + ablation if run.variant in options.variants]
+def wanted(plan: Plan, seeds: list[int]) -> list[Run]:
+    """What is compared for every seed, then what is compared once."""
+    always = [Run(variant, seed) for seed in seeds for variant in plan.always]
+    return always + [Run(variant, seeds[0]) for variant in plan.once]
 
 
 def folder_of(recipe: str, run: Run) -> Path:
-    return ROOT / "runs" / "claim" / recipe / f"{run.variant.replace(' ', '_')}-{run.seed}"
+    return ROOT / "runs" / "compare" / recipe / f"{run.variant.replace(' ', '_')}-{run.seed}"
 
 
-def train(run: Run, recipe: Path, overrides: list[str]) -> None:
+def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> None:
     """A process a run; a run that is whole already is left as it is."""
     folder = folder_of(recipe.stem, run)
     folder.mkdir(parents=True, exist_ok=True)
-    base = load_recipe(recipe, overrides).model_kwargs
-    changes = [*overrides, f"seed={run.seed}", f"model_kwargs={yaml.safe_dump({**base, **VARIANTS[run.variant]})}"]
+    changed = changes(load_recipe(recipe, overrides), plan.variants[run.variant])
+    sets = [*overrides, f"seed={run.seed}", *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
     command = [sys.executable, "-m", "parameternet", "train", str(recipe), "--output", str(folder)]
     with open(folder / "log.txt", "a") as log:
-        done = subprocess.run([*command, *(part for change in changes for part in ("--set", change))], cwd=ROOT,
+        done = subprocess.run([*command, *(part for change in sets for part in ("--set", change))], cwd=ROOT,
                               stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
     print(f"{run.variant}, seed {run.seed}: {'done' if not done.returncode else f'see {folder}/log.txt'}", flush=True)
 
 
-def collect(name: str, recipe: Recipe, result: Path) -> None:
+def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
+    """A variant's fields; arguments of the network are added to those of the recipe."""
+    return {
+        key: {**getattr(recipe, key), **value} if isinstance(value, dict) else value for key, value in variant.items()
+    }
+
+
+def collect(plan: Plan, name: str, recipe: Recipe, result: Path) -> None:
     """All epochs of all whole runs in one file."""
     found = [
         (Run(variant, seed), rows)
-        for variant in VARIANTS
+        for variant in plan.variants
         for seed in range(10)
         if len(rows := _history(folder_of(name, Run(variant, seed)))) == recipe.epochs
     ]
@@ -134,26 +164,26 @@ def scores(runs: dict[Run, list[Row]], variant: str, key: str) -> dict[int, floa
     return {run.seed: float(rows[-1][key]) for run, rows in runs.items() if run.variant == variant}
 
 
-def cost(recipe: Recipe, variant: str) -> tuple[float, float]:
+def cost(recipe: Recipe, variant: dict[str, Any]) -> tuple[float, float]:
     """Millions of parameters, and of multiply-adds at the recipe's size, for 1,000 classes."""
     with torch.device("meta"):
-        model = timm.create_model(recipe.model, **{**recipe.model_kwargs, **VARIANTS[variant]})
+        model = timm.create_model(recipe.model, **changes(recipe, variant).get("model_kwargs", recipe.model_kwargs))
     macs = count_flops(model, (3, recipe.test_size, recipe.test_size)).total
     return sum(p.numel() for p in model.parameters()) / 1e6, macs / 1e6
 
 
-def table(recipe: Recipe, result: Path) -> list[str]:
-    """A row a variant: cost, accuracy, difference from the static twin."""
+def table(plan: Plan, recipe: Recipe, result: Path) -> list[str]:
+    """A row a variant: cost, accuracy, difference from the first variant."""
     runs = measured(result)
-    static = scores(runs, STATIC, "top1")
+    base = scores(runs, plan.base, "top1")
     lines = []
     for variant in dict.fromkeys(run.variant for run in runs):
-        parameters, macs = cost(recipe, variant)
+        parameters, macs = cost(recipe, plan.variants[variant])
         top1, top5 = (scores(runs, variant, key) for key in ("top1", "top5"))
-        apart = [value - static[seed] for seed, value in top1.items() if seed in static]
+        apart = [value - base[seed] for seed, value in top1.items() if seed in base]
         cells = (
             variant, f"{parameters:.2f} M", f"{macs:.1f} M", str(len(top1)), _spread(top1.values()),
-            _spread(top5.values()), "" if variant == STATIC else _spread(apart, sign="+"),
+            _spread(top5.values()), "" if variant == plan.base else _spread(apart, sign="+"),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -167,7 +197,7 @@ def _spread(values, sign: str = "") -> str:
     return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):.1f}"
 
 
-def plot(recipe: Recipe, result: Path) -> Path:
+def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     """Top-1 over epochs, against multiply-adds, and against parameters."""
     from matplotlib.figure import Figure
 
@@ -175,12 +205,12 @@ def plot(recipe: Recipe, result: Path) -> Path:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     epochs, macs, parameters = figure.subplots(1, 3)
     for index, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
-        colour = "0.3" if variant == STATIC else f"C{index - 1}"
+        colour = "0.3" if variant == plan.base else f"C{index - 1}"
         curves = [[float(row["top1"]) for row in rows] for run, rows in runs.items() if run.variant == variant]
         middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
         epochs.plot(range(1, len(middle) + 1), middle, color=colour, marker=".", label=variant)
         values = list(scores(runs, variant, "top1").values())
-        for axes, x in zip((parameters, macs), cost(recipe, variant), strict=True):
+        for axes, x in zip((parameters, macs), cost(recipe, plan.variants[variant]), strict=True):
             axes.errorbar(x, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None,
                           color=colour, marker="o", capsize=3)  # fmt: skip
             axes.annotate(variant, (x, statistics.mean(values)), (6, 0), textcoords="offset points", fontsize=8,
