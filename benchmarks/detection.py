@@ -189,7 +189,7 @@ def plot() -> Path:
     from matplotlib.figure import Figure
 
     head, _ = read_csv(RESULT)
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("mAP50", "mAP50-95"), strict=True):
         for index, (name, seeds) in enumerate(measured().items()):
             curves = [[100 * float(row[key]) for row in rows] for rows in seeds.values()]
@@ -200,7 +200,7 @@ def plot() -> Path:
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{key} on validation images, %")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle("\n".join(head), fontsize=7)
     out = RESULT.with_suffix(".png")
     figure.savefig(out, dpi=110)
