@@ -23,7 +23,7 @@ from ultralytics.nn import modules, tasks
 from ultralytics.utils import dist
 from ultralytics.utils.torch_utils import get_flops
 
-from parameternet.export.forms import write_constant
+from parameternet.export.forms import has_dynamic_convolutions, write_computed, write_constant
 from parameternet.layers import Router
 
 from . import backbone, layers, transfer, yamls
@@ -49,6 +49,8 @@ TWINS = {
     "C3k2_DynamicConv": layers.C3k2_DynamicConv,
     "C3k2_GhostModule_DynamicConv": layers.C3k2_GhostModule_DynamicConv,
 }
+# Formats whose runtimes convolve with a kernel that was mixed in the graph, for one picture at a time.
+COMPUTED = ("onnx", "openvino", "torchscript")
 PICKLED = [*{layer for layer, _ in ROWS.values()}, *TWINS.values(), Router, backbone.TimmBatchNorm]
 
 
@@ -121,7 +123,7 @@ def _wraps() -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
         (tasks.BaseModel, "load", _load),
         (tasks.BaseModel, "fuse", _fuse),
         (dist, "generate_ddp_file", _generate_ddp_file),
-        (Exporter, "export_ncnn", _export_ncnn),
+        *((Exporter, name, _export) for name in dir(Exporter) if name.startswith("export_")),
     )
 
 
@@ -232,8 +234,13 @@ def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
     return file
 
 
-def _export_ncnn(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    write_constant(self.model)  # ncnn has neither computed kernels nor tensors of five dimensions
+def _export(original: Callable[..., Any], self: Exporter, *args: Any, **kwargs: Any) -> Any:
+    """Write dynamic convolutions as the format's runtimes like them; see `parameternet.export.forms`."""
+    if has_dynamic_convolutions(self.model):  # an export of one format may call another's
+        if self.args.format in COMPUTED and not self.args.dynamic and self.im.shape[0] == 1:
+            write_computed(self.model, tuple(self.im.shape[1:]), mix_by_conv=self.args.format == "onnx")
+        else:
+            write_constant(self.model)
     return original(self, *args, **kwargs)
 
 
