@@ -6,7 +6,6 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiled import compiles_for_python
 from .functional import depthwise_conv2d
 
 __all__ = ["DepthwiseConv", "PooledConv", "SqueezeExcite"]
@@ -26,11 +25,11 @@ class PooledConv(nn.Conv2d):
     """A 1 x 1 torch.nn.Conv2d for pooled maps, which compiles as the linear layer that it is there.
 
     torch.compile writes the batch size into a graph with a static 1 x 1 convolution on a CPU: one graph below 16 and
-    one from there on (torch 2.15). It does not do so with a linear layer. An export writes it into that one instead.
+    one from there on (torch 2.15). It does not do so with a linear layer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and compiles_for_python() and x.shape[2] == 1 and x.shape[3] == 1:
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling() and x.shape[2] == 1 and x.shape[3] == 1:
             return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
         return self._conv_forward(x, self.weight, self.bias)
 
