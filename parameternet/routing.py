@@ -8,7 +8,6 @@
 
 import math
 import random
-import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -144,10 +143,7 @@ def _in_folder(given: str | Path) -> Iterator[Picture]:
 
 
 def _in_tar(path: Path) -> Iterator[Picture]:
-    try:
-        source = Source(open_dataset(str(path.absolute()), "train"), str(path))
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} cannot be read ({error}): expected a whole .tar without compression") from error
+    source = Source(open_dataset(str(path.absolute()), "train"), str(path))
     for index in range(len(source)):
         name = source.name(index)
         yield Picture(f"{path}/{name}", Path(name).parent.name or None, lambda index=index: _read(source, index))

@@ -158,12 +158,13 @@ def write_card(source: str | Path, reference: str | None = None) -> str:
     """
     name, config, folder = describe(source)
     recipe, history = _recipe(folder), _history(folder)
+    before = _recipe(folder, "init_"), _history(folder, "init_")
     reference = reference or (name if is_model_pretrained(name) else f"local-dir:{name}")
     results = _results(config)
     words = _words(name, config, results, recipe) | {
         "results": "\n".join(f"| {key} | {value} |" for key, value in _table(config, results, folder).items()),
         "usage": _usage(name, config, reference),
-        "training": _training(recipe, history) if recipe and history else _origin(config),
+        "training": _training(recipe, history, *before) if recipe and history else _origin(config),
     }
     header = _header(name, config, results, recipe)
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n{_CARD.format_map(words)}"))
@@ -185,13 +186,13 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
     return folder.resolve().name if says_little else f"{architecture}.{cfg['tag']}", config, folder
 
 
-def _recipe(folder: Path | None) -> dict[str, Any]:
-    path = folder and folder / "recipe.yaml"
+def _recipe(folder: Path | None, prefix: str = "") -> dict[str, Any]:
+    path = folder and folder / f"{prefix}recipe.yaml"
     return yaml.safe_load(path.read_text("utf-8")) if path and path.is_file() else {}
 
 
-def _history(folder: Path | None) -> list[dict[str, str]]:
-    path = folder and folder / "history.csv"
+def _history(folder: Path | None, prefix: str = "") -> list[dict[str, str]]:
+    path = folder and folder / f"{prefix}history.csv"
     return list(csv.DictReader(path.read_text("utf-8").splitlines())) if path and path.is_file() else []
 
 
@@ -363,22 +364,36 @@ def _origin(config: dict[str, Any]) -> str:
     return "No recipe stands beside these weights."
 
 
-def _training(recipe: dict[str, Any], rows: list[dict[str, str]]) -> str:
-    r = recipe
+def _training(r: dict[str, Any], rows: list[dict[str, str]], before: dict[str, Any], old: list[dict[str, str]]) -> str:
+    """A run, and the one that it started from, if that is known."""
+    again = (
+        "`recipe.yaml` is the whole recipe, `history.csv` and `curves.png` show the run. Again:\n"
+        "`parameternet train recipe.yaml --set train=TRAIN --set val=VAL`."
+    )
+    if not (before and old):
+        return f"{_run(r, rows)}\n\n{again}"
+    if before["model_kwargs"].get("dynamic") is False:
+        first = "its static twin, with one kernel in each convolution"
+        then = "whose experts started as parts of those kernels, with the same function"
+    else:
+        first, then = f"`{before['model']}`", "from those weights"
+    heading = f"First {first} (`init_recipe.yaml`, `init_history.csv`):"
+    return "\n\n".join((heading, _run(before, old), f"Then this network, {then}:", _run(r, rows), again))
+
+
+def _run(r: dict[str, Any], rows: list[dict[str, str]]) -> str:
     hours = sum(float(row["seconds"]) for row in rows) / 3600
+    epochs = "1 epoch" if len(rows) == 1 else f"{len(rows)} epochs"
     start = f"from {r['init']}" if r.get("init") else "from random weights"
     rate = f"{r['opt']}, learning rate {r['lr']:g} ({r['sched']}, {r['warmup_epochs']:g} epochs of warm-up)"
     parts = [
-        f"{len(rows)} epochs ({int(rows[-1]['updates']):,} updates) {start} in {hours:.1f} hours",
+        f"{epochs} ({int(rows[-1]['updates']):,} updates) {start} in {hours:.1f} hours",
         f"{rate}, weight decay {r['weight_decay']:g}, {r['batch_size'] * r['accumulate']} images an update",
         f"images of {_sizes(r)} px; {_augmentation(r)}",
     ]
     if r.get("ema_decay"):
         parts.append(f"the weights are an average over updates (decay {r['ema_decay']:g})")
-    return "\n".join(f"- {part}" for part in parts) + (
-        "\n\n`recipe.yaml` is the whole recipe, `history.csv` and `curves.png` show the run. Again:\n"
-        "`parameternet train recipe.yaml --set train=TRAIN --set val=VAL`."
-    )
+    return "\n".join(f"- {part}" for part in parts)
 
 
 def _sizes(r: dict[str, Any]) -> str:

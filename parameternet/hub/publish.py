@@ -18,7 +18,8 @@ from parameternet.hub.card import describe, write_card
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
 
 CARD = "README.md"
-_ALONG = ("recipe.yaml", "history.csv", "curves.png")  # how it came about, where that is known
+# how it came about, where that is known
+_ALONG = ("recipe.yaml", "history.csv", "curves.png", "init_recipe.yaml", "init_history.csv")
 
 
 class PublishError(RuntimeError):

@@ -143,6 +143,10 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
     for document in ("history.csv", "curves.png"):
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
+    before = load_recipe(run / "recipe.yaml").init
+    if before and (Path(before) / BEST).is_file():  # the run that it started from is a part of how it came about
+        files.write_text(folder / "init_recipe.yaml", _recipe(Path(before), None, None).to_yaml())
+        shutil.copyfile(Path(before) / "history.csv", folder / "init_history.csv")
 
 
 def _replace(folder: Path, fresh: Path) -> None:

@@ -180,7 +180,7 @@ def open_dataset(spec: str | dict, split: str, **kwargs: Any) -> Any:
         arguments |= kwargs
     try:
         dataset = create_dataset(**arguments)
-    except (OSError, RuntimeError, AssertionError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, AssertionError, ValueError, ImportError, tarfile.TarError) as error:
         raise DataError(f"cannot read images from {spec!r}: {error or type(error).__name__}. {_EXPECTED}") from error
     if not isinstance(dataset, IterableImageDataset) and len(dataset) == 0:
         raise DataError(f"no images in {spec!r}. {_EXPECTED}")

@@ -154,3 +154,9 @@ def test_the_description_of_what_could_not_be_read(tmp_path):
     found = source(tmp_path).read(0)
     assert isinstance(found, Unreadable)
     assert "UnidentifiedImageError" in found.why
+
+
+def test_a_tar_that_is_none_is_said(tmp_path):
+    (tmp_path / "val.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(DataError, match=r"cannot read images from .*val\.tar.* Expected a folder or a \.tar"):
+        open_dataset(str(tmp_path / "val.tar"), "train")

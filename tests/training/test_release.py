@@ -120,3 +120,17 @@ def test_what_float16_cannot_hold_is_refused():
         half({"w": torch.tensor([1e6])}, keep=set())
     kept = half({"v": torch.tensor([1e-9]), "n": torch.tensor(3)}, keep={"v"})
     assert (kept["v"].dtype, kept["n"].dtype) == (torch.float32, torch.int64)
+
+
+def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, pictures):
+    plain = dict(model="parameternet_50m", epochs=1, drop_path_rate=0.0, ema_decay=None)
+    run(recipe(**plain, model_kwargs={"dynamic": False}), tmp_path / "static")
+    run(recipe(**plain, lr=1e-4, init=str(tmp_path / "static")), tmp_path / "dynamic")
+    release(tmp_path / "dynamic", "parameternet_50m.colours", str(pictures / "val"), destination=tmp_path, workers=0)
+    folder = tmp_path / "parameternet_50m.colours"
+    assert load_recipe(folder / "init_recipe.yaml").model_kwargs == {"dynamic": False}
+    assert (folder / "init_history.csv").read_text() == (tmp_path / "static" / "history.csv").read_text()
+    card = (folder / "README.md").read_text()
+    first, then = card.index("First its static twin"), card.index("Then this network, whose experts started as parts")
+    assert first < card.index("from random weights") < then < card.index("1 epoch (6 updates) from static")
+    assert str(tmp_path) not in card
