@@ -38,7 +38,7 @@ _CARD = """\
 {results}
 
 {measured}
-
+{routing}
 ## Model Usage
 
 {usage}
@@ -273,6 +273,7 @@ def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: d
         "intro": _intro(config, data, dense),
         "details": f"- **Licence of the weights:** {license_}\n" if license_ else "",
         "measured": _measured(name, results, dense),
+        "routing": _routing(name, results.get("routing")),
         "validation": own_choice if recipe else "",
         "terms": f"\n## Data\n\n{terms}\n" if terms else "",
     }
@@ -314,6 +315,19 @@ def _measured(name: str, results: dict[str, Any], dense: str | None) -> str:
     if "top1" in results:
         return f"The figures are of this file, measured by `parameternet val {name} --data VAL` when it was released."
     return "Its accuracy has not been measured."
+
+
+def _routing(name: str, found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    return (
+        f"\n### Experts\n\nOver {found['images']:,} validation images, a layer uses {found['experts_in_use']:.2f} of "
+        f"{found['num_experts']} experts (the effective number, mean of {found['layers']} layers). The choice depends "
+        f"most on the image in `{found['chooses_most']}`, where one image's kernel is mixed of "
+        f"{found['experts_in_use_by_an_image']:.2f} experts.\n\n"
+        "![Shares of the experts by layer and class](routing.png)\n\n"
+        f"Drawn by `parameternet routing {name} VAL`.\n"
+    )
 
 
 def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:

@@ -19,7 +19,7 @@ __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
 
 CARD = "README.md"
 # how it came about, where that is known
-_ALONG = ("recipe.yaml", "history.csv", "curves.png", "init_recipe.yaml", "init_history.csv")
+_ALONG = ("recipe.yaml", "history.csv", "curves.png", "routing.png", "init_recipe.yaml", "init_history.csv")
 
 
 class PublishError(RuntimeError):

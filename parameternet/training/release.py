@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from parameternet import files, weights
 from parameternet.hub import write_card
+from parameternet.layers import DynamicConv
 from parameternet.training.checkpoint import BEST, read_weights
 from parameternet.training.errors import CheckpointError
 from parameternet.training.recipe import Recipe, load_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.validate import load, read_config, validate
 
+ROUTING = "routing.png"
 RECORDS = Path(weights.__file__).with_name("weights.json")
 
 
@@ -66,6 +70,7 @@ def release(
         config = _write_weights(run, fresh, name, recipe)
         found = validate(fresh, data, reporter=reporter, **measuring)
         found["macs"] = _macs(fresh, found["input_size"])
+        found["routing"] = draw_routing(fresh, name, data)
         _write_words(run, fresh, recipe, config, found)
         reference = name if records or destination is None else f"local-dir:{name}"
         files.write_text(fresh / "README.md", write_card(fresh, reference))
@@ -134,9 +139,36 @@ def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:
     return count_flops(load(folder)[0], input_size).total
 
 
+def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | None:
+    """Draw which experts the validation images of a checkpoint use to its routing.png, ten images a class.
+
+    Returns:
+        Figures for the card: images, dynamic layers, experts in use as their mean, and the layer whose routing depends
+        most on the image. None where there is nothing to draw: no dynamic layer, or data that is no folder or tar.
+    """
+    from parameternet import routing
+    from parameternet.prediction import Predictor
+
+    dynamic = any(isinstance(module, DynamicConv) for module in load(folder)[0].modules())
+    if not dynamic or not isinstance(data, str) or not Path(data).exists():
+        return None
+    predictor = Predictor(str(folder), "cpu")
+    found = dataclasses.replace(routing.measure(predictor, routing.find_pictures([data])), model=name)
+    routing.draw(found, folder / ROUTING)
+    most = max(found.layers, key=lambda layer: layer.overall_entropy - layer.picture_entropy)
+    return {
+        "images": found.pictures,
+        "layers": len(found.layers),
+        "num_experts": max(layer.num_experts for layer in found.layers),
+        "experts_in_use": statistics.mean(layer.experts_in_use for layer in found.layers),
+        "chooses_most": most.name,
+        "experts_in_use_by_an_image": most.num_experts**most.picture_entropy,
+    }
+
+
 def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any], found: dict[str, Any]) -> None:
-    figures = ("top1", "top5", "top1_interval", "loss", "images", "input_size", "macs", "parameters")
-    config["results"] = {key: found[key] for key in figures}
+    figures = ("top1", "top5", "top1_interval", "loss", "images", "input_size", "macs", "parameters", "routing")
+    config["results"] = {key: found[key] for key in figures if found[key] is not None}
     config["results"] |= {"data": recipe.data_name, "unreadable": len(found["unreadable"])}
     files.write_json(folder / weights.CONFIG_NAME, config)
     files.write_text(folder / "recipe.yaml", recipe.to_yaml())

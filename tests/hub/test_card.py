@@ -76,7 +76,7 @@ def test_the_sections_stand_in_order():
     headings = re.findall(r"^##+ (.*)$", (SHIPPED / "README.md").read_text(), re.MULTILINE)
     usage = ["Image Classification", "Feature Map Extraction", "Image Embeddings", "torch.hub", "YOLO"]
     tail = ["Training", "Limits", "Data", "Citation"]
-    assert headings == ["Model Details", "Results", "Model Usage", *usage, *tail]
+    assert headings == ["Model Details", "Results", "Experts", "Model Usage", *usage, *tail]
 
 
 def run_examples(card, folder, monkeypatch):

@@ -131,6 +131,8 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     assert load_recipe(folder / "init_recipe.yaml").model_kwargs == {"dynamic": False}
     assert (folder / "init_history.csv").read_text() == (tmp_path / "static" / "history.csv").read_text()
     card = (folder / "README.md").read_text()
+    assert "Over 15 validation images, a layer uses" in card and "![Shares of the experts" in card
+    assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
     first, then = card.index("First its static twin"), card.index("Then this network, whose experts started as parts")
     assert first < card.index("from random weights") < then < card.index("1 epoch (6 updates) from static")
     assert str(tmp_path) not in card
