@@ -40,6 +40,11 @@ def survey(model: nn.Module, probe: Tensor | None = None) -> Survey:
 
     A network that cannot be run without arithmetic is judged by its names alone.
     """
+    with torch.inference_mode(False):  # whose tensors do not tell how often they were written to
+        return _survey(model, probe)
+
+
+def _survey(model: nn.Module, probe: Tensor | None) -> Survey:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     cfg = getattr(model, "pretrained_cfg", None) or {}
     calls = _calls(model, probe if probe is not None else _picture(model, cfg))

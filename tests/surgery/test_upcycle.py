@@ -265,3 +265,13 @@ def test_a_recipe_of_another_network_is_refused(small):
 
 def test_kinds_are_those_that_the_documentation_names():
     assert all(f"'{kind}'" in upcycle.__doc__ for kind in KINDS)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_same_layers_are_chosen_where_gradients_are_off(mode):
+    def shapes():
+        return {name: value.shape for name, value in timm.create_model("dynamic_ghostnetv2_100").state_dict().items()}
+
+    with mode():
+        inside = shapes()
+    assert inside == shapes()

@@ -442,6 +442,8 @@ def test_hidden_layers_of_the_head_come_along_where_classes_differ(tmp_path):
     stock = YOLO("yolov8n.yaml")
     lively(stock.model.eval())
     stock.save(tmp_path / "stock.pt")
+    if registration.__version__ < "8.4":
+        pytest.skip("this Ultralytics leaves them behind for stock networks too")
     heads = []
     for name in ("yolov8n", "yolov8n-dynamicconvbnact"):
         d = {**tasks.yaml_model_load(f"{name}.yaml"), "nc": 2}
