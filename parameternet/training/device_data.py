@@ -183,6 +183,8 @@ def _random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ra
 
 def _sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolation: str) -> Tensor:
     """What is in boxes (B, 4; left, top, width, height), at `side` pixels; flips (B, 2) are 1 or -1 for x and y."""
+    if not len(images):  # none of a batch could be read, and torch samples no empty one
+        return images.new_empty(0, 3, side, side)
     whole = boxes.new_tensor([images.shape[-1], images.shape[-2]])
     extent = boxes[:, 2:] / whole
     middle = (2 * boxes[:, :2] + boxes[:, 2:]) / whole - 1

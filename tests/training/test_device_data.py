@@ -154,6 +154,14 @@ def test_unreadable_pictures_leave_their_batch_and_are_told(pictures, plain, tmp
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [4, 3, 4]
 
 
+def test_a_batch_of_nothing_but_unreadable_pictures_is_empty(plain, tmp_path):
+    draw(tmp_path / "train", 2, seed=0)
+    for name in ("blue/blue_0", "green/green_0", "green/green_1", "red/red_0", "red/red_1"):
+        (tmp_path / "train" / f"{name}.png").write_bytes(b"?")
+    batches = list(loader(tmp_path / "train", plain(cache_size=28, batch_size=2), report=lambda item: None))
+    assert sorted(tuple(images.shape) for images, _ in batches) == [(0, 3, 32, 32), (0, 3, 32, 32), (1, 3, 32, 32)]
+
+
 def test_pictures_of_several_sizes_need_a_size(pictures, plain, tmp_path):
     draw(tmp_path / "train", 4, seed=0)
     Image.new("RGB", (50, 40)).save(tmp_path / "train" / "red" / "red_3.png")
