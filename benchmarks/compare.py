@@ -9,7 +9,8 @@ the first seed alone, an ablation: other numbers of experts, softmax routing, a 
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
-runs/compare, which `parameternet train` goes on with where it was ended. Epochs go to benchmarks/results/RECIPE.csv.
+runs/compare, which `parameternet train` goes on with where it was ended. Epochs go to benchmarks/results/RECIPE.csv as
+soon as a run is whole, and what stands there is not run again.
 Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by seed: mean
 and standard deviation over seeds.
 """
@@ -87,9 +88,10 @@ def main() -> None:
     result = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.csv"
     if not options.table:
         runs = [run for run in wanted(plan, options.seeds) if run.variant in (options.variants or plan.variants)]
+        missing = [run for run in runs if run not in measured(result, recipe)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: train(plan, run, options.recipe, options.overrides), runs))
-        collect(plan, options.recipe.stem, recipe, result)
+            for run in pool.map(lambda run: train(plan, run, options.recipe, options.overrides), missing):
+                collect(plan, run, options.recipe.stem, recipe, result)
     print("\n".join(table(plan, recipe, result)))
     print(plot(plan, recipe, result))
 
@@ -104,8 +106,8 @@ def folder_of(recipe: str, run: Run) -> Path:
     return ROOT / "runs" / "compare" / recipe / f"{run.variant.replace(' ', '_')}-{run.seed}"
 
 
-def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> None:
-    """A process a run; a run that is whole already is left as it is."""
+def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> Run:
+    """A process a run, which goes on where it was ended; returns the run."""
     folder = folder_of(recipe.stem, run)
     folder.mkdir(parents=True, exist_ok=True)
     changed = changes(load_recipe(recipe, overrides), plan.variants[run.variant])
@@ -115,6 +117,7 @@ def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> None:
         done = subprocess.run([*command, *(part for change in sets for part in ("--set", change))], cwd=ROOT,
                               stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
     print(f"{run.variant}, seed {run.seed}: {'done' if not done.returncode else f'see {folder}/log.txt'}", flush=True)
+    return run
 
 
 def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
@@ -124,23 +127,25 @@ def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def collect(plan: Plan, name: str, recipe: Recipe, result: Path) -> None:
-    """All epochs of all whole runs in one file."""
-    found = [
-        (Run(variant, seed), rows)
-        for variant in plan.variants
-        for seed in range(10)
-        if len(rows := _history(folder_of(name, Run(variant, seed)))) == recipe.epochs
-    ]
+def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> None:
+    """Put the epochs of a whole run beside those of the others."""
+    found = _history(folder_of(name, run))
+    if len(found) != recipe.epochs:
+        return
+    runs = {**measured(result, recipe), run: found}
     rows = [
-        {"variant": run.variant, "seed": run.seed, "epoch": row["epoch"], **{key: row[key] for key in COLUMNS}}
-        for run, rows in found
+        {"variant": variant, "seed": seed, "epoch": row["epoch"], **{key: row[key] for key in COLUMNS}}
+        for (variant, seed), rows in sorted(
+            runs.items(), key=lambda item: (list(plan.variants).index(item[0][0]), item[0])
+        )
         for row in rows
     ]
-    if not rows:
-        raise SystemExit("no run is whole yet")
-    settings = f"{recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
-    write_csv(result, [*header(recipe.threads or 1, recipe.device), settings], rows)
+    write_csv(result, [*header(recipe.threads or 1, recipe.device), settings(recipe)], rows)
+
+
+def settings(recipe: Recipe) -> str:
+    """What runs must have in common to stand beside each other."""
+    return f"{recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
 
 
 def _history(folder: Path) -> list[Row]:
@@ -151,10 +156,17 @@ def _history(folder: Path) -> list[Row]:
 # what came out --------------------------------------------------------------------------------------------------------
 
 
-def measured(result: Path) -> dict[Run, list[Row]]:
-    """Epochs of each run."""
+def measured(result: Path, recipe: Recipe) -> dict[Run, list[Row]]:
+    """Epochs of each run in a result; none if there is no such file yet."""
     runs: dict[Run, list[Row]] = {}
-    for row in read_csv(result)[1]:
+    if not result.is_file():
+        return runs
+    head, rows = read_csv(result)
+    if head[-1] != settings(recipe):
+        raise SystemExit(
+            f"{result} is of other settings than {settings(recipe)}, namely {head[-1]}: move it away first"
+        )
+    for row in rows:
         runs.setdefault(Run(row["variant"], int(row["seed"])), []).append(row)
     return runs
 
@@ -174,7 +186,9 @@ def cost(recipe: Recipe, variant: dict[str, Any]) -> tuple[float, float]:
 
 def table(plan: Plan, recipe: Recipe, result: Path) -> list[str]:
     """A row a variant: cost, accuracy, difference from the first variant."""
-    runs = measured(result)
+    if not result.is_file():
+        raise SystemExit("no run is whole yet")
+    runs = measured(result, recipe)
     base = scores(runs, plan.base, "top1")
     lines = []
     for variant in dict.fromkeys(run.variant for run in runs):
@@ -201,7 +215,7 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     """Top-1 over epochs, against multiply-adds, and against parameters."""
     from matplotlib.figure import Figure
 
-    head, runs = read_csv(result)[0], measured(result)
+    head, runs = read_csv(result)[0], measured(result, recipe)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     epochs, macs, parameters = figure.subplots(1, 3)
     for index, variant in enumerate(dict.fromkeys(run.variant for run in runs)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import CondConv2d
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parameternet import DynamicConv
@@ -24,8 +25,11 @@ def create(name, **kwargs):
 
 
 def torch_counts(model, *shape):
-    """Half of what torch's counter says: its FLOPs are a multiplication and an addition each."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Half of what torch's counter says: its FLOPs are a multiplication and an addition each.
+
+    Attention runs as products of matrices: torch 2.14 has no formula for the one operator that it is on a CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(shape, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2
 

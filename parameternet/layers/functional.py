@@ -11,7 +11,12 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 from .compiled import compiles_for_python, convolve_compiled
-from .gradients import DepthwiseConvolution, MixedConvolution, gains_by_own_gradient
+from .gradients import (
+    DepthwiseConvolution,
+    MixedConvolution,
+    gains_by_float32_gradients,
+    gains_by_own_gradient,
+)
 from .strategies import (
     STRATEGIES,
     WITHOUT_GRADIENTS,
@@ -170,7 +175,8 @@ def _remixes(strategy: str, x: Tensor, weight: Tensor, routing_weights: Tensor, 
     """
     if strategy not in ("grouped", "batched_matmul"):
         return False
-    own = is_depthwise(x, weight, routing_weights, groups) and gains_by_own_gradient(x, weight)
+    slow = gains_by_own_gradient(x, weight) or gains_by_float32_gradients(x)
+    own = is_depthwise(x, weight, routing_weights, groups) and slow
     return own or kernels_are_large(weight, routing_weights)
 
 
@@ -223,10 +229,13 @@ def depthwise_conv2d(
 
     In training on a CPU, with kernels of 5 x 5 and larger, the batch is folded into the channels: 7.7 and 10.7 ms
     against oneDNN's 18.6 and 30.2 for 128 x 36 x 16 x 16 and 128 x 336 x 4 x 4 with stride 2, forward and backward on
-    one core.
+    one core. In half precision its gradients are taken in float32, see `gains_by_float32_gradients`.
     """
-    if not torch.jit.is_scripting() and training and bias is None and _gains_by_folding(x, weight):
-        return _depthwise_by_samples(x, weight, Geometry(stride, padding, dilation, x.shape[0] * weight.shape[0]))
+    if not torch.jit.is_scripting() and training and bias is None:
+        if _gains_by_folding(x, weight):
+            return _depthwise_by_samples(x, weight, Geometry(stride, padding, dilation, x.shape[0] * weight.shape[0]))
+        if _trains_in_half(x, weight):
+            return _depthwise_in_half(x, weight, Geometry(stride, padding, dilation, weight.shape[0]))
     return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
 
 
@@ -235,6 +244,19 @@ def _gains_by_folding(x: Tensor, weight: Tensor) -> bool:
     large = x.ndim == 4 and x.shape[0] > 0 and min(weight.shape[2], weight.shape[3]) >= 5
     eager = not _records_a_graph() and autocast_dtype(x.device.type) is None
     return large and x.device.type == "cpu" and weight.requires_grad and eager
+
+
+@torch.jit.unused
+def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
+    halved = autocast_dtype(x.device.type) is not None and x.dtype != torch.float64
+    return x.device.type == "cpu" and halved and weight.requires_grad and not _records_a_graph()
+
+
+@torch.jit.unused
+def _depthwise_in_half(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    dtype = autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), geometry)
 
 
 @torch.jit.unused

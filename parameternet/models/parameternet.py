@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
-from ..layers.static import PooledConv
+from ..layers.static import PooledConv, static_conv2d
 from ._builder import build_model
 
 __all__ = ["ParameterNet"]
@@ -110,7 +110,7 @@ class ParameterNet(nn.Module):
         if output_stride != 32:
             raise ValueError(f"output_stride must be 32, got {output_stride}: dilated stages are not supported")
         dd = {"device": device, "dtype": dtype}
-        conv_layer = nn.Conv2d
+        conv_layer = static_conv2d
         if dynamic:
             conv_layer = partial(
                 DynamicConv,

@@ -1,11 +1,14 @@
 """Blocks beyond the golden cases: ratios, kernels, activations, stochastic depth."""
 
+import copy
+
 import pytest
 import torch
+from reference import assert_no_worse
 from torch import nn
 
 from parameternet import ConvBnAct, DynamicConv, GhostBottleneck, GhostModule
-from parameternet.layers.static import DepthwiseConv
+from parameternet.layers.static import DepthwiseConv, PooledConv, static_conv2d
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])
@@ -66,3 +69,55 @@ def test_static_depthwise_convolution_trains_as_torchs(side, kernel, stride):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     ours.eval()
     assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("side", "kernel", "stride"), [(8, 3, 2), (9, 5, 2), (2, 3, 1), (7, 3, 1)])
+def test_static_depthwise_convolution_is_as_exact_as_torchs_in_half_precision(side, kernel, stride, form):
+    torch.manual_seed(0)
+    ours = DepthwiseConv(6, 6, kernel, stride=stride, padding=kernel // 2, groups=6, bias=False)
+    theirs = nn.Conv2d(6, 6, kernel, stride=stride, padding=kernel // 2, groups=6, bias=False)
+    with torch.no_grad():  # values that bfloat16 has, so that arithmetic alone is compared
+        ours.weight.copy_(ours.weight.bfloat16())
+    theirs.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    x = torch.randn(5, 6, side, side).bfloat16().contiguous(memory_format=form)
+    slope = torch.randn(5, 6, *exact(x.double()).shape[2:]).bfloat16()
+    results = {}
+    for name, layer in {"ours": ours, "theirs": theirs, "exact": exact}.items():
+        leaf = x.to(layer.weight.dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=layer is not exact):
+            y = layer(leaf)
+        y.backward(slope.to(y.dtype))
+        results[name] = {"out": y, "d_input": leaf.grad, "d_weight": layer.weight.grad}
+    assert results["ours"]["out"].dtype == torch.bfloat16
+    assert torch.equal(results["ours"]["out"], results["theirs"]["out"])
+    for name, got in results["ours"].items():
+        naive = results["theirs"][name].to(torch.bfloat16).double()
+        assert_no_worse(name, got.double(), naive, results["exact"][name], factor=1)
+
+
+def test_depthwise_convolutions_are_found_among_static_ones():
+    assert type(static_conv2d(6, 6, 3, groups=6)) is DepthwiseConv
+    assert type(static_conv2d(6, 12, 3, groups=6)) is nn.Conv2d
+    assert type(static_conv2d(6, 6, 3)) is nn.Conv2d
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (1, 6, 1, 1), (0, 6, 1, 1), (4, 6, 3, 2)], ids=str)
+def test_pooled_convolution_trains_as_torchs(shape):
+    torch.manual_seed(0)
+    ours = PooledConv(6, 5, 1).double()
+    theirs = nn.Conv2d(6, 5, 1).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad))
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    for leaves_python in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(ours)):
+        assert torch.allclose(leaves_python(x), theirs(x), rtol=1e-12, atol=1e-12)
