@@ -3,6 +3,7 @@
     python benchmarks/compare.py claim configs/train/parameternet_50m_claim.yaml    every missing run, then a table
     python benchmarks/compare.py transfer configs/train/parameternet_600m_cifar10.yaml
     python benchmarks/compare.py claim RECIPE --table                               what was measured, and the plot
+    python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same for a checkpoint's card
 
 claim: do experts buy accuracy at equal FLOPs? The network with 4 experts and its static twin, for every seed; then, for
 the first seed alone, an ablation: other numbers of experts, softmax routing, a router with a hidden layer.
@@ -17,6 +18,7 @@ and standard deviation over seeds.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ class Plan(NamedTuple):
     """Variants as changes of a recipe. Those of `always` run with every seed, the others with the first; the first
     variant is what the others are compared with."""
 
+    question: str
     always: dict[str, dict[str, Any]]
     once: dict[str, dict[str, Any]]
 
@@ -54,6 +57,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "claim": Plan(
+        "Do experts buy accuracy at equal FLOPs?",
         always={"static": {"model_kwargs": {"dynamic": False}}, "4 experts": {}},
         once={
             "1 expert": {"model_kwargs": {"num_experts": 1}},
@@ -63,7 +67,11 @@ PLANS = {
             "hidden layer of 32": {"model_kwargs": {"routing_hidden": 32}},
         },
     ),
-    "transfer": Plan(always={"from scratch": {"init": None}, "pretrained": {}}, once={}),
+    "transfer": Plan(
+        "What are these weights worth as a start?",
+        always={"from scratch": {"init": None}, "pretrained": {}},
+        once={},
+    ),
 }
 
 
@@ -83,6 +91,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="a change of the recipe for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--card", nargs="+", type=Path, default=[], help="folders of checkpoints that are to show it")
     options = parser.parse_args()
     plan, recipe = PLANS[options.plan], load_recipe(options.recipe, options.overrides)
     result = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.csv"
@@ -92,8 +101,12 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             for run in pool.map(lambda run: train(plan, run, options.recipe, options.overrides), missing):
                 collect(plan, run, options.recipe.stem, recipe, result)
-    print("\n".join(table(plan, recipe, result)))
-    print(plot(plan, recipe, result))
+    rows, picture = table(plan, recipe, result), plot(plan, recipe, result)
+    print("\n".join(rows), picture, sep="\n")
+    for folder in options.card:
+        words = f"{plan.question} {conditions(recipe, options)}"
+        (folder / f"{options.plan}.md").write_text("\n".join([words, "", *rows, ""]))
+        shutil.copyfile(picture, folder / f"{options.plan}.png")
 
 
 def wanted(plan: Plan, seeds: list[int]) -> list[Run]:
@@ -143,6 +156,15 @@ def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> No
     write_csv(result, [*header(recipe.threads or 1, recipe.device), settings(recipe)], rows)
 
 
+def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
+    """Under which conditions runs were compared, in a sentence for a card."""
+    return (
+        f"Measured on `{recipe.model}`, {recipe.epochs} epochs at {recipe.input_size} px of {recipe.data_name}, the "
+        "same recipe and seeds for all; top-1 and top-5 in percent after the last epoch, mean and standard deviation "
+        f"over seeds; differences are paired by seed (`python benchmarks/compare.py {options.plan} {options.recipe}`)."
+    )
+
+
 def settings(recipe: Recipe) -> str:
     """What runs must have in common to stand beside each other."""
     return f"{recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
@@ -190,7 +212,10 @@ def table(plan: Plan, recipe: Recipe, result: Path) -> list[str]:
         raise SystemExit("no run is whole yet")
     runs = measured(result, recipe)
     base = scores(runs, plan.base, "top1")
-    lines = []
+    lines = [
+        f"| | parameters | multiply-adds at {recipe.test_size} px | seeds | top-1 | top-5 | against {plan.base} |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for variant in dict.fromkeys(run.variant for run in runs):
         parameters, macs = cost(recipe, plan.variants[variant])
         top1, top5 = (scores(runs, variant, key) for key in ("top1", "top5"))
@@ -212,33 +237,36 @@ def _spread(values, sign: str = "") -> str:
 
 
 def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
-    """Top-1 over epochs, against multiply-adds, and against parameters."""
+    """Top-1 and top-5 over epochs, against multiply-adds, and against parameters."""
     from matplotlib.figure import Figure
 
     head, runs = read_csv(result)[0], measured(result, recipe)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    epochs, macs, parameters = figure.subplots(1, 3)
-    for index, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
-        colour = "0.3" if variant == plan.base else f"C{index - 1}"
-        curves = [[float(row["top1"]) for row in rows] for run, rows in runs.items() if run.variant == variant]
-        middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        epochs.plot(range(1, len(middle) + 1), middle, color=colour, marker=".", label=variant)
-        values = list(scores(runs, variant, "top1").values())
-        for axes, x in zip((parameters, macs), cost(recipe, plan.variants[variant]), strict=True):
-            axes.errorbar(x, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None,
-                          color=colour, marker="o", capsize=3)  # fmt: skip
-            axes.annotate(variant, (x, statistics.mean(values)), (6, 0), textcoords="offset points", fontsize=8,
-                          va="center", color=colour)  # fmt: skip
-    for axes, label in ((epochs, "epoch"), (macs, "multiply-adds, millions"), (parameters, "parameters, millions")):
-        axes.set(xlabel=label, ylabel="top-1, %")
-        axes.grid(alpha=0.3)
-        if axes is not epochs:
-            axes.margins(x=0.3)
-    epochs.legend(fontsize=8, frameon=False)
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    for (epochs, macs, parameters), key in zip(figure.subplots(2, 3), ("top1", "top5"), strict=True):
+        for index, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
+            colour = "0.3" if variant == plan.base else f"C{index - 1}"
+            curves = [[float(row[key]) for row in rows] for run, rows in runs.items() if run.variant == variant]
+            middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            epochs.plot(range(1, len(middle) + 1), middle, color=colour, marker=".", label=variant)
+            values = list(scores(runs, variant, key).values())
+            for axes, x in zip((parameters, macs), cost(recipe, plan.variants[variant]), strict=True):
+                _point(axes, x, values, variant, colour)
+        for axes, label in ((epochs, "epoch"), (macs, "multiply-adds, millions"), (parameters, "parameters, millions")):
+            axes.set(xlabel=label, ylabel=f"{key.replace('top', 'top-')}, %")
+            axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle("\n".join(head), fontsize=7)
     out = result.with_suffix(".png")
     figure.savefig(out, dpi=110)
     return out
+
+
+def _point(axes: Any, x: float, values: list[float], variant: str, colour: str) -> None:
+    """Mean of `values` with their spread, under the variant's name."""
+    middle, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    axes.errorbar(x, middle, spread, color=colour, marker="o", capsize=3)
+    axes.annotate(variant, (x, middle), (6, 0), textcoords="offset points", fontsize=8, va="center", color=colour)
+    axes.margins(x=0.3)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ _CARD = """\
 {results}
 
 {measured}
-{routing}
+{routing}{comparisons}
 ## Model Usage
 
 {usage}
@@ -50,7 +50,7 @@ _CARD = """\
 
 It knows {classes} classes and answers every picture with one of them. Photographs unlike those it was trained on (other
 subjects, drawings, other sizes than {size} px) get answers that mean little, and its probabilities were not calibrated.
-{validation}Not for decisions about people.
+{validation}{paper}Not for decisions about people.
 {terms}
 ## Citation
 
@@ -138,6 +138,9 @@ detector = YOLO("detector.yaml")  # its head is untrained: detector.train(data="
 ```
 """
 
+# `<name>.md` and `<name>.png` in a checkpoint's folder, both from benchmarks/compare.py, and their heading
+COMPARISONS = {"claim": "What experts are worth", "transfer": "Transfer"}
+
 _TERMS = {
     "ImageNet-1k": "The pictures of ImageNet are for non-commercial research and education only by its terms of "
     "access; use weights trained on them accordingly.",
@@ -165,6 +168,7 @@ def write_card(source: str | Path, reference: str | None = None) -> str:
         "results": "\n".join(f"| {key} | {value} |" for key, value in _table(config, results, folder).items()),
         "usage": _usage(name, config, reference),
         "training": _training(recipe, history, *before) if recipe and history else _origin(config),
+        "comparisons": "".join(_comparison(folder, name) for name in COMPARISONS),
     }
     header = _header(name, config, results, recipe)
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n{_CARD.format_map(words)}"))
@@ -275,6 +279,7 @@ def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: d
         "measured": _measured(name, results, dense),
         "routing": _routing(name, results.get("routing")),
         "validation": own_choice if recipe else "",
+        "paper": _paper(config, data),
         "terms": f"\n## Data\n\n{terms}\n" if terms else "",
     }
 
@@ -296,7 +301,8 @@ def _dense_repository(config: dict[str, Any]) -> str | None:
 def _intro(config: dict[str, Any], data: str | None, dense: str | None) -> str:
     classes = f"for {config['num_classes']} classes" + (f" of {data}" if data else "")
     if dense is None:
-        return f"`{config['architecture']}` {classes}."
+        use = " Good as a start for fine-tuning, and for trying things out." if data else ""
+        return f"`{config['architecture']}` {classes}.{use}"
     return (
         f"{dense}, {classes}, upcycled: dynamic convolutions stand where the dense ones stood, and compute the same "
         "function. A start for further training, which is what makes the experts differ."
@@ -328,6 +334,21 @@ def _routing(name: str, found: dict[str, Any] | None) -> str:
         "![Shares of the experts by layer and class](routing.png)\n\n"
         f"Drawn by `parameternet routing {name} VAL`.\n"
     )
+
+
+def _comparison(folder: Path | None, name: str) -> str:
+    path = folder and folder / f"{name}.md"
+    if not path or not path.is_file():
+        return ""
+    heading = COMPARISONS[name]
+    return f"\n### {heading}\n\n{path.read_text('utf-8').strip()}\n\n![{heading}]({name}.png)\n"
+
+
+def _paper(config: dict[str, Any], data: str | None) -> str:
+    """What a network of the paper's architecture is not."""
+    if not data or data.startswith("ImageNet") or not config["architecture"].startswith("parameternet_"):
+        return ""
+    return f"The paper's accuracies are those of networks trained on ImageNet-1K and -22K; this one was trained on {data}. "
 
 
 def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:
@@ -405,6 +426,8 @@ def _run(r: dict[str, Any], rows: list[dict[str, str]]) -> str:
         f"{rate}, weight decay {r['weight_decay']:g}, {r['batch_size'] * r['accumulate']} images an update",
         f"images of {_sizes(r)} px; {_augmentation(r)}",
     ]
+    if r.get("amp"):
+        parts.append(f"mixed precision, {r['amp']}")
     if r.get("ema_decay"):
         parts.append(f"the weights are an average over updates (decay {r['ema_decay']:g})")
     return "\n".join(f"- {part}" for part in parts)

@@ -13,13 +13,16 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from parameternet import weights
-from parameternet.hub.card import describe, write_card
+from parameternet.hub.card import COMPARISONS, describe, write_card
 
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
 
 CARD = "README.md"
 # how it came about, where that is known
-_ALONG = ("recipe.yaml", "history.csv", "curves.png", "routing.png", "init_recipe.yaml", "init_history.csv")
+_ALONG = (
+    *("recipe.yaml", "history.csv", "curves.png", "routing.png", "init_recipe.yaml", "init_history.csv"),
+    *(f"{name}.{kind}" for name in COMPARISONS for kind in ("md", "png")),
+)
 
 
 class PublishError(RuntimeError):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,29 @@ def test_a_folder_with_little_in_it_has_a_card_that_claims_little(tmp_path, monk
     assert table["parameters"] == f"{sum(p.numel() for p in checkpoints.network().parameters()):,}"
     assert "model-index" not in metadata_load_text(card, tmp_path)
     run_examples(card, tmp_path, monkeypatch)
+
+
+def test_what_was_compared_stands_under_the_results(tmp_path):
+    folder = tmp_path / NAME
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("claim.*", "transfer.*"))
+    assert "What experts are worth" not in write_card(folder)
+    (folder / "claim.md").write_text("Three seeds.\n\n| | top-1 |\n| --- | --- |\n| static | 30.0 |\n")
+    found = re.search(
+        r"^### What experts are worth\n\n(.*?)^## Model Usage", write_card(folder), re.DOTALL | re.MULTILINE
+    )
+    assert found[1].split("\n\n") == [
+        "Three seeds.",
+        "| | top-1 |\n| --- | --- |\n| static | 30.0 |",
+        "![What experts are worth](claim.png)",
+        "",
+    ]
+
+
+def test_a_card_says_what_its_network_is_not(tmp_path):
+    assert "networks trained on ImageNet-1K and -22K; this one was trained on Tiny-ImageNet." in write_card(
+        NAME
+    ).replace("\n", " ")
+    assert "this one was trained" not in write_card("dynamic_ghostnet_100.in1k_upcycled")
 
 
 def metadata_load_text(card, folder):
