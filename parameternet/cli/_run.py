@@ -63,6 +63,12 @@ class Terminal(training.Reporter):
         if self.live:
             self._draw("validation", step, steps)
 
+    def teaching(self, step: int, steps: int) -> None:
+        if self.live:
+            self._draw("teacher", step, steps)
+        elif step == steps:
+            self._say(f"the teacher has answered {steps} batches")
+
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         self._clear()
         score = "" if row["top1"] is None else f"  top1 {row['top1']:.2f}  top5 {row['top5']:.2f}"

@@ -348,7 +348,8 @@ def _paper(config: dict[str, Any], data: str | None) -> str:
     """What a network of the paper's architecture is not."""
     if not data or data.startswith("ImageNet") or not config["architecture"].startswith("parameternet_"):
         return ""
-    return f"The paper's accuracies are those of networks trained on ImageNet-1K and -22K; this one was trained on {data}. "
+    theirs = "The paper's accuracies are those of networks trained on ImageNet-1K and -22K"
+    return f"{theirs}; this one was trained on {data}. "
 
 
 def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:
@@ -418,7 +419,9 @@ def _training(r: dict[str, Any], rows: list[dict[str, str]], before: dict[str, A
 
 def _run(r: dict[str, Any], rows: list[dict[str, str]]) -> str:
     hours = sum(float(row["seconds"]) for row in rows) / 3600
-    epochs = "1 epoch" if len(rows) == 1 else f"{len(rows)} epochs"
+    epochs = "1 epoch" if r["epochs"] == 1 else f"{r['epochs']} epochs"
+    if len(rows) < r["epochs"]:
+        epochs = f"the first {len(rows)} of {epochs}"
     start = f"from {r['init']}" if r.get("init") else "from random weights"
     rate = f"{r['opt']}, learning rate {r['lr']:g} ({r['sched']}, {r['warmup_epochs']:g} epochs of warm-up)"
     parts = [
@@ -426,6 +429,10 @@ def _run(r: dict[str, Any], rows: list[dict[str, str]]) -> str:
         f"{rate}, weight decay {r['weight_decay']:g}, {r['batch_size'] * r['accumulate']} images an update",
         f"images of {_sizes(r)} px; {_augmentation(r)}",
     ]
+    if r.get("teacher"):
+        size = f" at {r['teacher_size']} px" if r["teacher_size"] else ""
+        teacher = f"`{r['teacher']}`, asked once for each whole image{size}"
+        parts.append(f"taught to {r['teacher_share']:.0%} what {teacher}, answered, and the labels otherwise")
     if r.get("amp"):
         parts.append(f"mixed precision, {r['amp']}")
     if r.get("ema_decay"):

@@ -155,9 +155,10 @@ def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:
 
 
 def make_loss(r: Recipe) -> nn.Module:
-    """timm's loss for the recipe's targets: soft where images are mixed, smoothed, or plain."""
+    """timm's loss for the recipe's targets: soft where images are mixed or a teacher speaks, smoothed, or plain."""
+    soft = r.mixes or r.teacher is not None
     if r.bce:
-        return BinaryCrossEntropy(smoothing=0.0 if r.mixes else r.smoothing)
-    if r.mixes:
+        return BinaryCrossEntropy(smoothing=0.0 if soft else r.smoothing)
+    if soft:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(r.smoothing) if r.smoothing else nn.CrossEntropyLoss()

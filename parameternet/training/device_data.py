@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +90,15 @@ def _bytes(image: Image.Image) -> Tensor:
 
 
 class DeviceBatches:
-    """Training batches of `DevicePixels`: float32 images (B, 3, S, S), normalised, and int64 labels (B,).
+    """Training batches of `DevicePixels`: float32 images (B, 3, S, S), normalised, and what they are taught.
 
     Images that could not be read leave their batch. `batches` says which images, in which order, of which side.
+    `targets` gives a row for each image by its index; None: int64 labels (B,).
     """
 
-    def __init__(self, data: DevicePixels, batches: TrainBatches, augment: Augment):
+    def __init__(self, data: DevicePixels, batches: TrainBatches, augment: Augment, targets: Any = None):
         self.data, self.batches, self.augment = data, batches, augment
+        self.targets = data.labels if targets is None else targets
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -106,7 +109,7 @@ class DeviceBatches:
             index = torch.tensor([key.index for key in keys])
             index = index[data.readable[index]].to(data.device)
             images = self.augment(data.pixels[index], index, keys[0].epoch, keys[0].size)
-            yield images, data.labels[index]
+            yield images, self.targets[index]
 
 
 class Augment:

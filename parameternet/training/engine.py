@@ -21,7 +21,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from parameternet import files
-from parameternet.training import build, checkpoint, distributed, history
+from parameternet.training import build, checkpoint, distributed, history, teacher
 from parameternet.training.data import (
     Images,
     TrainBatches,
@@ -184,9 +184,16 @@ class Trainer:
             )
         if r.cache == "device":
             data = DevicePixels(source, r.cache_size, place.device, self._unreadable)
-            return DeviceBatches(data, self.batches, Augment(r, len(source), place.device))
+            return DeviceBatches(data, self.batches, Augment(r, len(source), place.device), self._targets(data))
         images = Images(source, train_transforms(r), r.seed)
         return make_loader(images, self.batches, r.mean, r.std, r.workers, place.device, self._unreadable)
+
+    def _targets(self, data: DevicePixels) -> teacher.Targets | None:
+        r = self.recipe
+        if not r.teacher:
+            return None
+        found = teacher.answers(r, data, self.classes, self.folder, self.place, self.reporter.teaching)
+        return teacher.Targets(data.labels, found, r.teacher_share, r.smoothing)
 
     def _val_loader(self, dataset: Any) -> Any:
         r, place = self.recipe, self.place
@@ -392,7 +399,7 @@ class Trainer:
             size = self.recipe.size_at(self.progress.epoch)
             return self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
         if len(images) == 1 < self._share:  # batch norm cannot do with one image where a map has one position
-            images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
+            images, labels = torch.cat([images] * 2), torch.cat([labels] * 2)
         if self.erase:
             images = self.erase(images)
         if self.mixup:

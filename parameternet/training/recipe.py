@@ -83,6 +83,13 @@ class Recipe:
     cutmix: float = _field(0.0, "cutmix alpha; 0: off")
     mixup_prob: float = _field(1.0, "probability of mixing a batch")
     mixup_off_epoch: int = _field(0, "no mixup and cutmix from this epoch on; 0: never off")
+    teacher: str | None = _field(
+        None,
+        "checkpoint that knows the data's classes: its answers to the whole images are mixed into the labels; needs "
+        "cache: device",
+    )
+    teacher_share: float = _field(0.5, "share of the teacher's answers in what is taught; the labels have the rest")
+    teacher_size: int | None = _field(None, "side at which the teacher sees the images, pixels; null: its own")
     bce: bool = _field(False, "binary cross-entropy instead of cross-entropy")
 
     # optimisation
@@ -292,6 +299,10 @@ def _check_meaning(r: Recipe) -> None:
             raise RecipeError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(r, name)!r}")
     if r.sched == "plateau":
         raise RecipeError("sched: plateau steps once an epoch, on a metric; schedules here step at every update")
+    if r.teacher and (r.cache != "device" or r.mixes):
+        raise RecipeError("a teacher needs cache=device, and no mixup and cutmix: it is asked once, for whole images")
+    if not 0 <= r.teacher_share <= 1:
+        raise RecipeError(f"teacher_share is a share, from 0 to 1, got {r.teacher_share}")
     if r.mixes and r.batch_size % 2:
         raise RecipeError(f"mixup and cutmix pair images: batch_size must be even, got {r.batch_size}")
     _check_schedule(r.resolution_schedule)

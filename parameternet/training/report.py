@@ -21,6 +21,9 @@ class Reporter:
     def validating(self, step: int, steps: int) -> None:
         """`step` of `steps` validation batches is done."""
 
+    def teaching(self, step: int, steps: int) -> None:
+        """The teacher has answered `step` of `steps` batches of training images."""
+
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         """An epoch is done: its line of history.csv, and whether it is the best so far."""
         _logger.info("epoch %s%s", row, " (best)" if best else "")

@@ -122,6 +122,7 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if not timm.is_model(name):
         close = nearest(name.split(".")[0], timm.list_models())
         raise CheckpointError(f"{name!r} is neither a folder, nor a file, nor the name of a model{close}")
+    name = catalogue.checkpoint(name) or name  # an architecture alone means its first checkpoint, which has class names
     network = timm.create_model(name, pretrained=True)
     config = catalogue.config(name) if name in catalogue.checkpoints() else {}
     return network, {"architecture": name.split(".")[0], "pretrained_cfg": network.pretrained_cfg, **config}
@@ -156,7 +157,7 @@ class _Loader:
         self.config = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
         dataset = open_dataset(data, "validation", batch_size=batch_size)
         source = Source(dataset, str(data))
-        self.labels = _translation(source.classes, _names(config), config, place)
+        self.labels = translation(source.classes, config, place)
         if is_stream(data):
             recipe = Recipe(workers=workers)
             self.loader = stream_loader(dataset, recipe, batch_size, place.device, False, self.config)
@@ -180,8 +181,13 @@ def _names(config: dict[str, Any]) -> list[str]:
     return list(names.values() if isinstance(names, dict) else names)
 
 
-def _translation(classes: list[str] | None, names: list[str], config: dict[str, Any], place: Place) -> Any:
-    """Table from the data's labels to the network's, or None where they are the same. A part of the classes will do."""
+def translation(classes: list[str] | None, config: dict[str, Any], place: Place) -> torch.Tensor | None:
+    """Table from the data's labels to the network's, or None where they are the same. A part of the classes will do.
+
+    Raises:
+        DataError: the network does not know one of the classes.
+    """
+    names = _names(config)
     if classes is None or classes == names:
         return None
     outputs = config.get("num_classes") or config["pretrained_cfg"]["num_classes"]

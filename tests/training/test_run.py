@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from pictures import draw
+from stopping import Stop
 
 from parameternet import weights
 from parameternet.training import (
@@ -24,21 +25,6 @@ from parameternet.training.build import freeze, make_model, make_optimizer
 from parameternet.training.checkpoint import load_last
 from parameternet.training.distributed import Place
 from parameternet.training.engine import Trainer
-
-
-class Stop(Reporter):
-    """Sends this process a signal after so many steps, as Ctrl-C would."""
-
-    def __init__(self, after: int, signum: int = signal.SIGINT):
-        self.after, self.signum, self.notes = after, signum, []
-
-    def step(self, *_):
-        self.after -= 1
-        if self.after == 0:
-            os.kill(os.getpid(), self.signum)
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 class Notes(Reporter):
