@@ -201,7 +201,9 @@ def scores(runs: dict[Run, list[Row]], variant: str, key: str) -> dict[int, floa
 def cost(recipe: Recipe, variant: dict[str, Any]) -> tuple[float, float]:
     """Millions of parameters, and of multiply-adds at the recipe's size, for 1,000 classes."""
     with torch.device("meta"):
-        model = timm.create_model(recipe.model, **changes(recipe, variant).get("model_kwargs", recipe.model_kwargs))
+        model = timm.create_model(
+            recipe.model, num_classes=1000, **changes(recipe, variant).get("model_kwargs", recipe.model_kwargs)
+        )
     macs = count_flops(model, (3, recipe.test_size, recipe.test_size)).total
     return sum(p.numel() for p in model.parameters()) / 1e6, macs / 1e6
 

@@ -54,7 +54,7 @@ def on_one_thread(runtime: str, path: Path) -> Callable[[np.ndarray], object]:
 def files(name: str, format: str, size: int, folder: Path) -> dict[str, Exported]:
     """The static twin and the network in every form, with the batch fixed to 1 and free."""
     torch.manual_seed(0)
-    network, static = timm.create_model(name), timm.create_model(name, dynamic=False)
+    network, static = (timm.create_model(name, num_classes=1000, dynamic=d) for d in (True, False))
     made = {}
     for title, model, form, batch in [
         ("static", static, "constant", 1),

@@ -19,9 +19,9 @@ from parameternet.flops import count_flops, register_thop
 ROOT = Path(__file__).parent.parent
 
 
-def create(name, **kwargs):
+def create(name, num_classes=1000, **kwargs):
     with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
 
 
 def torch_counts(model, *shape):

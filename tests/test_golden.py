@@ -87,7 +87,7 @@ def check_gradients(module, x, y, case, tolerance):
 def test_network(name):
     case, (architecture, keys) = CASES[name], NETWORKS[name]
     rows = json.loads((FOLDER / keys).read_text())
-    model = timm.create_model(architecture).eval()
+    model = timm.create_model(architecture, num_classes=1000).eval()
     assert sum(p.numel() for p in model.parameters()) == rows["num_params"] == case["num_params"]
     fill_module(model, rows["keys"])
     x = golden_input(case["input_shape"]).float()

@@ -17,9 +17,9 @@ NAMES = ["parameternet_50m", "parameternet_150m", "parameternet_300m", "paramete
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def create(name, **kwargs):
+def create(name, num_classes=1000, **kwargs):
     with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
 
 
 def parameters(model):
@@ -46,7 +46,7 @@ def test_parameters_are_the_published_ones(name, arguments, expected):
 
 def test_the_registry_lists_exactly_these():
     assert timm.list_models("parameternet*") == NAMES
-    assert timm.list_models("parameternet*", pretrained=True) == ["parameternet_50m.tin200"]
+    assert timm.list_models("parameternet*", pretrained=True) == ["parameternet_50m.tin200", "parameternet_600m.tin200"]
     assert all(timm.models.model_entrypoint(n).__module__ == "parameternet.models.parameternet" for n in NAMES)
 
 
@@ -165,7 +165,7 @@ def official(name):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_official_state_dicts_load(name, wrapped):
     state = official(name)
-    model = timm.create_model(name)
+    model = timm.create_model(name, num_classes=1000)
     given = {"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state
     missing, unexpected = model.load_state_dict(checkpoint_filter_fn(given, model), strict=False)
     assert not unexpected and all(key.endswith("num_batches_tracked") for key in missing)
