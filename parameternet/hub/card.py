@@ -269,6 +269,8 @@ def _words(name: str, config: dict[str, Any], results: dict[str, Any], recipe: d
     data, dense, license_ = results.get("data"), _dense(config), _license(config, recipe)
     terms = recipe.get("data_terms") or _TERMS.get(data)
     own_choice = "It was measured on one validation set, on which its best epoch was chosen too. "
+    if recipe.get("teacher"):
+        own_choice += "Its teacher was trained on data of its own, which may hold these validation images. "
     return {
         "name": name,
         "architecture": config["architecture"],

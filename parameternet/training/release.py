@@ -88,7 +88,7 @@ def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
         raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
     recipe = load_recipe(run / "recipe.yaml")
     # where the data lay on the training machine is nobody's business
-    for field in ("train", "val", "class_names", "init"):
+    for field in ("train", "val", "class_names", "init", "teacher"):
         value = getattr(recipe, field)
         if isinstance(value, str) and Path(value).is_absolute():
             setattr(recipe, field, Path(value).name)
