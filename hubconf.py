@@ -11,7 +11,7 @@ _NETWORKS = {
     "parameternet_50m": "Ours: GhostNet's stages at width 0.5, 4 experts; 2.5 M parameters with 200 classes.",
     "parameternet_150m": "Ours: GhostNet's stages at width 1.0, 4 experts.",
     "parameternet_300m": "A reconstruction of the paper's ParameterNet-300M; its authors never released it.",
-    "parameternet_600m": "Official: the network of the authors' released code, 34.5 M parameters.",
+    "parameternet_600m": "Official: the network of the authors' released code; 33.5 M parameters with 200 classes.",
     **{f"dynamic_{name}": f"timm's {name} upcycled, 4 experts." for name in (
         "ghostnet_050", "ghostnet_100", "ghostnet_130",
         "ghostnetv2_100", "ghostnetv2_130", "ghostnetv2_160",

@@ -346,20 +346,25 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _tin200(**kwargs: Any) -> dict[str, Any]:
+    """Tiny-ImageNet: 200 classes at 64 pixels."""
+    return _cfg(
+        num_classes=200,
+        input_size=(3, 64, 64),
+        pool_size=(2, 2),
+        crop_pct=1.0,
+        mean=(0.4802, 0.4481, 0.3978),
+        std=(0.2753, 0.2679, 0.2805),
+        **kwargs,
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "parameternet_50m.tin200": _cfg(
-            hf_hub_id="parameternet/parameternet_50m.tin200",
-            num_classes=200,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            mean=(0.4802, 0.4481, 0.3978),
-            std=(0.2753, 0.2679, 0.2805),
-        ),
+        "parameternet_50m.tin200": _tin200(hf_hub_id="parameternet/parameternet_50m.tin200"),
         "parameternet_150m.untrained": _cfg(),
         "parameternet_300m.untrained": _cfg(),
-        "parameternet_600m.untrained": _cfg(),
+        "parameternet_600m.tin200": _tin200(hf_hub_id="parameternet/parameternet_600m.tin200"),
     }
 )
 
