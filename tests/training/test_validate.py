@@ -116,3 +116,9 @@ def test_a_damaged_file_is_refused(trained, tmp_path, pictures):
 def test_the_interval_is_the_textbook_one():
     assert interval(50, 10_000) == pytest.approx(0.98)
     assert interval(100, 15) == 0
+
+
+def test_an_architecture_alone_means_its_checkpoint_with_its_class_names():
+    _, config = load("dynamic_efficientnet_lite0")
+    assert config == load("dynamic_efficientnet_lite0.in1k_upcycled")[1]
+    assert len(config["label_names"]) == 1000
