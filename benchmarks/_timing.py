@@ -191,6 +191,16 @@ def _commit() -> str:
     return commit.stdout.strip() + (" and changes to it" if changed.stdout.strip() else "")
 
 
+def joined(old: list[str], new: list[str]) -> list[str]:
+    """One header for figures of both: where machines, versions or days differ, all of them are named."""
+    values: dict[str, list[str]] = {}
+    for line in [*old, *new]:
+        key, _, value = line.partition(": ")
+        known = values.setdefault(key, [])
+        known.extend(part for part in value.split("; ") if part not in known)
+    return [f"{key}: {'; '.join(parts)}" for key, parts in values.items()]
+
+
 def write_csv(path: Path, head: Iterable[str], rows: list[dict[str, Any]]) -> None:
     """Rows under the names of the first one's columns; the header stands above as comments."""
     path.parent.mkdir(exist_ok=True)

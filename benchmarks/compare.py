@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from _timing import ROOT, header, read_csv, write_csv
+from _timing import ROOT, header, joined, read_csv, write_csv
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet.flops import count_flops
@@ -153,7 +153,8 @@ def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> No
         )
         for row in rows
     ]
-    write_csv(result, [*header(recipe.threads or 1, recipe.device), settings(recipe)], rows)
+    known = read_csv(result)[0] if result.is_file() else []
+    write_csv(result, joined(known, [*header(recipe.threads or 1, recipe.device), settings(recipe)]), rows)
 
 
 def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
@@ -167,7 +168,7 @@ def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
 
 def settings(recipe: Recipe) -> str:
     """What runs must have in common to stand beside each other."""
-    return f"{recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
+    return f"settings: {recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
 
 
 def _history(folder: Path) -> list[Row]:

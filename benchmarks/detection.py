@@ -4,11 +4,11 @@
     python benchmarks/detection.py --table                     what was measured, as a Markdown table; and the plot
 
 Stock Ultralytics trains, all networks by the same settings (SGD as in the articles, no mixed precision). A run is a
-folder in runs/detection; one that was ended goes on, one that is whole is not run again. Each epoch's mAP on the
-validation images goes to benchmarks/results/detection.csv. The table has, for each network, the mean of the last five
-epochs, which is less a matter of luck than the best one, as mean and spread over seeds; parameters, GFLOPs at 640
-pixels as Ultralytics counts them, and the latency of one picture on one thread, normalisation folded in, relative to
-yolov8n, medians of runs that take turns.
+folder in runs/detection, and one that was ended goes on. Each epoch's mAP on the validation images goes to
+benchmarks/results/detection.csv as soon as a run is whole, and what stands there is not run again. The table
+has, for each network, the mean of the last five epochs, which is less a matter of luck than the best one, as mean and
+spread over seeds; parameters, GFLOPs at 640 pixels as Ultralytics counts them, and the latency of one picture on one
+thread, normalisation folded in, relative to yolov8n, medians of runs that take turns.
 
 A name that ends in `+pretrained` starts its backbone from its weights; the same name without it, from random ones.
 """
@@ -26,7 +26,7 @@ os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
 
 import torch
 import yaml
-from _timing import ROOT, Spread, header, interleave, ratio, read_csv, write_csv
+from _timing import ROOT, Spread, header, interleave, joined, ratio, read_csv, write_csv
 
 import parameternet.yolo
 from parameternet.yolo import YOLO
@@ -44,9 +44,12 @@ NETWORKS = (
     "yolov8n-dynamic_efficientnet_lite0+pretrained",
     "yolov8n-parameternet_50m",
     "yolov8n-parameternet_50m+pretrained",
+    "yolov8n-parameternet_600m",
+    "yolov8n-parameternet_600m+pretrained",
 )
 LAST = 5
 Row = dict[str, str]
+Run = tuple[str, str]  # network, seed
 
 
 def main() -> None:
@@ -68,22 +71,26 @@ def main() -> None:
     if not options.table:
         if not options.data:
             parser.error("--data is needed to train")
-        everything = [(network, seed) for seed in options.seeds for network in options.networks]
+        known = measured(settings(options))
+        wanted = [(network, str(seed)) for seed in options.seeds for network in options.networks]
+        missing = [run for run in wanted if run not in known]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: _start(*run), everything))
-        collect(options)
+            for run in pool.map(_start, missing):
+                collect(run, options)
     print("\n".join(table()))
     print(plot())
 
 
-def _start(network: str, seed: int) -> None:
-    """A process a run, with the arguments of this one."""
-    command = [sys.executable, "-W", "ignore", *sys.argv, "--one", "--networks", network, "--seeds", str(seed)]
+def _start(run: Run) -> Run:
+    """A process a run, with the arguments of this one; returns the run."""
+    network, seed = run
+    command = [sys.executable, "-W", "ignore", *sys.argv, "--one", "--networks", network, "--seeds", seed]
     folder = RUNS / f"{network}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     print(f"{network}, seed {seed}: {'done' if done.returncode == 0 else f'failed, see {folder}/log.txt'}", flush=True)
+    return run
 
 
 def train(network: str, seed: int, options: argparse.Namespace) -> None:
@@ -124,41 +131,74 @@ def _history(folder: Path) -> list[Row]:
         return [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(lines)]
 
 
-def collect(options: argparse.Namespace) -> None:
-    """All epochs of all runs in one file."""
-    rows = [
+def settings(options: argparse.Namespace) -> str:
+    """What runs must have in common to stand beside each other."""
+    return f"settings: {options.data.stem}, {options.imgsz} px, {options.epochs} epochs, batch {options.batch}, SGD"
+
+
+def collect(run: Run, options: argparse.Namespace) -> None:
+    """Put the epochs of a whole run beside those of the others."""
+    network, seed = run
+    epochs = [
         {"network": network, "seed": seed, "epoch": row["epoch"], "mAP50": row["metrics/mAP50(B)"],
          "mAP50-95": row["metrics/mAP50-95(B)"]}
-        for seed in options.seeds for network in options.networks for row in _history(RUNS / f"{network}-{seed}")
+        for row in _history(RUNS / f"{network}-{seed}")
     ]  # fmt: skip
-    settings = f"settings: {options.data.stem}, {options.imgsz} px, {options.epochs} epochs, batch {options.batch}, SGD"
-    write_csv(RESULT, [*header(1, options.device), settings], rows)
+    if len(epochs) != options.epochs:
+        return
+    others = measured(settings(options))
+    known = read_csv(RESULT)[0] if others else []
+    runs = sorted({**others, run: epochs}.items(), key=lambda item: (_place(item[0][0]), item[0]))
+    head = joined(known, [*header(1, options.device), settings(options)])
+    write_csv(RESULT, head, [row for _, rows in runs for row in rows])
 
 
-def measured() -> dict[str, dict[str, list[Row]]]:
-    """Epochs by network and seed."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for row in read_csv(RESULT)[1]:
-        found.setdefault(row["network"], {}).setdefault(row["seed"], []).append(row)
+def _place(network: str) -> int:
+    """Networks stand in the order of `NETWORKS`, others behind."""
+    return NETWORKS.index(network) if network in NETWORKS else len(NETWORKS)
+
+
+def measured(wanted: str | None = None) -> dict[Run, list[Row]]:
+    """Epochs of each run in the result, which must be of these settings; none if there is no result yet."""
+    runs: dict[Run, list[Row]] = {}
+    if not RESULT.is_file():
+        return runs
+    head, rows = read_csv(RESULT)
+    if wanted and wanted not in head:
+        raise SystemExit(f"{RESULT} is of other settings than {wanted}, namely {head[-1]}: move it away first")
+    for row in rows:
+        runs.setdefault((row["network"], row["seed"]), []).append(row)
+    return runs
+
+
+def by_network() -> dict[str, list[list[Row]]]:
+    """What was measured: for each network its seeds."""
+    found: dict[str, list[list[Row]]] = {}
+    for (network, _), rows in measured().items():
+        found.setdefault(network, []).append(rows)
     return found
 
 
 def table() -> list[str]:
     """A row a network: size, cost, latency, and mAP over the last epochs, mean and spread over seeds."""
-    runs = measured()
-    models = {name: YOLO(f"{name.partition('+')[0]}.yaml").model.eval() for name in runs if "+" not in name}
+    runs = by_network()
+    if not runs:
+        raise SystemExit("no run is whole yet")
+    plain_names = dict.fromkeys([STOCK, *(name.partition("+")[0] for name in runs)])
+    models = {name: YOLO(f"{name}.yaml").model.eval() for name in plain_names}
     gflops = {name: parameternet.yolo.gflops(model) for name, model in models.items()}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     times = _latency(models)
     lines = []
     for name, seeds in runs.items():
         plain = name.partition("+")[0]
-        scores = [_spread([_late(rows, key) for rows in seeds.values()]) for key in ("mAP50", "mAP50-95")]
+        scores = [_spread([_late(rows, key) for rows in seeds]) for key in ("mAP50", "mAP50-95")]
         cells = (
             f"`{name}`",
             f"{sizes[plain] / 1e6:.2f} M",
             f"{gflops[plain]:.1f}",
             f"{times[plain].median:.2f}",
+            str(len(seeds)),
             *scores,
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -191,8 +231,8 @@ def plot() -> Path:
     head, _ = read_csv(RESULT)
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("mAP50", "mAP50-95"), strict=True):
-        for index, (name, seeds) in enumerate(measured().items()):
-            curves = [[100 * float(row[key]) for row in rows] for rows in seeds.values()]
+        for index, (name, seeds) in enumerate(by_network().items()):
+            curves = [[100 * float(row[key]) for row in rows] for rows in seeds]
             mean = [statistics.mean(values) for values in zip(*curves, strict=False)]
             style = "--" if name.endswith("+pretrained") else "-"
             colour = "0.2" if name == STOCK else f"C{index}"
