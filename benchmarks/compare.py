@@ -6,7 +6,8 @@
     python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same for a checkpoint's card
 
 claim: do experts buy accuracy at equal FLOPs? The network with 4 experts and its static twin, for every seed; then, for
-the first seed alone, an ablation: other numbers of experts, softmax routing, a router with a hidden layer.
+the first seed alone, an ablation: other numbers of experts, softmax routing at temperatures 1 and 30, a router with a
+hidden layer.
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
@@ -64,6 +65,7 @@ PLANS = {
             "2 experts": {"model_kwargs": {"num_experts": 2}},
             "8 experts": {"model_kwargs": {"num_experts": 8}},
             "softmax": {"model_kwargs": {"routing": "softmax"}},
+            "softmax at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0}},
             "hidden layer of 32": {"model_kwargs": {"routing_hidden": 32}},
         },
     ),

@@ -2,7 +2,7 @@
 
 python benchmarks/tables.py
 
-Speed and exports are what benchmarks/speed.py and benchmarks/export.py last wrote to benchmarks/results.
+Speed, exports and comparisons are what benchmarks/speed.py, export.py and compare.py last wrote to benchmarks/results.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from statistics import median
 
+import compare
 import timm
 import torch
 from _timing import ROOT, read_csv
@@ -18,6 +19,7 @@ import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
 from parameternet.flops import count_flops
 from parameternet.models.dynamic_timm import SOURCES
+from parameternet.training import load_recipe
 
 ORIGIN = {
     "parameternet_50m": "ours: GhostNet's stages at width 0.5",
@@ -163,6 +165,19 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+COMPARISONS = {"claim": "parameternet_50m_claim", "transfer": "parameternet_600m_cifar10"}  # plan -> recipe
+
+
+def compared(plan: str) -> list[str]:
+    """A row a variant of a recipe, as `compare.py PLAN RECIPE --table` prints them."""
+    recipe = ROOT / "configs" / "train" / f"{COMPARISONS[plan]}.yaml"
+    result = ROOT / "benchmarks" / "results" / f"{recipe.stem}.csv"
+    return compare.table(compare.PLANS[plan], load_recipe(recipe), result) if result.exists() else []
+
+
 if __name__ == "__main__":
-    tables = (networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(), detectors())
+    tables = (
+        networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(), compared("claim"),
+        compared("transfer"), detectors(),
+    )  # fmt: skip
     print("\n\n".join("\n".join(rows) for rows in tables if rows))
