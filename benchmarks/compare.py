@@ -259,7 +259,8 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
         for axes, label in ((epochs, "epoch"), (macs, "multiply-adds, millions"), (parameters, "parameters, millions")):
             axes.set(xlabel=label, ylabel=f"{key.replace('top', 'top-')}, %")
             axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     figure.suptitle("\n".join(head), fontsize=7)
     out = result.with_suffix(".png")
     figure.savefig(out, dpi=110)
