@@ -5,9 +5,9 @@
     python benchmarks/compare.py claim RECIPE --table                               what was measured, and the plot
     python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same for a checkpoint's card
 
-claim: do experts buy accuracy at equal FLOPs? The network with 4 experts and its static twin, for every seed; then, for
-the first seed alone, an ablation: other numbers of experts, softmax routing at temperatures 1 and 30, a router with a
-hidden layer.
+claim: do experts buy accuracy at equal FLOPs? The static twin, 4 experts with linear routers as in the released code,
+and 4 experts with a hidden layer of 32 in the routers as in the paper's text (MLP), for every seed; then, for the first
+seed alone, an ablation: other numbers of experts, softmax routing at temperatures 1 and 30.
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
@@ -59,14 +59,17 @@ class Plan(NamedTuple):
 PLANS = {
     "claim": Plan(
         "Do experts buy accuracy at equal FLOPs?",
-        always={"static": {"model_kwargs": {"dynamic": False}}, "4 experts": {}},
+        always={
+            "static": {"model_kwargs": {"dynamic": False}},
+            "4 experts": {},
+            "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
+        },
         once={
             "1 expert": {"model_kwargs": {"num_experts": 1}},
             "2 experts": {"model_kwargs": {"num_experts": 2}},
             "8 experts": {"model_kwargs": {"num_experts": 8}},
-            "softmax": {"model_kwargs": {"routing": "softmax"}},
-            "softmax at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0}},
-            "hidden layer of 32": {"model_kwargs": {"routing_hidden": 32}},
+            "4 experts, softmax": {"model_kwargs": {"routing": "softmax"}},
+            "4 experts, softmax at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0}},
         },
     ),
     "transfer": Plan(
@@ -164,7 +167,8 @@ def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
     return (
         f"Measured on `{recipe.model}`, {recipe.epochs} epochs at {recipe.input_size} px of {recipe.data_name}, the "
         "same recipe and seeds for all; top-1 and top-5 in percent after the last epoch, mean and standard deviation "
-        f"over seeds; differences are paired by seed (`python benchmarks/compare.py {options.plan} {options.recipe}`)."
+        "over seeds; differences are paired by seed; parameters and multiply-adds with 1,000 classes "
+        f"(`python benchmarks/compare.py {options.plan} {options.recipe}`)."
     )
 
 
@@ -242,21 +246,26 @@ def _spread(values, sign: str = "") -> str:
 
 
 def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
-    """Top-1 and top-5 over epochs, against multiply-adds, and against parameters."""
+    """Top-1 and top-5 over epochs and, if the variants cost different, against multiply-adds and parameters."""
     from matplotlib.figure import Figure
 
     head, runs = read_csv(result)[0], measured(result, recipe)
-    figure = Figure(figsize=(13, 7.6), layout="constrained")
-    for (epochs, macs, parameters), key in zip(figure.subplots(2, 3), ("top1", "top5"), strict=True):
-        for index, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
+    costs = {variant: cost(recipe, plan.variants[variant]) for variant in dict.fromkeys(run.variant for run in runs)}
+    columns = 1 if len(set(costs.values())) == 1 else 3
+    figure = Figure(figsize=(4 + 3 * columns, 7.6), layout="constrained")
+    for (epochs, *against), key in zip(figure.subplots(2, columns, squeeze=False), ("top1", "top5"), strict=True):
+        for index, variant in enumerate(costs):
             colour = "0.3" if variant == plan.base else f"C{index - 1}"
             curves = [[float(row[key]) for row in rows] for run, rows in runs.items() if run.variant == variant]
             middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
             epochs.plot(range(1, len(middle) + 1), middle, color=colour, marker=".", label=variant)
             values = list(scores(runs, variant, key).values())
-            for axes, x in zip((parameters, macs), cost(recipe, plan.variants[variant]), strict=True):
-                _point(axes, x, values, variant, colour)
-        for axes, label in ((epochs, "epoch"), (macs, "multiply-adds, millions"), (parameters, "parameters, millions")):
+            for axes, x in zip(reversed(against), costs[variant], strict=False):
+                _point(axes, x, values, variant, colour, left=variant == plan.base)
+        epochs.set_xticks(range(1, recipe.epochs + 1))
+        for axes, label in zip(
+            (epochs, *against), ("epoch", "multiply-adds, millions", "parameters, millions"), strict=False
+        ):
             axes.set(xlabel=label, ylabel=f"{key.replace('top', 'top-')}, %")
             axes.grid(alpha=0.3)
     lines = figure.axes[0].get_legend_handles_labels()
@@ -267,11 +276,14 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     return out
 
 
-def _point(axes: Any, x: float, values: list[float], variant: str, colour: str) -> None:
-    """Mean of `values` with their spread, under the variant's name."""
+def _point(axes: Any, x: float, values: list[float], variant: str, colour: str, left: bool) -> None:
+    """Mean of `values` with their spread, beside it the variant's name."""
     middle, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
     axes.errorbar(x, middle, spread, color=colour, marker="o", capsize=3)
-    axes.annotate(variant, (x, middle), (6, 0), textcoords="offset points", fontsize=8, va="center", color=colour)
+    shift, side = ((-6, 0), "right") if left else ((6, 0), "left")
+    axes.annotate(
+        variant, (x, middle), shift, textcoords="offset points", fontsize=8, va="center", ha=side, color=colour
+    )
     axes.margins(x=0.3)
 
 
