@@ -240,7 +240,7 @@ def plot() -> Path:
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{key} on validation images, %")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle("\n".join(head), fontsize=7)
     out = RESULT.with_suffix(".png")
     figure.savefig(out, dpi=110)
