@@ -191,16 +191,6 @@ def _commit() -> str:
     return commit.stdout.strip() + (" and changes to it" if changed.stdout.strip() else "")
 
 
-def joined(old: list[str], new: list[str]) -> list[str]:
-    """One header for figures of both: where machines, versions or days differ, all of them are named."""
-    values: dict[str, list[str]] = {}
-    for line in [*old, *new]:
-        key, _, value = line.partition(": ")
-        known = values.setdefault(key, [])
-        known.extend(part for part in value.split("; ") if part not in known)
-    return [f"{key}: {'; '.join(parts)}" for key, parts in values.items()]
-
-
 def write_csv(path: Path, head: Iterable[str], rows: list[dict[str, Any]]) -> None:
     """Rows under the names of the first one's columns; the header stands above as comments."""
     path.parent.mkdir(exist_ok=True)
@@ -216,3 +206,48 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     lines = path.read_text().splitlines()
     head = [line[2:] for line in lines if line.startswith("# ")]
     return head, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+# runs that add up over days and machines ------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+RunsOf = dict[tuple[str, str], list[Row]]  # (what was trained, seed) -> its epochs
+
+
+def read_runs(path: Path, settings: str | None = None) -> RunsOf:
+    """Epochs by the first two columns, what was trained and its seed; empty if there is no such file yet.
+
+    Raises SystemExit if the file is of other settings than `settings`, which a header line has to be.
+    """
+    runs: RunsOf = {}
+    if not path.is_file():
+        return runs
+    head, rows = read_csv(path)
+    if settings and settings not in head:
+        raise SystemExit(f"{path} is of other settings than {settings}, namely {head[-1]}: move it away first")
+    for row in rows:
+        what, seed, *_ = row.values()
+        runs.setdefault((what, seed), []).append(row)
+    return runs
+
+
+def add_run(path: Path, run: tuple[str, str], epochs: list[Row], order: list[str], head: list[str]) -> None:
+    """Put the epochs of a whole run beside those of the others, in the `order` of what was trained, others behind.
+
+    The last line of `head` are the settings, which all runs share.
+    """
+    others = read_runs(path, head[-1])
+    place = {what: index for index, what in enumerate(order)}
+    runs = sorted({**others, run: epochs}.items(), key=lambda item: (place.get(item[0][0], len(order)), item[0]))
+    known = read_csv(path)[0] if others else []
+    write_csv(path, _joined(known, head), [row for _, rows in runs for row in rows])
+
+
+def _joined(old: list[str], new: list[str]) -> list[str]:
+    """One header for figures of both: where machines, versions or days differ, all of them are named."""
+    values: dict[str, list[str]] = {}
+    for line in [*old, *new]:
+        key, _, value = line.partition(": ")
+        known = values.setdefault(key, [])
+        known.extend(part for part in value.split("; ") if part not in known)
+    return [f"{key}: {'; '.join(parts)}" for key, parts in values.items()]

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from _timing import ROOT, header, joined, read_csv, write_csv
+from _timing import ROOT, add_run, header, read_csv, read_runs
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet.flops import count_flops
@@ -147,19 +147,13 @@ def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
 
 def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> None:
     """Put the epochs of a whole run beside those of the others."""
-    found = _history(folder_of(name, run))
-    if len(found) != recipe.epochs:
-        return
-    runs = {**measured(result, recipe), run: found}
-    rows = [
-        {"variant": variant, "seed": seed, "epoch": row["epoch"], **{key: row[key] for key in COLUMNS}}
-        for (variant, seed), rows in sorted(
-            runs.items(), key=lambda item: (list(plan.variants).index(item[0][0]), item[0])
-        )
-        for row in rows
+    epochs = [
+        {"variant": run.variant, "seed": run.seed, "epoch": row["epoch"], **{key: row[key] for key in COLUMNS}}
+        for row in _history(folder_of(name, run))
     ]
-    known = read_csv(result)[0] if result.is_file() else []
-    write_csv(result, joined(known, [*header(recipe.threads or 1, recipe.device), settings(recipe)]), rows)
+    if len(epochs) == recipe.epochs:
+        head = [*header(recipe.threads or 1, recipe.device), settings(recipe)]
+        add_run(result, (run.variant, str(run.seed)), epochs, list(plan.variants), head)
 
 
 def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
@@ -187,17 +181,8 @@ def _history(folder: Path) -> list[Row]:
 
 def measured(result: Path, recipe: Recipe) -> dict[Run, list[Row]]:
     """Epochs of each run in a result; none if there is no such file yet."""
-    runs: dict[Run, list[Row]] = {}
-    if not result.is_file():
-        return runs
-    head, rows = read_csv(result)
-    if head[-1] != settings(recipe):
-        raise SystemExit(
-            f"{result} is of other settings than {settings(recipe)}, namely {head[-1]}: move it away first"
-        )
-    for row in rows:
-        runs.setdefault(Run(row["variant"], int(row["seed"])), []).append(row)
-    return runs
+    runs = read_runs(result, settings(recipe))
+    return {Run(variant, int(seed)): rows for (variant, seed), rows in runs.items()}
 
 
 def scores(runs: dict[Run, list[Row]], variant: str, key: str) -> dict[int, float]:

@@ -26,7 +26,7 @@ os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
 
 import torch
 import yaml
-from _timing import ROOT, Spread, header, interleave, joined, ratio, read_csv, write_csv
+from _timing import ROOT, Spread, add_run, header, interleave, ratio, read_csv, read_runs
 
 import parameternet.yolo
 from parameternet.yolo import YOLO
@@ -71,7 +71,7 @@ def main() -> None:
     if not options.table:
         if not options.data:
             parser.error("--data is needed to train")
-        known = measured(settings(options))
+        known = read_runs(RESULT, settings(options))
         wanted = [(network, str(seed)) for seed in options.seeds for network in options.networks]
         missing = [run for run in wanted if run not in known]
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -144,37 +144,14 @@ def collect(run: Run, options: argparse.Namespace) -> None:
          "mAP50-95": row["metrics/mAP50-95(B)"]}
         for row in _history(RUNS / f"{network}-{seed}")
     ]  # fmt: skip
-    if len(epochs) != options.epochs:
-        return
-    others = measured(settings(options))
-    known = read_csv(RESULT)[0] if others else []
-    runs = sorted({**others, run: epochs}.items(), key=lambda item: (_place(item[0][0]), item[0]))
-    head = joined(known, [*header(1, options.device), settings(options)])
-    write_csv(RESULT, head, [row for _, rows in runs for row in rows])
-
-
-def _place(network: str) -> int:
-    """Networks stand in the order of `NETWORKS`, others behind."""
-    return NETWORKS.index(network) if network in NETWORKS else len(NETWORKS)
-
-
-def measured(wanted: str | None = None) -> dict[Run, list[Row]]:
-    """Epochs of each run in the result, which must be of these settings; none if there is no result yet."""
-    runs: dict[Run, list[Row]] = {}
-    if not RESULT.is_file():
-        return runs
-    head, rows = read_csv(RESULT)
-    if wanted and wanted not in head:
-        raise SystemExit(f"{RESULT} is of other settings than {wanted}, namely {head[-1]}: move it away first")
-    for row in rows:
-        runs.setdefault((row["network"], row["seed"]), []).append(row)
-    return runs
+    if len(epochs) == options.epochs:
+        add_run(RESULT, run, epochs, list(NETWORKS), [*header(1, options.device), settings(options)])
 
 
 def by_network() -> dict[str, list[list[Row]]]:
     """What was measured: for each network its seeds."""
     found: dict[str, list[list[Row]]] = {}
-    for (network, _), rows in measured().items():
+    for (network, _), rows in read_runs(RESULT).items():
         found.setdefault(network, []).append(rows)
     return found
 
