@@ -165,19 +165,17 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-COMPARISONS = {"claim": "parameternet_50m_claim", "transfer": "parameternet_600m_cifar10"}  # plan -> recipe
-
-
-def compared(plan: str) -> list[str]:
+def compared(plan: str, name: str) -> list[str]:
     """A row a variant of a recipe, as `compare.py PLAN RECIPE --table` prints them."""
-    recipe = ROOT / "configs" / "train" / f"{COMPARISONS[plan]}.yaml"
+    recipe = ROOT / "configs" / "train" / f"{name}.yaml"
     result = ROOT / "benchmarks" / "results" / f"{recipe.stem}.csv"
     return compare.table(compare.PLANS[plan], load_recipe(recipe), result) if result.exists() else []
 
 
 if __name__ == "__main__":
     tables = (
-        networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(), compared("claim"),
-        compared("transfer"), detectors(),
+        networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(),
+        compared("claim", "parameternet_50m_claim"), compared("claim", "parameternet_300m_cpu_tin200"),
+        compared("transfer", "parameternet_600m_cifar10"), detectors(),
     )  # fmt: skip
     print("\n\n".join("\n".join(rows) for rows in tables if rows))

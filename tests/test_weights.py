@@ -199,7 +199,7 @@ def test_the_users_folder_comes_first_and_is_held_to_the_same_hash(checkout, mon
 
 
 def test_no_weights_for_an_architecture(checkout):
-    for cfg in ({"architecture": "parameternet_300m"}, {"architecture": "parameternet_50m", "tag": "in1k"}):
+    for cfg in ({"architecture": "parameternet_150m"}, {"architecture": "parameternet_50m", "tag": "in1k"}):
         with pytest.raises(weights.WeightsNotFound, match=rf"no weights are recorded.*Recorded: {NAME}"):
             weights.resolve(cfg)
     with pytest.raises(weights.WeightsNotFound, match=rf"closest: {NAME}"):
@@ -293,8 +293,8 @@ def test_timm_builds_a_network_from_a_file(network, tmp_path):
 
 def test_pretrained_without_weights_is_an_error_not_a_random_network(monkeypatch):
     monkeypatch.setattr(weights, "known", dict)
-    with pytest.raises(weights.WeightsNotFound, match="no weights are recorded for parameternet_300m"):
-        timm.create_model("parameternet_300m", pretrained=True)
+    with pytest.raises(weights.WeightsNotFound, match="no weights are recorded for parameternet_150m"):
+        timm.create_model("parameternet_150m", pretrained=True)
 
 
 def test_sixty_damaged_files(network, tmp_path):

@@ -363,7 +363,7 @@ default_cfgs = generate_default_cfgs(
     {
         "parameternet_50m.tin200": _tin200(hf_hub_id="parameternet/parameternet_50m.tin200"),
         "parameternet_150m.untrained": _cfg(),
-        "parameternet_300m.untrained": _cfg(),
+        "parameternet_300m.tin200": _tin200(hf_hub_id="parameternet/parameternet_300m.tin200"),
         "parameternet_600m.tin200": _tin200(hf_hub_id="parameternet/parameternet_600m.tin200"),
     }
 )

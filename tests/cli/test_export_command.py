@@ -48,7 +48,7 @@ def test_a_file_that_differs_ends_with_code_1(tmp_path, monkeypatch):
 
 
 def test_random_weights_only_when_asked_for():
-    assert "parameternet_300m has no checkpoint; --untrained" in run("export", "parameternet_300m", code=2)
+    assert "parameternet_150m has no checkpoint; --untrained" in run("export", "parameternet_150m", code=2)
     assert "no network 'parameternet_5m'; closest" in run("export", "parameternet_5m", "--untrained", code=2)
     assert "no weights are recorded for parameternet_5m" in run("export", "parameternet_5m", code=2)
 
