@@ -10,7 +10,7 @@ dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"
 _NETWORKS = {
     "parameternet_50m": "Ours: GhostNet's stages at width 0.5, 4 experts; 2.5 M parameters with 200 classes.",
     "parameternet_150m": "Ours: GhostNet's stages at width 1.0, 4 experts.",
-    "parameternet_300m": "A reconstruction of the paper's ParameterNet-300M, never released; 14.7 M parameters with 200 classes.",
+    "parameternet_300m": "A reconstruction of the paper's, never released; 14.7 M parameters with 200 classes.",
     "parameternet_600m": "Official: the network of the authors' released code; 33.5 M parameters with 200 classes.",
     **{f"dynamic_{name}": f"timm's {name} upcycled, 4 experts." for name in (
         "ghostnet_050", "ghostnet_100", "ghostnet_130",
