@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "STRATEGIES",
     "Geometry",
+    "check_strategy",
     "choose_strategy",
     "is_channels_last",
     "is_depthwise",
@@ -216,9 +217,33 @@ def is_pointwise(weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
     return weight.shape[2] == 1 and weight.shape[3] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
 
 
-def is_depthwise(x: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> bool:
-    """One kernel a channel."""
-    return groups == x.shape[1] and weight.shape[0] == groups * routing_weights.shape[1]
+def is_depthwise(weight: Tensor, groups: int, num_experts: int) -> bool:
+    """One kernel of one channel for each channel of the input."""
+    return weight.shape[1] == 1 and weight.shape[0] == groups * num_experts
+
+
+def check_strategy(strategy: str, weight: Tensor, padding: tuple[int, int], groups: int, num_experts: int) -> None:
+    """Refuse a strategy that would compute something else than the convolution of these experts.
+
+    Raises:
+        ValueError: An unknown name, or one that does not take this kind of convolution.
+    """
+    if strategy == "batched_matmul" or strategy == "gated_inputs":
+        if not is_pointwise(weight, padding, groups):
+            raise ValueError(
+                f"strategy '{strategy}' takes only 1 x 1 kernels without padding and groups, got kernels of "
+                f"{weight.shape[2]} x {weight.shape[3]}, padding={padding}, groups={groups}; try 'grouped'"
+            )
+    elif strategy == "shifted":
+        if not is_depthwise(weight, groups, num_experts):
+            raise ValueError(
+                f"strategy 'shifted' takes only depthwise kernels, in = out = groups, got {weight.shape[1] * groups} "
+                f"channels in, {weight.shape[0] // num_experts} out, groups={groups}; try 'grouped'"
+            )
+    elif strategy != "grouped" and strategy != "wide":
+        raise ValueError(
+            f"unknown strategy '{strategy}'; there are grouped, batched_matmul, gated_inputs, shifted, wide"
+        )
 
 
 def choose_strategy(
@@ -241,4 +266,4 @@ def choose_strategy(
         return "batched_matmul"
     if not free_batch:
         return "grouped"
-    return "shifted" if is_depthwise(x, weight, routing_weights, groups) else "wide"
+    return "shifted" if is_depthwise(weight, groups, routing_weights.shape[1]) else "wide"
