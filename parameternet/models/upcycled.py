@@ -7,14 +7,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import files, weights
 from ..surgery.compare import Comparison, compare
 from ..surgery.upcycle import upcycle
 from . import dynamic_timm
-from ._builder import build_from_config
+from ._builder import build_from_config, hub_layout
 
 __all__ = ["load_dense", "save_upcycled", "upcycle_checkpoint"]
 
@@ -124,16 +123,14 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
-    fresh = folder / f".{weights.CONFIG_NAME}"
-    save_config_for_hf(
+    config = hub_layout(
         model,
-        fresh,
-        model_config={**labels, "pretrained_cfg": _plain(cfg), "upcycled_from": upcycled_from},
-        model_args={"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
+        {"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
+        **labels,
+        architecture="dynamic_timm",
+        pretrained_cfg=_plain(cfg),
+        upcycled_from=upcycled_from,
     )
-    # Older releases of timm take the architecture from the network, whatever they are told.
-    config = {**json.loads(fresh.read_text("utf-8")), "architecture": "dynamic_timm"}
-    fresh.unlink()
     files.write_json(folder / weights.CONFIG_NAME, config)
 
 
