@@ -106,11 +106,10 @@ class Router(_Affine):
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        total, positions = x.sum((2, 3), dtype=dtype), x.shape[2] * x.shape[3]
         if self.hidden is None:
-            logits = _linear_of_mean(total, positions, self.weight, self.bias)
+            logits = _linear_of_mean(x, self.weight, self.bias, dtype)
         else:
-            hidden = _linear_of_mean(total, positions, self.hidden.weight, self.hidden.bias)
+            hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
             logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
         if self.temperature is not None:
             return torch.softmax(logits / self.temperature.to(dtype), dim=1)
@@ -120,14 +119,14 @@ class Router(_Affine):
         return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}"
 
 
-def _linear_of_mean(total: Tensor, positions: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """`weight @ (total / positions) + bias` in the dtype of `total`, (B, in) -> (B, out)."""
-    if weight.dtype != total.dtype:
-        weight, bias = weight.to(total.dtype), bias.to(total.dtype)
+def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight @ x.mean((2, 3)) + bias` computed in `dtype`, (B, in, H, W) -> (B, out)."""
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         # A graph must divide by the size of the image that it is given, not of the one that it was recorded with.
-        return F.linear(total / positions, weight, bias)
-    return torch.addmm(bias, total, weight.t(), alpha=1 / positions)
+        return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
+    return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
 
 
 def _check_temperature(temperature: float) -> None:
