@@ -99,6 +99,10 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         written = json.loads(path.read_text("utf-8"))
     # Older releases of timm take the architecture from the network, whatever they are told.
     written |= {"architecture": config.get("architecture", written["architecture"])}
+    # transformers, and timm unless told, prepare images for the size of training: here it is that of the evaluation.
+    cfg = written["pretrained_cfg"]
+    for name in ("input_size", "crop_pct"):
+        cfg[name] = cfg.pop(f"test_{name}", None) or cfg.get(name)
     # transformers passes the number of classes itself, and computes in the dtype of the file unless it is told one.
     written["model_args"] = {n: v for n, v in written.get("model_args", {}).items() if n != "num_classes"}
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
