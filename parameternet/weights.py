@@ -168,7 +168,7 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
     if cfg.get("state_dict"):
         return dict(cfg["state_dict"])
     if source == "local-dir":
-        return read(_in_folder(Path(file)))
+        return read(_in_folder(Path(str(file))))
     if source == "hf-hub":
         return _from_repository(cfg, cache_dir)
     if file:
@@ -268,14 +268,19 @@ def _check_types(path: Path, values: dict[str, Any], kinds: dict[str, type], pre
         required = not prefix and key in ("architecture", "pretrained_cfg")
         if value is None and not required:
             continue
-        items = (value.values() if isinstance(value, dict) else value) if key in _ITEMS else ()
-        if not _is_a(value, kind) or not all(_is_a(item, _ITEMS[key]) for item in items):
+        if not _is_a(value, kind) or not all(_is_a(item, _ITEMS[key]) for item in _items(key, value)):
             expected = f"{kind.__name__} of {_ITEMS[key].__name__}" if key in _ITEMS else kind.__name__
             text = repr(value)
             raise WeightsDamaged(
                 f"{path}: {prefix}{key} must be a JSON {expected}, got {text[:60]}{'…' if len(text) > 60 else ''}. "
                 f"{_mend(path)}"
             )
+
+
+def _items(key: str, value: Any) -> list[Any]:
+    if key not in _ITEMS:
+        return []
+    return list(value.values() if isinstance(value, dict) else value)
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -351,7 +356,9 @@ PACKAGED = {
 def packaged(repository: str) -> Path | None:
     """The unverified file of an installed package that holds the tensors of a Hub repository, if there is one."""
     package = PACKAGED.get(repository)
-    spec = importlib.util.find_spec(package.module) if package else None
+    if package is None:
+        return None
+    spec = importlib.util.find_spec(package.module)
     return Path(spec.origin).parent / package.file if spec and spec.origin else None
 
 
@@ -479,7 +486,8 @@ def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
         tensor = state_dict[name].detach().cpu().contiguous()
         head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(json.dumps(head).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(bytes_of)
     return digest.hexdigest()
 
 
@@ -599,7 +607,7 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
     from huggingface_hub import constants, errors, get_token
 
     if isinstance(error, errors.LocalEntryNotFoundError):  # the client's word for whatever went wrong before
-        error = error.__cause__ or error
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     signed_in = token or get_token()
     if isinstance(error, errors.HFValidationError):
         return f"that is no name for a Hub repository ({_first_line(error, token)})"
@@ -703,11 +711,12 @@ def _newest(repository: str, file: str, revision: str | None, cache_dir: str | P
         metadata = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
         path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
-        path = None if _is_settled(error) else _in_cache(repository, file, cache_dir, revision)
-        if path is None:
+        cached = None if _is_settled(error) else _in_cache(repository, file, cache_dir, revision)
+        if cached is None:
             nor_here = "" if _is_settled(error) else ", and the Hub's cache here does not hold it"
             address = _address(repository, file, revision)
             raise WeightsNotFound(f"{address}: {hub_reason(error)}{nor_here}") from hub_cause(error)
+        path = cached
     return path, _etag(path, metadata)
 
 

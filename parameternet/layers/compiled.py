@@ -42,7 +42,7 @@ def _convolve(
     groups: int,
     strategy: str | None,
 ) -> Tensor:
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry.of(stride, padding, dilation, groups)
     if strategy is None:
         strategy = choose_strategy(x, weight, routing_weights, geometry.stride, geometry.padding, groups)
     y = WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, shift, geometry)
@@ -75,9 +75,10 @@ def _convolve_backward(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry.of(stride, padding, dilation, groups)
     grads = mixed_gradients(x, weight, routing_weights, grad, geometry, (True, True, True))
-    return tuple(g.contiguous() for g in grads)
+    grad_x, grad_weight, grad_routing = (g.contiguous() for g in grads if g is not None)
+    return grad_x, grad_weight, grad_routing
 
 
 @_convolve_backward.register_fake

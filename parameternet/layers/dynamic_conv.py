@@ -1,6 +1,6 @@
 """DynamicConv: a router and the kernels of several experts."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,10 @@ class Router(_Affine):
     There is no normalisation layer, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525.
     """
 
+    if TYPE_CHECKING:
+        temperature: Tensor | None
+        hidden: _Affine | None
+
     def __init__(
         self,
         in_channels: int,
@@ -111,8 +115,9 @@ class Router(_Affine):
         else:
             hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
             logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
-        if self.temperature is not None:
-            return torch.softmax(logits / self.temperature.to(dtype), dim=1)
+        temperature = self.temperature
+        if temperature is not None:
+            return torch.softmax(logits / temperature.to(dtype), dim=1)
         return torch.sigmoid(logits)
 
     def extra_repr(self) -> str:
@@ -139,6 +144,7 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     _check_temperature(temperature)
     routers = [m for m in model.modules() if isinstance(m, Router) and m.softmax]
     for router in routers:
+        assert router.temperature is not None
         router.temperature.fill_(temperature)
     return len(routers)
 
@@ -170,6 +176,10 @@ class DynamicConv(nn.Module):
     Cost: E times the parameters of the static convolution, and E products more for each of its parameters and sample.
     Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
     """
+
+    if TYPE_CHECKING:
+        routing: Router | None
+        shift: nn.Parameter | None
 
     transposed = False
     output_padding = (0, 0)
@@ -303,7 +313,7 @@ def _resolve_padding(
     spans = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     if padding == "same" and (stride != (1, 1) or any(s % 2 for s in spans)):
         return True, (0, 0)
-    return False, tuple((s - 1 + span) // 2 for s, span in zip(stride, spans, strict=True))
+    return False, ((stride[0] - 1 + spans[0]) // 2, (stride[1] - 1 + spans[1]) // 2)
 
 
 def _pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:

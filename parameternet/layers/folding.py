@@ -38,6 +38,8 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """
     if not can_fold(conv, norm):
         return norm
+    assert isinstance(conv, nn.Conv2d | DynamicConv) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -46,18 +48,17 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
         start = start + norm.bias.double()
     experts = conv.weight.shape[0] // conv.out_channels
     _scale(conv.weight, scale.repeat(experts)[:, None, None, None])
-    if isinstance(conv, DynamicConv):
-        if conv.bias is not None:
-            _scale(conv.bias, scale.repeat(experts))
-        name, old = "shift", conv.shift
-    else:
-        name, old = "bias", conv.bias
+    if isinstance(conv, DynamicConv) and conv.bias is not None:
+        _scale(conv.bias, scale.repeat(experts))
+    name = "shift" if isinstance(conv, DynamicConv) else "bias"
+    old = getattr(conv, name)
     if old is not None:
         start = start + old.double() * scale
     setattr(conv, name, nn.Parameter(start.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad))
-    rest = [layer for layer in (getattr(norm, "drop", None), getattr(norm, "act", None)) if layer is not None]
+    after = (getattr(norm, "drop", None), getattr(norm, "act", None))
+    rest = [layer for layer in after if isinstance(layer, nn.Module)]
     return (nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
 
 
-def _scale(parameter: nn.Parameter, scale: torch.Tensor) -> None:
+def _scale(parameter: torch.Tensor, scale: torch.Tensor) -> None:
     parameter.copy_(parameter.double() * scale)

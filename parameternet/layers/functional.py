@@ -247,7 +247,7 @@ def _gains_by_folding(x: Tensor, weight: Tensor) -> bool:
 
 @torch.jit.unused
 def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
-    halved = autocast_dtype(x.device.type) is not None and x.dtype != torch.float64
+    halved = autocast_dtype(x.device.type) is not None and x.dtype != torch.float64 and x.ndim == 4
     return x.device.type == "cpu" and halved and weight.requires_grad and not _records_a_graph()
 
 

@@ -55,13 +55,12 @@ class ConvBnAct(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if pad_type == "":
-            pad_type = ((stride - 1) + dilation * (kernel_size - 1)) // 2
+        padding = ((stride - 1) + dilation * (kernel_size - 1)) // 2 if pad_type == "" else pad_type
         conv = _conv_layer(conv_layer, num_experts)
         self.conv = conv(
-            in_chs, out_chs, kernel_size, stride=stride, padding=pad_type, dilation=dilation, bias=False, **dd
+            in_chs, out_chs, kernel_size, stride=stride, padding=padding, dilation=dilation, bias=False, **dd
         )
-        self.bn1 = norm_layer(out_chs, **dd)
+        self.bn1: nn.Module = norm_layer(out_chs, **dd)
         self.act1 = _act(act_layer)
         self.has_residual = skip and stride == 1 and in_chs == out_chs
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
@@ -188,16 +187,17 @@ class GhostBottleneck(nn.Module):
             raise ValueError(f"dw_kernel_size must be odd, got {dw_kernel_size}")
         dd = {"device": device, "dtype": dtype}
         conv = _conv_layer(conv_layer, num_experts)
-        ghost = partial(GhostModule, conv_layer=conv, norm_layer=norm_layer, **dd)
+        ghost: Callable[..., nn.Module] = partial(GhostModule, conv_layer=conv, norm_layer=norm_layer, **dd)
         mid_chs = 2 * in_chs if mid_chs is None else mid_chs
         depthwise = {"stride": stride, "padding": dw_kernel_size // 2, "bias": False}
 
         self.ghost1 = ghost(in_chs, mid_chs, act_layer=act_layer)
-        self.conv_dw, self.bn_dw = nn.Identity(), nn.Identity()
+        self.conv_dw: nn.Module = nn.Identity()
+        self.bn_dw: nn.Module = nn.Identity()
         if stride > 1:
             self.conv_dw = DepthwiseConv(mid_chs, mid_chs, dw_kernel_size, groups=mid_chs, **depthwise, **dd)
             self.bn_dw = norm_layer(mid_chs, **dd)
-        self.se = nn.Identity()
+        self.se: nn.Module = nn.Identity()
         if se_ratio:
             width = make_divisible(mid_chs * se_ratio, 4)
             self.se = SqueezeExcite(

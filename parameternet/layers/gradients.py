@@ -5,6 +5,7 @@ and forward mode and `torch.func.vmap` go through `plain`, the same function in 
 are therefore what `F.conv2d` is; `tests/layers/test_like_conv2d.py` holds them to that.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -87,7 +88,7 @@ class DepthwiseConvolution(torch.autograd.Function):
 
 def _own_tensor(y: Tensor) -> Tensor:
     """Return `y` as a tensor that is no view: autograd forbids in-place changes of a view that a Function returns."""
-    return y.new_empty(0).set_(y)
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
@@ -98,12 +99,13 @@ def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
 
 def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | None]) -> Tensor:
     """Of a function that is linear in each of its tensors: the sum of what it makes of each tangent in its place."""
-    tensors, total = ctx.saved_tensors, None
-    for index, tangent in enumerate(tangents[: len(tensors)]):
-        if tangent is not None:
-            term = plain(*tensors[:index], tangent, *tensors[index + 1 :], *ctx.options)
-            total = term if total is None else total + term
-    return total
+    tensors = ctx.saved_tensors
+    terms = [
+        plain(*tensors[:index], tangent, *tensors[index + 1 :], *ctx.options)
+        for index, tangent in enumerate(tangents[: len(tensors)])
+        if tangent is not None
+    ]
+    return functools.reduce(torch.add, terms)
 
 
 def mixed_gradients(
@@ -112,21 +114,23 @@ def mixed_gradients(
     """Gradients of input, experts and routing, as `needed`; kernels are mixed again, a few samples at a time."""
     form = _matmul_gradients if is_pointwise(weight, geometry.padding, geometry.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
-    grads_x, grad_experts, grads_routing = [], None, []
+    grads_x: list[Tensor] = []
+    grads_routing: list[Tensor] = []
+    grad_experts: Tensor | None = None
     step = samples_at_a_time(weight, routing_weights)
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         kernels = mix(weight, routing_weights[part])
         part_x, part_kernels = form(x[part], kernels, grad[part], weight.shape, geometry, needed)
-        if needed[0]:
+        if part_x is not None:
             grads_x.append(part_x)
-        if needed[1]:
+        if part_kernels is not None and needed[1]:
             grad_experts = _add_product(grad_experts, routing_weights[part].t(), part_kernels)
-        if needed[2]:
+        if part_kernels is not None and needed[2]:
             grads_routing.append(torch.mm(part_kernels, experts.t()))
     return [
         _joined(grads_x) if needed[0] else None,
-        grad_experts.to(weight.dtype).reshape(weight.shape) if needed[1] else None,
+        None if grad_experts is None else grad_experts.to(weight.dtype).reshape(weight.shape),
         _joined(grads_routing) if needed[2] else None,
     ]
 

@@ -1,5 +1,7 @@
 """Static layers of torch and timm, computed as they train and compile best."""
 
+from typing import TYPE_CHECKING, Any
+
 import timm.layers
 import torch
 import torch.fx
@@ -17,7 +19,27 @@ torch.fx.wrap("pooled_conv2d")
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`."""
+    """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`.
+
+    Arguments are torch.nn.Conv2d's, but for `padding`, which must be numbers, and `padding_mode`.
+
+    Raises:
+        ValueError: More or fewer than one kernel for each channel, or another kind of padding.
+    """
+
+    if TYPE_CHECKING:
+        stride: tuple[int, int]
+        padding: tuple[int, int]
+        dilation: tuple[int, int]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        one_each = self.groups == in_channels == out_channels
+        if not one_each or isinstance(self.padding, str) or self.padding_mode != "zeros":
+            raise ValueError(
+                "a depthwise convolution has in_channels = out_channels = groups, and numbers for padding, with "
+                f"zeros; got {self}; use torch.nn.Conv2d"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.training)
@@ -25,12 +47,25 @@ class DepthwiseConv(nn.Conv2d):
 
 def static_conv2d(in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, **kwargs) -> nn.Conv2d:
     """A torch.nn.Conv2d, as `DepthwiseConv` where it is a depthwise one; arguments are torch.nn.Conv2d's."""
-    layer = DepthwiseConv if groups == in_channels == out_channels else nn.Conv2d
+    depthwise = groups == in_channels == out_channels and not isinstance(kwargs.get("padding"), str)
+    layer = DepthwiseConv if depthwise else nn.Conv2d
     return layer(in_channels, out_channels, kernel_size, groups=groups, **kwargs)
 
 
 class PooledConv(nn.Conv2d):
-    """A 1 x 1 torch.nn.Conv2d for pooled maps, computed as the linear layer that it is there, see `pooled_conv2d`."""
+    """A 1 x 1 torch.nn.Conv2d for pooled maps, computed as the linear layer that it is there, see `pooled_conv2d`.
+
+    Raises:
+        ValueError: Another kernel size. There are neither strides nor padding nor groups.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int] = 1, **kwargs: Any):
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        if (self.kernel_size, self.stride, self.padding, self.groups) != ((1, 1), (1, 1), (0, 0), 1):
+            raise ValueError(
+                "a convolution of pooled maps has a kernel of 1 x 1 and neither strides nor padding nor groups; "
+                f"got {self}; use torch.nn.Conv2d"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return pooled_conv2d(x, self.weight, self.bias, self.training)

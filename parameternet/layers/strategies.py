@@ -5,6 +5,7 @@ A strategy is a plain function `(x, weight, routing_weights, shift, geometry) ->
 parts: `WITHOUT_GRADIENTS` has the same strategies for that.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+    @staticmethod
+    def of(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> "Geometry":
+        """From pairs of any kind, as operators of torch get them."""
+        return Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
 
 # Mixed kernels of so many bytes stay in the cache of a CPU until they are used; larger ones go to memory and back.

@@ -218,6 +218,7 @@ def test_predict_saves_a_picture(recorded, tmp_path, suffix):
         assert picture.width > 1000
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_file_without_digest_is_a_plain_warning(tmp_path):
     from safetensors.torch import save_file
 

@@ -1,6 +1,7 @@
 """Blocks beyond the golden cases: ratios, kernels, activations, stochastic depth."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -121,3 +122,28 @@ def test_pooled_convolution_trains_as_torchs(shape):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     for leaves_python in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(ours)):
         assert torch.allclose(leaves_python(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments"),
+    [
+        (DepthwiseConv, {"kernel_size": 3}),
+        (DepthwiseConv, {"kernel_size": 3, "groups": 2}),
+        (DepthwiseConv, {"kernel_size": 5, "groups": 4, "padding": "same"}),
+        (DepthwiseConv, {"kernel_size": 5, "groups": 4, "padding": 2, "padding_mode": "reflect"}),
+        (PooledConv, {"kernel_size": 3}),
+        (PooledConv, {"kernel_size": 1, "stride": 2}),
+        (PooledConv, {"kernel_size": 1, "padding": 1}),
+        (PooledConv, {"kernel_size": 1, "groups": 2}),
+    ],
+)
+def test_static_layers_refuse_what_they_do_not_compute(layer, arguments):
+    with pytest.raises(ValueError, match=r"use torch\.nn\.Conv2d"):
+        layer(4, 4, **arguments)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_static_block_takes_paddings_by_name(padding):
+    block = ConvBnAct(4, 4, 5, pad_type=padding, conv_layer=partial(static_conv2d, groups=4)).train()
+    block(torch.randn(2, 4, 8, 8)).sum().backward()
+    assert block.conv.weight.grad.isfinite().all()

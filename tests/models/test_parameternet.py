@@ -119,8 +119,8 @@ def test_arguments_reach_the_layers():
     assert all(layer.routing.softmax and layer.routing.hidden.out_features == 6 for layer in layers)
     assert isinstance(model.stem.act1, nn.ReLU) and model.drop_rate == 0.3 and model.stem.conv.out_channels == 12
     assert not any(isinstance(m, DynamicConv) for m in create("parameternet_50m", dynamic=False).modules())
-    with pytest.raises(ValueError, match="output_stride must be 32, got 16"):
-        create("parameternet_50m", output_stride=16)
+    with pytest.raises(ValueError, match="output_stride must be one of 8, 16, 32, got 12"):
+        create("parameternet_50m", output_stride=12)
 
 
 def test_layer_decay_groups_grow_from_the_stem_to_the_head():
