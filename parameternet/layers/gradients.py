@@ -88,7 +88,7 @@ class DepthwiseConvolution(torch.autograd.Function):
 
 def _own_tensor(y: Tensor) -> Tensor:
     """Return `y` as a tensor that is no view: autograd forbids in-place changes of a view that a Function returns."""
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+    return y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's types lack this form
 
 
 def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from reference import naive_dynamic_conv2d
 from torch import nn
 from torch.func import functional_call
@@ -226,6 +227,12 @@ def test_forward_mode_of_autograd(pair):
             return torch.autograd.forward_ad.unpack_dual(y).tangent
 
     close([directional(layer)], [directional(naive)])
+
+
+def test_graphs_of_make_fx(pair):
+    layer, naive, x = pair
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    close([graph(2 * x)], [naive(2 * x)])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
