@@ -61,7 +61,7 @@ from _timing import (
 from torch import Tensor, nn
 
 from parameternet.layers import STRATEGIES, DynamicConv, dynamic_conv2d
-from parameternet.layers.strategies import choose_strategy
+from parameternet.layers.dispatch import choose_strategy
 
 RESULTS = ROOT / "benchmarks" / "results"
 NETWORK = "parameternet_600m"

@@ -4,15 +4,20 @@ A compiler sees the operator and not what is in it: the batch size stays free, a
 one would run, chosen for the shapes that come. Programs that leave Python, traced or exported, must not hold it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .gradients import mixed_gradients
-from .strategies import WITHOUT_GRADIENTS, Geometry, choose_strategy, is_channels_last
+from .strategies import Geometry, is_channels_last
 
-__all__ = ["compiles_for_python", "convolve_compiled"]
+__all__ = ["compiles_for_python", "make_operator", "records_a_graph"]
+
+
+def records_a_graph() -> bool:
+    """Is a graph being recorded that may run with other batch sizes: a trace, a compiled or exported program?"""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def compiles_for_python() -> bool:
@@ -23,30 +28,46 @@ def compiles_for_python() -> bool:
     return hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
 
 
-def convolve_compiled(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
-) -> Tensor:
-    """What `functional.convolve` computes of tensors of one dtype, without the biases of experts."""
-    return torch.ops.parameternet.convolve(x, weight, routing_weights, shift, *geometry, strategy)
+def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register `parameternet::convolve`, and return a function that calls it.
 
+    Args:
+        compute: `(x, weight, routing_weights, shift, geometry, strategy) -> y`, what the operator does when it is
+            called.
 
-@torch.library.custom_op("parameternet::convolve", mutates_args=())
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    shift: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    strategy: str | None,
-) -> Tensor:
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    if strategy is None:
-        strategy = choose_strategy(x, weight, routing_weights, geometry.stride, geometry.padding, groups)
-    y = WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, shift, geometry)
-    return y.contiguous(memory_format=_format(x))
+    Returns:
+        `(x, weight, routing_weights, geometry, strategy, shift) -> y`, for tensors of one dtype.
+    """
+
+    def operator(
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        shift: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        strategy: str | None,
+    ) -> Tensor:
+        y = compute(x, weight, routing_weights, shift, Geometry.of(stride, padding, dilation, groups), strategy)
+        return y.contiguous(memory_format=_format(x))
+
+    registered = torch.library.custom_op("parameternet::convolve", operator, mutates_args=())
+    registered.register_fake(_fake)
+    registered.register_autograd(_backward, setup_context=_keep)
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        geometry: Geometry,
+        strategy: str | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        return torch.ops.parameternet.convolve(x, weight, routing_weights, shift, *geometry, strategy)
+
+    return call
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -54,8 +75,8 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-@_convolve.register_fake
-def _(x, weight, routing_weights, shift, stride, padding, dilation, groups, strategy):
+def _fake(x, weight, routing_weights, shift, stride, padding, dilation, groups, strategy) -> Tensor:
+    """Shape and layout of the output, without computing it."""
     sides = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -96,6 +117,3 @@ def _backward(ctx, grad):
     grads = torch.ops.parameternet.convolve_backward(grad, *ctx.saved_tensors, *ctx.geometry)
     grad_shift = grad.sum((0, 2, 3)) if ctx.shifted else None
     return *grads, grad_shift, None, None, None, None, None
-
-
-_convolve.register_autograd(_backward, setup_context=_keep)

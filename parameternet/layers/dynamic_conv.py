@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
-from .functional import convolve, pair
-from .strategies import Geometry, check_strategy
+from .dispatch import check_strategy, convolve
+from .functional import pair
+from .strategies import Geometry
 
 __all__ = ["DynamicConv", "Router", "set_temperature"]
 

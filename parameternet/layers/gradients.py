@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
-from .strategies import STRATEGIES, WITHOUT_GRADIENTS, Geometry, is_pointwise, mix, samples_at_a_time
+from .strategies import Geometry, is_pointwise, mix, samples_at_a_time
 
 __all__ = [
     "DepthwiseConvolution",
@@ -31,12 +31,16 @@ class MixedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str) -> Tensor:
-        return _own_tensor(WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, None, geometry))
+    def forward(
+        x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, forward: Callable, inference: Callable
+    ) -> Tensor:
+        return _own_tensor(inference(x, weight, routing_weights, None, geometry))
 
     @staticmethod
-    def plain(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str) -> Tensor:
-        return STRATEGIES[strategy](x, weight, routing_weights, None, geometry)
+    def plain(
+        x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, forward: Callable, inference: Callable
+    ) -> Tensor:
+        return forward(x, weight, routing_weights, None, geometry)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -44,10 +48,10 @@ class MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        geometry, _ = ctx.options
+        geometry = ctx.options[0]
         with without_autocast(grad.device.type):  # forward ran without it, whatever is on now
             grads = mixed_gradients(*ctx.saved_tensors, grad, geometry, ctx.needs_input_grad)
-        return *grads, None, None
+        return *grads, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):

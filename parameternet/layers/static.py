@@ -8,8 +8,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiled import compiles_for_python
-from .functional import depthwise_conv2d
+from .autocast import autocast_dtype, without_autocast
+from .compiled import compiles_for_python, records_a_graph
+from .gradients import DepthwiseConvolution
+from .strategies import Geometry
 
 __all__ = ["DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
 
@@ -52,6 +54,57 @@ def static_conv2d(in_channels: int, out_channels: int, kernel_size: int, groups:
     return layer(in_channels, out_channels, kernel_size, groups=groups, **kwargs)
 
 
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    training: bool,
+) -> Tensor:
+    """Static depthwise convolution, (B, C, H, W) by (C, 1, kh, kw), plus a bias (C,) or None.
+
+    In training on a CPU, with kernels of 5 x 5 and larger, the batch is folded into the channels: 7.7 and 10.7 ms
+    against oneDNN's 18.6 and 30.2 for 128 x 36 x 16 x 16 and 128 x 336 x 4 x 4 with stride 2, forward and backward on
+    one core. In half precision its gradients are taken in float32, see `gains_by_float32_gradients`.
+    """
+    if not torch.jit.is_scripting() and training and bias is None:
+        if _gains_by_folding(x, weight):
+            return _depthwise_by_samples(x, weight, Geometry(stride, padding, dilation, x.shape[0] * weight.shape[0]))
+        if _trains_in_half(x, weight):
+            return _depthwise_in_half(x, weight, Geometry(stride, padding, dilation, weight.shape[0]))
+    return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
+
+
+@torch.jit.unused
+def _gains_by_folding(x: Tensor, weight: Tensor) -> bool:
+    large = x.ndim == 4 and x.shape[0] > 0 and min(weight.shape[2], weight.shape[3]) >= 5
+    eager = not records_a_graph() and autocast_dtype(x.device.type) is None
+    return large and x.device.type == "cpu" and weight.requires_grad and eager
+
+
+@torch.jit.unused
+def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
+    halved = autocast_dtype(x.device.type) is not None and x.dtype != torch.float64 and x.ndim == 4
+    return x.device.type == "cpu" and halved and weight.requires_grad and not records_a_graph()
+
+
+@torch.jit.unused
+def _depthwise_in_half(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    dtype = autocast_dtype(x.device.type)
+    with without_autocast(x.device.type):
+        return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), geometry)
+
+
+@torch.jit.unused
+def _depthwise_by_samples(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    batch, channels = x.shape[:2]
+    kernels = weight.expand(batch, *weight.shape).reshape(-1, *weight.shape[1:])
+    y = DepthwiseConvolution.apply(x.reshape(1, batch * channels, *x.shape[2:]), kernels, geometry)
+    return y.reshape(batch, channels, *y.shape[2:])
+
+
 class PooledConv(nn.Conv2d):
     """A 1 x 1 torch.nn.Conv2d for pooled maps, computed as the linear layer that it is there, see `pooled_conv2d`.
 
@@ -86,8 +139,7 @@ def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool
 
 @torch.jit.unused
 def _is_linear(x: Tensor, training: bool) -> bool:
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    used = compiles_for_python() if recorded else training
+    used = compiles_for_python() if records_a_graph() else training
     return used and x.shape[2] == 1 and x.shape[3] == 1
 
 

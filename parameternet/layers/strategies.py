@@ -1,8 +1,7 @@
 """The same sum computed in several orders: y_b = (sum_e alpha_be W_e) * x_b.
 
-A strategy is a plain function `(x, weight, routing_weights, shift, geometry) -> y`. `STRATEGIES` names them all,
-`choose_strategy` says which one runs where. Where neither autograd nor a graph looks on, a batch may be computed in
-parts: `WITHOUT_GRADIENTS` has the same strategies for that.
+A strategy is a plain function `(x, weight, routing_weights, shift, geometry) -> y`. Those that end in `_in_parts`
+compute a batch in parts, for when neither gradients nor a graph are needed. `dispatch.py` says which one runs where.
 """
 
 from collections.abc import Sequence
@@ -13,15 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "STRATEGIES",
     "Geometry",
-    "check_strategy",
-    "choose_strategy",
+    "batched_matmul",
+    "batched_matmul_in_parts",
+    "gated_inputs",
+    "grouped",
+    "grouped_in_parts",
     "is_channels_last",
     "is_depthwise",
     "is_pointwise",
+    "kernels_are_large",
     "mix",
     "samples_at_a_time",
+    "shifted",
+    "wide",
 ]
 
 
@@ -68,7 +72,7 @@ def kernels_are_large(weight: Tensor, routing_weights: Tensor) -> bool:
     return batch * (weight.numel() // experts) * weight.element_size() > HEAP_BYTES
 
 
-def _grouped(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
     """Mix B kernels, fold the batch into the channels, convolve once with B * groups groups: at batch 1 a plain
     convolution. Takes every shape."""
     batch, experts = routing_weights.shape
@@ -83,18 +87,18 @@ def _grouped(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor |
     return y.reshape(batch, out, y.shape[2], y.shape[3])
 
 
-def _grouped_in_parts(
+def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry
 ) -> Tensor:
     # The parts of a convolution are copied together, which only pays where the kernels are large.
     if x.shape[0] == 1 or not kernels_are_large(weight, routing_weights):
-        return _grouped(x, weight, routing_weights, shift, geometry)
+        return grouped(x, weight, routing_weights, shift, geometry)
     step = samples_at_a_time(weight, routing_weights)
     parts = zip(x.split(step), routing_weights.split(step), strict=True)
-    return torch.cat([_grouped(part, weight, r, shift, geometry) for part, r in parts])
+    return torch.cat([grouped(part, weight, r, shift, geometry) for part, r in parts])
 
 
-def _batched_matmul(
+def batched_matmul(
     x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """Mix B kernels and apply each to its sample by a batched matrix product. Pointwise; the batch stays free."""
@@ -113,14 +117,14 @@ def _product(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:
     return torch.bmm(a, b) if shift is None else torch.baddbmm(shift, a, b)
 
 
-def _batched_matmul_in_parts(
+def batched_matmul_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The same, as many samples at a time as the cache holds kernels of."""
     x = _subsample(x, geometry.stride)
     batch, channels, height, width = x.shape
     if is_channels_last(x):
-        return _batched_matmul(x, weight, routing_weights, shift, geometry._replace(stride=(1, 1)))
+        return batched_matmul(x, weight, routing_weights, shift, geometry._replace(stride=(1, 1)))
     columns = x.reshape(batch, channels, height * width)
     step = 1 if batch == 1 else samples_at_a_time(weight, routing_weights)
     if step >= batch:
@@ -149,7 +153,7 @@ def _add_(y: Tensor, shift: Tensor | None) -> Tensor:
     return y if shift is None else y.add_(shift)
 
 
-def _gated_inputs(
+def gated_inputs(
     x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """[W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product: no kernel a sample, E times the products. Pointwise."""
@@ -163,7 +167,7 @@ def _gated_inputs(
     return F.linear(gated, stacked, shift).reshape(batch, height, width, out).permute(0, 3, 1, 2)
 
 
-def _shifted(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
+def shifted(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
     """Add up shifted copies of x times one tap each. Depthwise; the batch stays free and compilers fuse it."""
     kh, kw = weight.shape[2], weight.shape[3]
     kernels = mix(weight, routing_weights).reshape(x.shape[0], geometry.groups, kh * kw)
@@ -183,7 +187,7 @@ def _shifted(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor |
     return y if shift is None else y + shift[:, None, None]
 
 
-def _wide(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
+def wide(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
     experts, groups = routing_weights.shape[1], geometry.groups
     out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
@@ -198,16 +202,6 @@ def _wide(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | No
         y = y.reshape(-1, groups, experts, out // groups, height, width)
         y = (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
     return y if shift is None else y + shift[:, None, None]
-
-
-STRATEGIES = {
-    "grouped": _grouped,
-    "batched_matmul": _batched_matmul,
-    "gated_inputs": _gated_inputs,
-    "shifted": _shifted,
-    "wide": _wide,
-}
-WITHOUT_GRADIENTS = {**STRATEGIES, "grouped": _grouped_in_parts, "batched_matmul": _batched_matmul_in_parts}
 
 
 def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -232,62 +226,3 @@ def is_pointwise(weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
 def is_depthwise(weight: Tensor, groups: int, num_experts: int) -> bool:
     """One kernel of one channel for each channel of the input."""
     return weight.shape[1] == 1 and weight.shape[0] == groups * num_experts
-
-
-def check_strategy(strategy: str, weight: Tensor, padding: tuple[int, int], groups: int, num_experts: int) -> None:
-    """Refuse a strategy that would compute something else than the convolution of these experts.
-
-    Raises:
-        ValueError: An unknown name, or one that does not take this kind of convolution.
-    """
-    if strategy == "batched_matmul" or strategy == "gated_inputs":
-        if not is_pointwise(weight, padding, groups):
-            raise ValueError(
-                f"strategy '{strategy}' takes only 1 x 1 kernels without padding and groups, got kernels of "
-                f"{weight.shape[2]} x {weight.shape[3]}, padding={padding}, groups={groups}; try 'grouped'"
-            )
-    elif strategy == "shifted":
-        if not is_depthwise(weight, groups, num_experts):
-            raise ValueError(
-                f"strategy 'shifted' takes only depthwise kernels, in = out = groups, got {weight.shape[1] * groups} "
-                f"channels in, {weight.shape[0] // num_experts} out, groups={groups}; try 'grouped'"
-            )
-    elif strategy != "grouped" and strategy != "wide":
-        raise ValueError(
-            f"unknown strategy '{strategy}'; there are grouped, batched_matmul, gated_inputs, shifted, wide"
-        )
-
-
-def choose_strategy(
-    x: Tensor,
-    weight: Tensor,
-    routing_weights: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    groups: int = 1,
-    recorded: bool = False,
-) -> str:
-    """Name of the strategy that runs.
-
-    `recorded`: a graph is being recorded, which must neither depend on the size of the image nor, where it is to serve
-    other batch sizes, on that of the batch.
-    """
-    if is_pointwise(weight, padding, groups):
-        if recorded:
-            return "batched_matmul"
-        # Rounded up, as the strided positions 0, s, 2s, ... are counted.
-        positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
-        # Up to here gating the inputs beats mixing a kernel for every sample. Training 80 -> 240 channels, batch 128,
-        # on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
-        return "gated_inputs" if positions <= 4 else "batched_matmul"
-    if not recorded or _batch_is_fixed(x):
-        return "grouped"
-    # Compilers of traced programs fuse the sum over the taps, but it is 70 operations in a graph of torch.export.
-    traced = torch.jit.is_tracing() and is_depthwise(weight, groups, routing_weights.shape[1])
-    return "shifted" if traced else "wide"
-
-
-@torch.jit.unused
-def _batch_is_fixed(x: Tensor) -> bool:
-    """Is this torch.export for one batch size? A trace is always meant to serve others, too."""
-    return not torch.jit.is_tracing() and isinstance(x.shape[0], int)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reference import assert_no_worse, naive_dynamic_conv2d
 
 from parameternet.layers import STRATEGIES, dynamic_conv2d, strategies
-from parameternet.layers.strategies import choose_strategy
+from parameternet.layers.dispatch import check_strategy, choose_strategy
 
 # Batch, experts, channels and sides all differ, so that a swapped axis cannot hide.
 CASES = {
@@ -257,3 +257,21 @@ def test_errors_show_the_values(change, message):
     good = {"x": torch.rand(3, 8, 5, 5), "weight": torch.rand(24, 8, 1, 1), "routing_weights": torch.rand(3, 4)}
     with pytest.raises(ValueError, match=message):
         dynamic_conv2d(**{**good, **change})
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_table_says_what_the_check_refuses(case, name):
+    values = inputs(case, 2, torch.float32)
+    padding, groups = case.get("padding", (0, 0)), case.get("groups", 1)
+    kinds = {
+        "all": True,
+        "pointwise": strategies.is_pointwise(values["weight"], padding, groups),
+        "depthwise": strategies.is_depthwise(values["weight"], groups, 2),
+    }
+    try:
+        check_strategy(name, values["weight"], padding, groups, 2)
+    except ValueError:
+        assert not kinds[STRATEGIES[name].takes]
+    else:
+        assert kinds[STRATEGIES[name].takes]
