@@ -1,6 +1,7 @@
 """From a dense checkpoint, wherever it is, to a folder with a dynamic one in the Hub's layout."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,18 +124,19 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
     folder.mkdir(parents=True, exist_ok=True)
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
-    weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
-    fresh = folder / f".{weights.CONFIG_NAME}"
-    save_config_for_hf(
-        model,
-        fresh,
-        model_config={**labels, "pretrained_cfg": _plain(cfg), "upcycled_from": upcycled_from},
-        model_args={"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
-    )
-    # Older releases of timm take the architecture from the network, whatever they are told.
-    config = {**json.loads(fresh.read_text("utf-8")), "architecture": "dynamic_timm"}
-    fresh.unlink()
-    files.write_json(folder / weights.CONFIG_NAME, config)
+    with tempfile.TemporaryDirectory() as private:
+        written = Path(private) / weights.CONFIG_NAME
+        save_config_for_hf(
+            model,
+            written,
+            model_config={**labels, "pretrained_cfg": _plain(cfg), "upcycled_from": upcycled_from},
+            model_args={"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
+        )
+        # Older releases of timm take the architecture from the network, whatever they are told.
+        config = {**json.loads(written.read_text("utf-8")), "architecture": "dynamic_timm"}
+    with files.lock(folder / ".lock", str(folder)):  # weights and config of two writers must not mix
+        weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
+        files.write_json(folder / weights.CONFIG_NAME, config)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,12 @@ class CheckpointError(TrainingError):
     """A checkpoint that is missing, damaged or of another network."""
 
 
+class FolderInUse(TrainingError):
+    """Another process writes the folder."""
+
+
 class DivergedError(TrainingError):
-    """The loss is no longer a number."""
+    """A loss of training or validation, or a weight, is NaN or infinite."""
 
 
 class Interrupted(TrainingError):
