@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parameternet.training.errors import TrainingError
+from parameternet.training.errors import RecipeError, TrainingError
 
 
 @dataclass
@@ -47,17 +47,33 @@ class Place:
 
     def union(self, items: dict) -> dict:
         """The items of all processes."""
-        if self.world == 1:
-            return items
-        everyone: list[dict] = [{}] * self.world
-        dist.all_gather_object(everyone, items, group=self.control)
-        return {key: value for one in everyone for key, value in one.items()}
+        return {key: value for one in self.gather(items) for key, value in one.items()}
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's tensors, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every process, in the order of their ranks."""
+        if self.world == 1:
+            return [item]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, item, group=self.control)
+        return everyone
+
+    def agreed(self, action: Callable[[], Any]) -> None:
+        """Run `action` in the first process alone; what it raises on purpose is raised in every process."""
+        problem = None
+        if self.first:
+            try:
+                action()
+            except TrainingError as error:
+                problem = error
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise problem
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -97,7 +113,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is the first accelerator there is, or the CPU; with `local_rank`, that process's own.
 
     Raises:
-        TrainingError: a device that torch does not know or does not see.
+        RecipeError: a device that torch does not know or does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -105,7 +121,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
+        raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
