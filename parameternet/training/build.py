@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,15 @@ def _arguments(model: str) -> list[str]:
 
 
 @torch.no_grad()
-def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.device) -> None:
+def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.device, share: int) -> None:
     """Send one black image of each side that the recipe names through `model`, and leave the model as it was.
 
+    Args:
+        share: images a step and process.
+
     Raises:
-        RecipeError: the network takes no images of that side, or does not answer with one number a class.
+        RecipeError: the network takes no images of that side, does not answer with one number a class, or cannot
+            normalise over a single image.
     """
     training = model.training
     sides = {stage["input_size"]: "resolution_schedule" for stage in r.resolution_schedule}
@@ -125,7 +130,16 @@ def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.dev
             raise RecipeError(
                 f"model_kwargs: {r.model} with {r.model_kwargs} does not answer with {num_classes} numbers an image"
             )
+        if share == 1 and field != "test_input_size":
+            _check_one_image(model, torch.zeros(1, 3, side, side, device=device))
     model.train(training)
+
+
+def _check_one_image(model: nn.Module, image: Tensor) -> None:
+    try:
+        deepcopy(model).train()(image)
+    except ValueError as error:  # batch norm, where a map has one position
+        raise RecipeError(f"batch_size: one image a process is too few for this network: {error}") from error
 
 
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:

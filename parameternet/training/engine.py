@@ -304,7 +304,7 @@ class Trainer:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if r.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        build.check_sizes(r, self.model, self.num_classes, device)
+        build.check_sizes(r, self.model, self.num_classes, device, self._share)
         self.frozen = build.freeze(self.model, r.freeze)
         self.optimizer = build.make_optimizer(r, self.model)
         self.steps = len(self.train_loader) // r.accumulate * r.accumulate  # an epoch is a whole number of updates

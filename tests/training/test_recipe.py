@@ -349,11 +349,12 @@ def test_any_value_trains_a_step_or_is_refused_by_its_field_with_nothing_written
     assume(changed.get("compile") is not True)  # compiling takes a minute, and decides nothing here
     assume(not isinstance(changed.get("workers"), int) or changed["workers"] < 4 or changed["workers"] > 1024)
     folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
     plain = dict(mixup=0.0, cutmix=0.0, warmup_epochs=0.0)
     try:
         run(recipe(**{**plain, **changed}), folder, UntilFirstStep())
     except FirstStep:
-        shutil.rmtree(folder)
+        pass
     except ValueError as error:
         named = [name for name in changed if re.search(rf"\b{name}\b", str(error))]
         assert named, f"{type(error).__name__}: {error}"
