@@ -1,4 +1,4 @@
-"""`parameternet train RECIPE`: train by a recipe, or go on with a run."""
+"""`parameternet train RECIPE`: train by a recipe, or resume a run."""
 
 from pathlib import Path
 
@@ -18,14 +18,20 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a field, e.g. lr=0.1")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a field, e.g. lr=0.1; of two for one field the last holds.",
+)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
 @click.option(
     "--fields", is_flag=True, is_eager=True, expose_value=False, callback=_fields, help="List a recipe's fields."
 )
 @speaks_plainly
 def train(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
-    """Train by RECIPE, a YAML file. A run folder that is there already is gone on with.
+    """Train by RECIPE, a YAML file. Resumes if the run folder exists.
 
     Many processes: torchrun --nproc-per-node N -m parameternet.cli.train RECIPE
     """

@@ -129,11 +129,11 @@ class Augment:
 
     def __init__(self, r: Recipe, images: int, device: torch.device):
         alone = {
-            "auto_augment": r.auto_augment,
-            "crop_mode": None if r.crop_mode == "rrc" else r.crop_mode,
+            "auto_augment": None if r.no_aug else r.auto_augment,
+            "crop_mode": None if r.no_aug or r.crop_mode == "rrc" else r.crop_mode,
             "interpolation": None if r.interpolation in _SAMPLED else r.interpolation,
         }
-        if not r.no_aug and (asked := {name: value for name, value in alone.items() if value}):
+        if asked := {name: value for name, value in alone.items() if value}:
             raise RecipeError(f"cache: device has no {asked}: take cache=ram, or leave it out")
         self.r, self.images, self.device = r, images, device
         self.mean = 255 * torch.tensor(r.mean, device=device)[:, None, None]

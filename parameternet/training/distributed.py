@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,11 +105,33 @@ def place(device: str = "auto") -> Iterator[Place]:
 
 
 def _join(backend: str) -> None:
-    # After a restart torchrun's store still holds the addresses of those who died, and who is quick connects to them:
-    # each life of the run keeps its own.
+    # After a restart torchrun's store still holds the addresses of processes that ended, and new ones would connect to
+    # them: each life of the run has its own keys.
     store, rank, world = next(iter(dist.rendezvous("env://")))
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    life = agree_on_life(store, rank, world)
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
+
+
+def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
+    """A name that exactly the processes now running share, whatever earlier ones left in the store.
+
+    torchrun's count of restarts is none: it is each host's own, and a host that joins again begins at 0.
+    The first process proposes a random name; it is agreed on when every other one has answered, and finds its own
+    answer among those that the first one has read. A name from an earlier life has other answers, or never gets all.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("life", mine)
+        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]
+        store.set(f"{mine}/all", json.dumps(answers))
+        return mine
+    while True:
+        name = store.get("life").decode()
+        store.set(f"{name}/{rank}", mine)
+        while store.get("life").decode() == name:
+            if store.check([f"{name}/all"]) and json.loads(store.get(f"{name}/all"))[rank - 1] == mine:
+                return name
+            time.sleep(0.02)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -30,13 +30,16 @@ class Rule(NamedTuple):
 
 def _range(low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Rule:
     """Numbers from `low` to `high`; an open end is not allowed itself."""
-    start = f"above {low:g}" if low_open else f"at least {low:g}"
-    end = "" if high == math.inf else f" and {'below' if high_open else 'at most'} {high:g}"
+    if low_open or high_open or high == math.inf:
+        start = f"above {low:g}" if low_open else f"at least {low:g}"
+        words = start if high == math.inf else f"{start} and {'below' if high_open else 'at most'} {high:g}"
+    else:
+        words = f"from {low:g} to {high:g}"
 
     def holds(value: Any) -> bool:
         return (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
 
-    return Rule(start + end, holds)
+    return Rule(words, holds)
 
 
 def _one_of(*choices: str | None) -> Rule:

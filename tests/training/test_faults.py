@@ -19,6 +19,7 @@ from test_run import load_rows, same_state
 from parameternet import files, weights
 from parameternet.training import (
     CheckpointError,
+    DataError,
     DivergedError,
     FolderInUse,
     Interrupted,
@@ -31,6 +32,8 @@ from parameternet.training import (
 )
 from parameternet.training import checkpoint as checkpoints
 from parameternet.training.checkpoint import load_last, save_last, save_weights
+from parameternet.training.distributed import Place
+from parameternet.training.engine import Trainer
 from parameternet.training.release import _replace, record
 
 ROOT = Path(__file__).parents[2]
@@ -355,3 +358,22 @@ def test_a_device_that_does_not_exist_is_a_bad_value(tmp_path, recipe):
     with pytest.raises(RecipeError, match="device 'abacus'"):
         run(recipe(device="abacus"), tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_find_other_classes_stop_before_the_first_step(tmp_path, recipe, monkeypatch):
+    place = Place(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(Place, "gather", lambda self, item: [item, item, item[::-1]] if item else [item])
+    with pytest.raises(DataError, match="processes 0 and 2 do not find the same classes"):
+        Trainer(recipe(), tmp_path, place, Reporter())
+
+
+def test_a_teacher_that_answers_with_nan_is_refused_and_nothing_is_kept(tmp_path, recipe, pictures):
+    run(recipe(epochs=1), tmp_path / "teacher")
+    path = tmp_path / "teacher" / "best.safetensors"
+    state, config = weights.read(path), json.loads(weights.metadata(path)["config"])
+    state["classifier.bias"][1] = math.nan
+    save_weights(path, state, config)
+    taught = dict(cache="device", cache_size=32, auto_augment=None, mixup=0.0, cutmix=0.0, teacher=str(path))
+    with pytest.raises(CheckpointError, match="teacher: .* answers some images with NaN"):
+        run(recipe(**taught), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
