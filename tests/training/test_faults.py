@@ -374,6 +374,6 @@ def test_a_teacher_that_answers_with_nan_is_refused_and_nothing_is_kept(tmp_path
     state["classifier.bias"][1] = math.nan
     save_weights(path, state, config)
     taught = dict(cache="device", cache_size=32, auto_augment=None, mixup=0.0, cutmix=0.0, teacher=str(path))
-    with pytest.raises(CheckpointError, match="teacher: .* answers some images with NaN"):
+    with pytest.raises(CheckpointError, match=r"teacher: .* answers some images with NaN"):
         run(recipe(**taught), tmp_path / "run")
     assert not (tmp_path / "run").exists()
