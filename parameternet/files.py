@@ -183,7 +183,8 @@ def _acquire(path: str, what: str, wait: bool) -> int | None:
                 return None
             mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(mine).encode(), 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, json.dumps(mine).encode())
         except OSError:
             os.close(handle)
             raise
@@ -219,7 +220,8 @@ def _is_file_of(handle: int, path: str) -> bool:
 
 def _said(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        found = json.loads(os.read(handle, 4096))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,13 +6,14 @@ import click
 
 from parameternet import training
 from parameternet.cli._run import Terminal, speaks_plainly
+from parameternet.training.recipe import allowed
 
 
 def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
     for name, default, doc in training.Recipe.fields():
-        click.echo(f"{name}: {default!r}\n    {doc}")
+        click.echo(f"{name}: {default!r}\n    {doc}\n    {allowed(name)}")
     context.exit()
 
 

@@ -45,7 +45,7 @@ from parameternet.training.errors import (
 from parameternet.training.evaluate import autocast, evaluate
 from parameternet.training.hub_config import class_labels, data_config, hub_config
 from parameternet.training.randomness import STEP, mix, seed_all
-from parameternet.training.recipe import Recipe
+from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.sources import Memory, Source, Unreadable, classes_of, is_stream, open_dataset
 
@@ -142,14 +142,6 @@ def _naming(field: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{field}: {error}") from error
-
-
-def _saved_recipe(text: str) -> Recipe:
-    """The recipe in a checkpoint, whatever ranges the version that wrote it had."""
-    recipe = Recipe()
-    for name, value in json.loads(text).items():
-        setattr(recipe, name, value)
-    return recipe
 
 
 class StopSignals:
@@ -336,7 +328,7 @@ class Trainer:
         if not (self.folder / checkpoint.LAST).exists():
             return None
         state = checkpoint.load_last(self.folder)
-        changed = _saved_recipe(state["recipe"]).differences(self.recipe)
+        changed = saved_recipe(state["recipe"]).differences(self.recipe)
         if changed:
             raise CheckpointError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or give "

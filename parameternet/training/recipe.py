@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import types
@@ -335,11 +336,39 @@ def _parse(text: str) -> Any:
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """A recipe from a dictionary; an unknown key is an error that names the nearest one."""
+    _check_names(values)
+    return Recipe(**values)
+
+
+def _check_names(values: dict[str, Any]) -> None:
     unknown = [key for key in values if key not in _TYPES]
     if unknown:
         key = str(unknown[0])
         raise RecipeError(f"unknown recipe key {key!r}{nearest(key, _TYPES, n=1)}")
-    return Recipe(**values)
+
+
+def saved_recipe(text: str) -> Recipe:
+    """The recipe of a run, from YAML or JSON text that training wrote. Ranges are not checked: versions differ in them.
+
+    Raises:
+        RecipeError: an unknown key, or a value of the wrong type.
+    """
+    recipe = Recipe()
+    try:
+        values = json.loads(text)  # YAML would read its 1e-05 as text
+    except ValueError:
+        values = _parse(text)
+    _check_names(values)
+    for name, value in values.items():
+        setattr(recipe, name, _typed(name, value, _TYPES[name]))
+    return recipe
+
+
+def allowed(name: str) -> str:
+    """The values that a field may have besides null, in words."""
+    metadata = Recipe.__dataclass_fields__[name].metadata
+    rule, length = metadata["rule"], metadata["length"]
+    return f"{f'{length} numbers, each ' if length else ''}{rule.words}" if rule else "true or false"
 
 
 def _beside(recipe_path: Path, name: str | None) -> str | None:

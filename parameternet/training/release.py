@@ -20,7 +20,7 @@ from parameternet.hub import write_card
 from parameternet.layers import DynamicConv
 from parameternet.training.checkpoint import BEST, claimed, read_weights
 from parameternet.training.errors import CheckpointError
-from parameternet.training.recipe import Recipe, load_recipe
+from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.validate import load, read_config, validate
 
@@ -93,7 +93,7 @@ def release(
 def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
     if not (run / BEST).is_file() or not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = saved_recipe((run / "recipe.yaml").read_text("utf-8"))
     # where the data lay on the training machine is nobody's business
     for field in ("train", "val", "class_names", "init", "teacher"):
         value = getattr(recipe, field)
@@ -182,7 +182,7 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
     for document in ("history.csv", "curves.png"):
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
-    before = load_recipe(run / "recipe.yaml").init
+    before = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
     if before and (Path(before) / BEST).is_file():  # the run that it started from is a part of how it came about
         files.write_text(folder / "init_recipe.yaml", _recipe(Path(before), None, None).to_yaml())
         shutil.copyfile(Path(before) / "history.csv", folder / "init_history.csv")

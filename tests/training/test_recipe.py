@@ -1,5 +1,6 @@
 import dataclasses
 import datetime
+import json
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from parameternet.training import Recipe, RecipeError, Reporter, load_recipe, run
+from parameternet.training.recipe import saved_recipe
 
 
 def write(tmp_path, **values):
@@ -361,3 +363,12 @@ def test_any_value_trains_a_step_or_is_refused_by_its_field_with_nothing_written
         assert not folder.exists(), list(folder.iterdir())
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_saved_recipe_is_the_same_from_yaml_and_from_json(recipe):
+    r = recipe(
+        lr=1e-5, weight_decay=1e-30, model_kwargs={"a": 1e-7, "b": [None, True, "x"]}
+    )  # YAML reads 1e-05 as text
+    r.warmup_epochs = 50.0  # an earlier version had no ranges
+    assert saved_recipe(json.dumps(dataclasses.asdict(r))).differences(r) == []
+    assert saved_recipe(r.to_yaml()) == r
