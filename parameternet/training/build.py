@@ -56,7 +56,7 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
     if not timm.is_model(r.model):
         raise RecipeError(f"model: unknown model {r.model!r}{nearest(r.model.split('.')[0], timm.list_models())}")
     seed_all(mix(INIT, r.seed))
-    _check_model_kwargs(r.model_kwargs)
+    _check_model_kwargs(r)
     arguments = dict(num_classes=num_classes, drop_rate=r.drop_rate, **r.model_kwargs)
     if r.drop_path_rate:
         arguments["drop_path_rate"] = r.drop_path_rate
@@ -76,8 +76,8 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
     return model
 
 
-def _check_model_kwargs(arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
+def _check_model_kwargs(r: Recipe) -> None:
+    for name, value in r.model_kwargs.items():
         if name in _OWN_FIELD:
             field = _OWN_FIELD[name]
             hint = f"set the field {field} instead" if field else "a classifier is trained here"
@@ -85,14 +85,23 @@ def _check_model_kwargs(arguments: dict[str, Any]) -> None:
         if name == "in_chans" and value != 3:
             raise RecipeError(f"model_kwargs: in_chans must be 3, got {value!r}: images are read as RGB, grey ones too")
 
+    empty = [name for name, value in r.model_kwargs.items() if value is None]
+    known = _arguments(r.model) if empty else []
+    for name in empty:  # timm leaves these out, and would pass over a misspelt one
+        if name not in known:
+            raise RecipeError(_unknown(r, name, known))
+
+
+def _unknown(r: Recipe, name: str, known: list[str]) -> str:
+    field = name if name == "drop_path_rate" and name not in r.model_kwargs else "model_kwargs"
+    return f"{field}: {r.model} has no argument {name!r}{nearest(name, known, n=1)}"
+
 
 def _unbuilt(r: Recipe, error: Exception) -> str:
     wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if not wrong:
         return f"model_kwargs: {r.model} cannot be built with {r.model_kwargs}: {type(error).__name__}: {error}"
-    name = wrong.group(1)
-    field = name if name == "drop_path_rate" and name not in r.model_kwargs else "model_kwargs"
-    return f"{field}: {r.model} has no argument {name!r}{nearest(name, _arguments(r.model), n=1)}"
+    return _unknown(r, wrong.group(1), _arguments(r.model))
 
 
 def _arguments(model: str) -> list[str]:

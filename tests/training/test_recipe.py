@@ -366,9 +366,7 @@ def test_any_value_trains_a_step_or_is_refused_by_its_field_with_nothing_written
 
 
 def test_a_saved_recipe_is_the_same_from_yaml_and_from_json(recipe):
-    r = recipe(
-        lr=1e-5, weight_decay=1e-30, model_kwargs={"a": 1e-7, "b": [None, True, "x"]}
-    )  # YAML reads 1e-05 as text
+    r = recipe(lr=1e-5, weight_decay=1e-30, model_kwargs={"a": 1e-7, "b": [None, True, "x"]})
     r.warmup_epochs = 50.0  # an earlier version had no ranges
     assert saved_recipe(json.dumps(dataclasses.asdict(r))).differences(r) == []
     assert saved_recipe(r.to_yaml()) == r
