@@ -37,6 +37,7 @@ __all__ = [
     "WeightsError",
     "WeightsNotFound",
     "config",
+    "digests",
     "find",
     "hub",
     "hub_cause",
@@ -96,9 +97,25 @@ def shipped(kind: str) -> Path:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """Our checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`, from the package's `weights.json`."""
+    """Our checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`, from the package's `weights.json`.
+
+    A checkpoint whose file was written anew with the same tensors has the SHA-256 of its former files as `earlier`, a
+    list: copies of those are still the recorded ones.
+    """
     path = Path(__file__).with_name("weights.json")
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def digests(name: str) -> tuple[str, ...]:
+    """The SHA-256 that a file of checkpoint `name` may have, the present one first.
+
+    Raises:
+        UnknownWeights: no checkpoint of that name is recorded.
+    """
+    if name not in known():
+        raise UnknownWeights(unknown(name))
+    facts = known()[name]
+    return facts["sha256"], *facts.get("earlier", ())
 
 
 def hub() -> str:
@@ -163,7 +180,8 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
         )
     if _is_foreign(cfg):
         return _foreign(cfg, cache_dir)
-    return _load(*_locate(_name(cfg), cache_dir))
+    path, sha256 = _locate(_name(cfg), cache_dir)
+    return _load(path, *sha256)
 
 
 def find(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -173,7 +191,7 @@ def find(name: str, cache_dir: str | Path | None = None) -> Path:
         UnknownWeights, WeightsNotFound, WeightsDamaged: as for `resolve`.
     """
     path, sha256 = _locate(name, cache_dir)
-    _check_file(path, _bytes(path), sha256)
+    _check_file(path, _bytes(path), *sha256)
     return path
 
 
@@ -197,10 +215,73 @@ def config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise WeightsDamaged(f"{path} is not JSON ({error}): copy it again from where it came from") from None
+    _check_config(path, found)
+    return found
+
+
+# The keys of a config that are read, and what they must be; those of `pretrained_cfg` have their own table.
+CONFIG_KEYS = {
+    "architecture": str,
+    "pretrained_cfg": dict,
+    "num_classes": int,
+    "model_args": dict,
+    "label_names": list,
+    "label_descriptions": dict,
+    "results": dict,
+}
+PRETRAINED_CFG_KEYS = {
+    "architecture": str,
+    "tag": str,
+    "num_classes": int,
+    "input_size": list,
+    "test_input_size": list,
+    "mean": list,
+    "std": list,
+    "crop_pct": float,
+    "test_crop_pct": float,
+    "crop_mode": str,
+    "interpolation": str,
+    "label_names": list,
+    "label_descriptions": dict,
+}
+_ITEMS = {
+    "label_names": str,
+    "label_descriptions": str,
+    "input_size": int,
+    "test_input_size": int,
+    "mean": float,
+    "std": float,
+}
+
+
+def _check_config(path: Path, found: Any) -> None:
     missing = [key for key in ("architecture", "pretrained_cfg") if not (isinstance(found, dict) and key in found)]
     if missing:
         raise WeightsDamaged(f"{path} lacks {' and '.join(missing)}: expected the layout of timm's config.json")
-    return found
+    _check_types(path, found, CONFIG_KEYS)
+    _check_types(path, found["pretrained_cfg"], PRETRAINED_CFG_KEYS, "pretrained_cfg.")
+
+
+def _check_types(path: Path, values: dict[str, Any], kinds: dict[str, type], prefix: str = "") -> None:
+    for key, kind in kinds.items():
+        value = values.get(key)
+        required = not prefix and key in ("architecture", "pretrained_cfg")
+        if value is None and not required:
+            continue
+        items = (value.values() if isinstance(value, dict) else value) if key in _ITEMS else ()
+        if not _is_a(value, kind) or not all(_is_a(item, _ITEMS[key]) for item in items):
+            expected = f"{kind.__name__} of {_ITEMS[key].__name__}" if key in _ITEMS else kind.__name__
+            text = repr(value)
+            raise WeightsDamaged(
+                f"{path}: {prefix}{key} must be a JSON {expected}, got {text[:60]}{'…' if len(text) > 60 else ''}. "
+                f"{_mend(path)}"
+            )
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):  # which Python counts among the integers
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _config_path(name: str, cache_dir: str | Path | None) -> Path:
@@ -301,17 +382,15 @@ def unknown(name: str, names: Sequence[str] = ()) -> str:
     )
 
 
-def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, str]:
-    """The unverified file of one of our checkpoints, and the SHA-256 that it must have."""
-    if name not in known():
-        raise UnknownWeights(unknown(name))
-    sha256 = known()[name]["sha256"]
+def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, tuple[str, ...]]:
+    """The unverified file of one of our checkpoints, and `digests(name)`."""
+    sha256 = digests(name)
     here = next((path for path in places(name) if path.is_file()), None)
     if here:
         return here, sha256
     repository = f"{hub()}/{name}"
     cached = _cached(repository, FILE_NAME, cache_dir)
-    if cached and hashlib.sha256(_bytes(cached)).hexdigest() == sha256:
+    if cached and hashlib.sha256(_bytes(cached)).hexdigest() == sha256[0]:
         return cached, sha256  # content is known, so nobody needs to be asked
     try:
         return _download(repository, FILE_NAME, None, cache_dir), sha256
@@ -347,21 +426,21 @@ def _in_folder(folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+def read(path: str | Path, *sha256: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU, after every check that the file allows.
 
     The bytes are read once, and what was hashed is what is parsed.
 
     Args:
         path: The file.
-        sha256: What the whole file must hash to, if that is known.
+        sha256: What the whole file must hash to, if that is known; one of them, if there are several.
 
     Raises:
         WeightsNotFound: no such file.
         WeightsDamaged: not safetensors, cut short, or its content is not what `sha256` or its own digest says.
         WeightsError: another format, with the line that converts it.
     """
-    return _load(Path(path).expanduser(), sha256)
+    return _load(Path(path).expanduser(), *sha256)
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -438,19 +517,20 @@ def _bytes(path: Path) -> bytes:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _load(path: Path, sha256: str | None) -> dict[str, Tensor]:
+def _load(path: Path, *sha256: str) -> dict[str, Tensor]:
     data = _bytes(path)
-    _check_file(path, data, sha256)
+    _check_file(path, data, *sha256)
     tensors, metadata = _parse(path, data)
-    _check_tensors(path, tensors, metadata, warn=sha256 is None)
+    _check_tensors(path, tensors, metadata, warn=not sha256)
     return tensors
 
 
-def _check_file(path: Path, data: bytes, sha256: str | None) -> None:
+def _check_file(path: Path, data: bytes, *sha256: str) -> None:
     got = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and got != sha256:
+    if sha256 and got not in sha256:
         raise WeightsDamaged(
-            f"{path} ({len(data):,} bytes) is not the recorded one: expected SHA-256 {sha256}, got {got}. {_mend(path)}"
+            f"{path} ({len(data):,} bytes) is not the recorded one: expected SHA-256 {' or '.join(sha256)}, got {got}. "
+            f"{_mend(path)}"
         )
 
 
@@ -572,8 +652,9 @@ def _from_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> di
     organisation, _, name = repository.rpartition("/")
     ours = organisation == hub() and not revision
     path, sha256 = _fetch(repository, cfg.get("hf_hub_filename") or FILE_NAME, revision or None, cache_dir)
-    recorded = known().get(name, {}).get("sha256") if ours else None
-    return _load(path, recorded or sha256)
+    if ours and name in known():
+        return _load(path, *digests(name))
+    return _load(path, *filter(None, (sha256,)))
 
 
 def _cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:

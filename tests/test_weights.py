@@ -1,7 +1,9 @@
 """Checkpoints are the right ones or they are refused; nothing here reaches beyond this machine."""
 
+import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import pickle
 import random
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import timm
 import torch
 from safetensors import safe_open
@@ -18,6 +21,8 @@ from safetensors.torch import save_file
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
+from parameternet.models._builder import build_from_config
+from parameternet.prediction import Predictor
 
 NAME = "parameternet_50m.tin200"
 CFG = {"architecture": "parameternet_50m", "tag": "tin200"}
@@ -295,6 +300,69 @@ def test_pretrained_without_weights_is_an_error_not_a_random_network(monkeypatch
     monkeypatch.setattr(weights, "known", dict)
     with pytest.raises(weights.WeightsNotFound, match="no weights are recorded for parameternet_150m"):
         timm.create_model("parameternet_150m", pretrained=True)
+
+
+@pytest.mark.parametrize("name", sorted(weights.known()))
+def test_shipped_files_have_the_networks_own_names(name, monkeypatch):
+    monkeypatch.undo()
+    path = weights.shipped("weights") / name / weights.FILE_NAME
+    architecture = name.partition(".")[0]
+    expected = timm.create_model(architecture, pretrained=True).state_dict()
+    model = timm.create_model(architecture, num_classes=200)
+    assert safetensors.torch.load_model(model, path) == (set(), [])
+    assert_same(model.state_dict(), expected)
+    loaded = timm.create_model(architecture, num_classes=200, checkpoint_path=str(path))
+    assert_same(loaded.state_dict(), expected)
+
+
+def test_a_copy_of_the_file_that_0_1_0_shipped_is_still_the_recorded_one(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    name = "parameternet_50m.tin200"
+    now = weights.read(weights.find(name))
+    old = {key.replace("stem.conv.", "conv_stem.").replace("stem.bn1.", "bn1."): value for key, value in now.items()}
+    (tmp_path / name).mkdir()
+    path = tmp_path / name / weights.FILE_NAME
+    weights.save(old, path, {"name": name})
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == weights.digests(name)[1]
+    monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(tmp_path))
+    assert weights.find(name) == path
+    loaded = timm.create_model("parameternet_50m", pretrained=True)
+    assert_same(loaded.state_dict(), {key: value.to(loaded.state_dict()[key].dtype) for key, value in now.items()})
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir",
+                                      "pretrained", "pretrained_strict", "model_name", "scriptable"])  # fmt: skip
+def test_a_config_cannot_have_other_weights_loaded(network, tmp_path, argument):
+    save_network(network, tmp_path)
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"][argument] = str(tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(weights.WeightsDamaged, match=f"config.json asks for {argument} in model_args"):
+        build_from_config(weights.config(f"local-dir:{tmp_path}"), source="local-dir", file=str(tmp_path))
+    with pytest.raises(weights.WeightsDamaged, match=f"config.json asks for {argument} in model_args"):
+        Predictor(str(tmp_path))
+
+
+BAD_VALUES = (5, 1.5, "text", [], {}, [[]], ["a", 1], {"a": 1}, True, None, float("nan"))
+
+
+@pytest.mark.parametrize("part", ["", "pretrained_cfg."])
+def test_every_value_of_a_config_is_checked_before_it_is_used(network, tmp_path, part):
+    save_network(network, tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    keys = weights.PRETRAINED_CFG_KEYS if part else weights.CONFIG_KEYS
+    for key, value in itertools.product(keys, BAD_VALUES):
+        config = copy.deepcopy(good)
+        (config["pretrained_cfg"] if part else config)[key] = value
+        path.write_text(json.dumps(config))
+        try:
+            weights.config(f"local-dir:{tmp_path}")
+        except weights.WeightsDamaged as error:
+            assert f"{part}{key} must be a JSON" in str(error)
+        else:
+            assert value is None or isinstance(value, (int, float) if keys[key] is float else keys[key])
 
 
 def test_sixty_damaged_files(network, tmp_path):

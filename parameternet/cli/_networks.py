@@ -12,6 +12,7 @@ from torch import nn
 
 from parameternet import weights
 from parameternet.models import catalogue
+from parameternet.models._builder import model_arguments
 
 __all__ = ["build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
 
@@ -52,10 +53,8 @@ def config(name: str) -> dict[str, Any]:
 
 def build(described: dict[str, Any]) -> nn.Module:
     """The network of a config, without memory for its parameters: on PyTorch's meta device."""
-    cfg = described["pretrained_cfg"]
-    arguments = {"num_classes": described.get("num_classes", cfg.get("num_classes", 1000))}
     with torch.device("meta"):
-        return timm.create_model(described["architecture"], **arguments | (described.get("model_args") or {})).eval()
+        return timm.create_model(described["architecture"], **model_arguments(described)).eval()
 
 
 def input_size(described: dict[str, Any]) -> tuple[int, int, int]:

@@ -105,7 +105,7 @@ def checkpoint(name: str) -> dict[str, Any]:
     if path is None:
         return found | {"state": "not here"}
     try:
-        weights.read(path, weights.known()[name]["sha256"])
+        weights.read(path, *weights.digests(name))
         if path in weights.places(name):
             weights.config(name)
     except weights.WeightsError as error:

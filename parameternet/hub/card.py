@@ -16,6 +16,7 @@ from timm.models import is_model_pretrained
 from parameternet import weights
 from parameternet.flops import count_flops
 from parameternet.models import catalogue
+from parameternet.models._builder import model_arguments
 
 __all__ = ["describe", "write_card"]
 
@@ -204,8 +205,7 @@ def _results(config: dict[str, Any]) -> dict[str, Any]:
     """The recorded figures; parameters and multiply-adds are counted where they are missing."""
     results = dict(config.get("results") or {})
     if not {"parameters", "macs"} <= results.keys():
-        arguments = {"num_classes": config["num_classes"], **(config.get("model_args") or {})}
-        network = timm.create_model(config["architecture"], **arguments)
+        network = timm.create_model(config["architecture"], **model_arguments(config))
         results["parameters"] = sum(p.numel() for p in network.parameters())
         results["macs"] = count_flops(network, _data_config(config)["input_size"]).total
     return results

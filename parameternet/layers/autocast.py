@@ -1,8 +1,10 @@
-"""What torch.autocast asks for."""
+"""What torch.autocast asks for, and how to leave it."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["autocast_dtype"]
+__all__ = ["autocast_dtype", "without_autocast"]
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -11,3 +13,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device in ("cpu", "cuda") or torch.amp.is_autocast_available(device):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return None
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which torch.autocast is off for this kind of device."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

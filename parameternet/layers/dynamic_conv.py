@@ -1,32 +1,58 @@
 """DynamicConv: a router and the kernels of several experts."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, without_autocast
 from .functional import convolve, pair
-from .strategies import STRATEGIES, Geometry
+from .strategies import Geometry, check_strategy
 
 __all__ = ["DynamicConv", "Router", "set_temperature"]
 
 ROUTING = ("sigmoid", "softmax")
 
 
-class Router(nn.Linear):
-    """Mixing coefficients of a picture: its global average -> linear -> sigmoid or softmax.
+class _Affine(nn.Module):
+    """Weight (out, in) and bias (out,), drawn as torch.nn.Linear draws them, for a matrix product of pooled vectors.
+
+    Not a torch.nn.Linear: tools that replace, quantise or adapt every Linear of a network call what they put in its
+    place with what a Linear takes, and would miss that its weight is read here.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as torch.nn.Linear does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bound = self.in_features**-0.5 if self.in_features > 0 else 0.0
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Router(_Affine):
+    """Map each image to its routing weights: global average -> linear -> sigmoid or softmax.
 
     Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), under autocast too:
     a saturated half-precision sigmoid has no gradient.
 
     Args:
         in_channels: Channels of the tensor that it reads.
-        num_experts: Coefficients for each sample.
-        activation: 'sigmoid' (the released code; coefficients are independent) or 'softmax' (they sum to one).
+        num_experts: Routing weights of each image.
+        activation: 'sigmoid' (the released code; the weights are independent) or 'softmax' (they sum to one).
         hidden: None for the single linear layer of the released code; a width for the two-layer perceptron of the
             paper's text, with a ReLU between the layers.
         temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
-            anneal it with `set_temperature`.
+            anneal it with `set_temperature`. A sigmoid router has no buffer.
 
     There is no normalisation layer, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525.
     """
@@ -49,10 +75,22 @@ class Router(nn.Linear):
             raise ValueError(f"routing_hidden must be None or at least 1, got {hidden}")
         _check_temperature(temperature)
         super().__init__(in_channels if hidden is None else hidden, num_experts, device=device, dtype=dtype)
-        self.hidden = None if hidden is None else nn.Linear(in_channels, hidden, device=device, dtype=dtype)
+        self.hidden = None if hidden is None else _Affine(in_channels, hidden, device=device, dtype=dtype)
         self.softmax = activation == "softmax"
         self.num_experts = num_experts
-        self.register_buffer("temperature", torch.tensor(float(temperature), device=device), persistent=self.softmax)
+        scale = torch.tensor(float(temperature), device=device) if self.softmax else None
+        self.register_buffer("temperature", scale)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
+        super().__setstate__(state)
+        if not self.softmax:
+            self._buffers["temperature"] = None
+            self._non_persistent_buffers_set.discard("temperature")
+        if isinstance(self.hidden, nn.Linear):
+            linear = self.hidden
+            self.hidden = _Affine(linear.in_features, linear.out_features, device="meta").train(linear.training)
+            self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -63,18 +101,17 @@ class Router(nn.Linear):
 
     @torch.jit.unused
     def _route_outside_autocast(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return self._route(x)
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        total, positions = x.sum((2, 3), dtype=dtype), x.shape[2] * x.shape[3]
         if self.hidden is None:
-            logits = _linear_of_mean(total, positions, self.weight, self.bias)
+            logits = _linear_of_mean(x, self.weight, self.bias, dtype)
         else:
-            hidden = _linear_of_mean(total, positions, self.hidden.weight, self.hidden.bias)
+            hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
             logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
-        if self.softmax:
+        if self.temperature is not None:
             return torch.softmax(logits / self.temperature.to(dtype), dim=1)
         return torch.sigmoid(logits)
 
@@ -82,14 +119,14 @@ class Router(nn.Linear):
         return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}"
 
 
-def _linear_of_mean(total: Tensor, positions: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """`weight @ (total / positions) + bias` in the dtype of `total`, (B, in) -> (B, out)."""
-    if weight.dtype != total.dtype:
-        weight, bias = weight.to(total.dtype), bias.to(total.dtype)
+def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight @ x.mean((2, 3)) + bias` computed in `dtype`, (B, in, H, W) -> (B, out)."""
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # A graph must divide by the size of the picture that it is given, not of the one that it was recorded with.
-        return F.linear(total / positions, weight, bias)
-    return torch.addmm(bias, total, weight.t(), alpha=1 / positions)
+        # A graph must divide by the size of the image that it is given, not of the one that it was recorded with.
+        return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
+    return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
 
 
 def _check_temperature(temperature: float) -> None:
@@ -157,8 +194,6 @@ class DynamicConv(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if strategy is not None and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be None or one of {', '.join(STRATEGIES)}, got {strategy!r}")
         self.strategy: str | None = strategy
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
@@ -179,6 +214,8 @@ class DynamicConv(nn.Module):
         self.num_experts = num_experts
         shape = (num_experts * out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if strategy is not None:
+            check_strategy(strategy, self.weight, self.padding, groups, num_experts)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         self.register_parameter("shift", None)
         self.reset_parameters()
@@ -197,15 +234,21 @@ class DynamicConv(nn.Module):
         return list(self.weight.detach().chunk(self.num_experts))
 
     @torch.jit.unused
-    def _reads(self, x: Tensor) -> bool:
-        return x.ndim == 4 and x.shape[1] == self.in_channels
+    def _check(self, x: Tensor, routing_weights: Tensor | None) -> None:
+        if torch.jit.is_tracing():
+            return  # whose sizes are tensors, not numbers
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
+        if routing_weights is not None and routing_weights.shape != (x.shape[0], self.num_experts):
+            raise ValueError(
+                f"expected routing_weights of shape (batch, num_experts) = ({x.shape[0]}, {self.num_experts}), got "
+                f"{tuple(routing_weights.shape)}"
+            )
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check(x, routing_weights)
         if routing_weights is None:
-            if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not self._reads(x):
-                raise ValueError(
-                    f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}"
-                )
             if self.routing is None:
                 raise ValueError("this convolution has no router: hand it routing_weights (batch, experts) with x")
             routing_weights = self.routing(x)

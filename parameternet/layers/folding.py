@@ -29,22 +29,15 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """Scale the kernels of `conv`, every expert's alike, so that it gives what `norm` made of its output.
 
     Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
-    adds is not mixed: it becomes `shift` of a DynamicConv and `bias` of a torch.nn.Conv2d.
+    adds is not mixed: it becomes `shift` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics are
+    folded, whether the layers are in training mode or not, as timm's `reparameterize_model` has it.
 
     Returns:
         What is left to do after `conv`: nn.Identity, the activation of a BatchNormAct2d, or `norm` itself, and `conv`
         as it was, where the pair is none of these.
-
-    Raises:
-        ValueError: `norm` is in training mode and thus no fixed scale.
     """
     if not can_fold(conv, norm):
         return norm
-    if norm.training or conv.training:
-        raise ValueError(
-            "only a network in evaluation mode can be fused, this one is in training mode: its batch normalisation "
-            "depends on the batch; call model.eval() first"
-        )
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -63,7 +56,7 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
         start = start + old.double() * scale
     setattr(conv, name, nn.Parameter(start.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad))
     rest = [layer for layer in (getattr(norm, "drop", None), getattr(norm, "act", None)) if layer is not None]
-    return nn.Sequential(*rest).eval() if rest else nn.Identity().eval()
+    return (nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
 
 
 def _scale(parameter: nn.Parameter, scale: torch.Tensor) -> None:

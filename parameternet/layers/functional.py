@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, convolve_compiled
 from .gradients import (
     DepthwiseConvolution,
@@ -26,9 +26,9 @@ from .strategies import (
     _grouped,
     _shifted,
     _wide,
+    check_strategy,
     choose_strategy,
     is_depthwise,
-    is_pointwise,
     kernels_are_large,
     mix,
 )
@@ -81,9 +81,6 @@ def dynamic_conv2d(
         stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
         if not torch.jit.is_tracing():
             _check(x, weight, routing_weights, bias, shift, groups)
-        if strategy is not None:
-            depthwise = is_depthwise(x, weight, routing_weights, groups)
-            _check_strategy(strategy, is_pointwise(weight, padding, groups), depthwise)
     return convolve(x, weight, routing_weights, bias, Geometry(stride, padding, dilation, groups), strategy, shift)
 
 
@@ -96,18 +93,16 @@ def convolve(
     strategy: str | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """`dynamic_conv2d` without its checks, for tensors that are known to fit."""
-    if x.shape[0] == 0:
-        # No sample, no kernel to mix; the first expert's shape decides the output's.
-        kernel = weight[: weight.shape[0] // routing_weights.shape[1]]
-        return F.conv2d(x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    """`dynamic_conv2d` for tensors whose shapes are known to fit; a strategy that was asked for is still checked."""
+    if strategy is not None:
+        check_strategy(strategy, weight, geometry.padding, geometry.groups, routing_weights.shape[1])
     if torch.jit.is_scripting():
         routing_weights = routing_weights.to(weight.dtype)
         y = _convolve_scripted(x, weight, routing_weights, geometry, strategy, shift)
     else:
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.dtype != torch.float64:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 return convolve(x.to(dtype), weight.to(dtype), routing_weights, bias, geometry, strategy, shift)
         # Comparing is cheaper than a cast that changes nothing, and at batch 1 such things add up.
         if routing_weights.dtype != weight.dtype:
@@ -125,6 +120,8 @@ def _convolve(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
 ) -> Tensor:
     """By whom it is computed: a compiler's operator, a recorded graph, autograd, or nobody that looks on."""
+    if x.shape[0] == 0:
+        return _convolve_nothing(x, weight, routing_weights, geometry, shift)
     recorded = _records_a_graph()
     if recorded and compiles_for_python():
         return convolve_compiled(x, weight, routing_weights, geometry, strategy, shift)
@@ -147,6 +144,8 @@ def _convolve_scripted(
     x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
 ) -> Tensor:
     """A chain and not a look-up in STRATEGIES, because TorchScript has no tables of functions."""
+    if x.shape[0] == 0:
+        return _convolve_nothing(x, weight, routing_weights, geometry, shift)
     if strategy is None:
         strategy = choose_strategy(
             x, weight, routing_weights, geometry.stride, geometry.padding, geometry.groups, False
@@ -160,6 +159,15 @@ def _convolve_scripted(
     if strategy == "shifted":
         return _shifted(x, weight, routing_weights, shift, geometry)
     return _wide(x, weight, routing_weights, shift, geometry)
+
+
+def _convolve_nothing(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, shift: Tensor | None
+) -> Tensor:
+    """The empty output of an empty batch. Everything takes part, so that every gradient is zero and none is missing."""
+    kernel = weight[: weight.shape[0] // routing_weights.shape[1]]
+    y = F.conv2d(x, kernel, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return y * routing_weights.sum(1).reshape(-1, 1, 1, 1)
 
 
 def _records_a_graph() -> bool:
@@ -176,7 +184,7 @@ def _remixes(strategy: str, x: Tensor, weight: Tensor, routing_weights: Tensor, 
     if strategy not in ("grouped", "batched_matmul"):
         return False
     slow = gains_by_own_gradient(x, weight) or gains_by_float32_gradients(x)
-    own = is_depthwise(x, weight, routing_weights, groups) and slow
+    own = is_depthwise(weight, groups, routing_weights.shape[1]) and slow
     return own or kernels_are_large(weight, routing_weights)
 
 
@@ -205,15 +213,6 @@ def _check(
         raise ValueError(f"bias must be (experts * out,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     if shift is not None and shift.shape != (out,):
         raise ValueError(f"shift must be (out,) = ({out},), got {tuple(shift.shape)}")
-
-
-def _check_strategy(strategy: str, pointwise: bool, depthwise: bool) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    if strategy in ("batched_matmul", "gated_inputs") and not pointwise:
-        raise ValueError(f"strategy {strategy!r} takes only 1 x 1 kernels without padding and groups; try 'grouped'")
-    if strategy == "shifted" and not depthwise:
-        raise ValueError("strategy 'shifted' takes only depthwise kernels, in = out = groups; try 'grouped'")
 
 
 def depthwise_conv2d(
@@ -255,7 +254,7 @@ def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
 @torch.jit.unused
 def _depthwise_in_half(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     dtype = autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), geometry)
 
 

@@ -1,11 +1,17 @@
-"""Gradients of convolutions with mixed kernels that keep no kernel of a sample for backward, and of depthwise ones."""
+"""Convolutions with gradients of our own: of mixed kernels, which are not kept for backward, and of depthwise ones.
 
-from collections.abc import Sequence
+Both are linear in each of their tensors, and so are all formulas here: `backward` is made of differentiable operations,
+and forward mode and `torch.func.vmap` go through `plain`, the same function in torch's own operations. To autograd they
+are therefore what `F.conv2d` is; `tests/layers/test_like_conv2d.py` holds them to that.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .strategies import STRATEGIES, WITHOUT_GRADIENTS, Geometry, is_pointwise, mix, samples_at_a_time
 
 __all__ = [
@@ -24,21 +30,80 @@ class MixedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, routing_weights, geometry, strategy):
-        ctx.save_for_backward(x, weight, routing_weights)
-        ctx.geometry, ctx.strategy = geometry, strategy
-        return WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, None, geometry)
+    def forward(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str) -> Tensor:
+        return _own_tensor(WITHOUT_GRADIENTS[strategy](x, weight, routing_weights, None, geometry))
+
+    @staticmethod
+    def plain(x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str) -> Tensor:
+        return STRATEGIES[strategy](x, weight, routing_weights, None, geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _keep(ctx, inputs[:3], inputs[3:])
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, routing_weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradients is wanted: through torch's own, differentiable formulas
-            y = STRATEGIES[ctx.strategy](x, weight, routing_weights, None, ctx.geometry)
-            wanted = [t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        grads = mixed_gradients(x, weight, routing_weights, grad, ctx.geometry, ctx.needs_input_grad)
+        geometry, _ = ctx.options
+        with without_autocast(grad.device.type):  # forward ran without it, whatever is on now
+            grads = mixed_gradients(*ctx.saved_tensors, grad, geometry, ctx.needs_input_grad)
         return *grads, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _directional_derivative(MixedConvolution.plain, ctx, tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return torch.vmap(MixedConvolution.plain, in_dims)(*inputs), 0
+
+
+class DepthwiseConvolution(torch.autograd.Function):
+    """Depthwise convolution (B, C, H, W) by (C, 1, kh, kw) with the gradients of `convolution_gradients`."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        return F.conv2d(x, kernels, None, *geometry)
+
+    plain = forward
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _keep(ctx, inputs[:2], inputs[2:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (geometry,) = ctx.options
+        with without_autocast(grad.device.type):
+            return *convolution_gradients(*ctx.saved_tensors, grad, geometry, *ctx.needs_input_grad[:2]), None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _directional_derivative(DepthwiseConvolution.plain, ctx, tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return torch.vmap(DepthwiseConvolution.plain, in_dims)(*inputs), 0
+
+
+def _own_tensor(y: Tensor) -> Tensor:
+    """Return `y` as a tensor that is no view: autograd forbids in-place changes of a view that a Function returns."""
+    return y.new_empty(0).set_(y)
+
+
+def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.options = options
+
+
+def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | None]) -> Tensor:
+    """Of a function that is linear in each of its tensors: the sum of what it makes of each tangent in its place."""
+    tensors, total = ctx.saved_tensors, None
+    for index, tangent in enumerate(tangents[: len(tensors)]):
+        if tangent is not None:
+            term = plain(*tensors[:index], tangent, *tensors[index + 1 :], *ctx.options)
+            total = term if total is None else total + term
+    return total
 
 
 def mixed_gradients(
@@ -47,32 +112,34 @@ def mixed_gradients(
     """Gradients of input, experts and routing, as `needed`; kernels are mixed again, a few samples at a time."""
     form = _matmul_gradients if is_pointwise(weight, geometry.padding, geometry.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needed[0] else None
-    # Summed over the batch in float32 at least, as a product over all of it would be.
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    grad_experts = torch.zeros_like(experts, dtype=wide) if needed[1] else None
-    grad_routing = torch.empty_like(routing_weights) if needed[2] else None
+    grads_x, grad_experts, grads_routing = [], None, []
     step = samples_at_a_time(weight, routing_weights)
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         kernels = mix(weight, routing_weights[part])
         part_x, part_kernels = form(x[part], kernels, grad[part], weight.shape, geometry, needed)
-        if grad_x is not None:
-            grad_x[part] = part_x
-        if grad_experts is not None:
-            _add_product(grad_experts, routing_weights[part].t(), part_kernels)
-        if grad_routing is not None:
-            torch.mm(part_kernels, experts.t(), out=grad_routing[part])
-    if grad_experts is not None:
-        grad_experts = grad_experts.to(weight.dtype).reshape(weight.shape)
-    return [grad_x, grad_experts, grad_routing]
+        if needed[0]:
+            grads_x.append(part_x)
+        if needed[1]:
+            grad_experts = _add_product(grad_experts, routing_weights[part].t(), part_kernels)
+        if needed[2]:
+            grads_routing.append(torch.mm(part_kernels, experts.t()))
+    return [
+        _joined(grads_x) if needed[0] else None,
+        grad_experts.to(weight.dtype).reshape(weight.shape) if needed[1] else None,
+        _joined(grads_routing) if needed[2] else None,
+    ]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a.to(total.dtype), b.to(total.dtype))
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a @ b`, in float32 at least, as one product over the whole batch would be summed."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _matmul_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor | None, Tensor | None]:
@@ -85,12 +152,17 @@ def _matmul_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor
     if needed[0]:
         grad_x = torch.bmm(kernels.reshape(batch, -1, channels).transpose(1, 2), grad).reshape(seen.shape)
         if strided:
-            spread = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            spread[:, :, ::stride_h, ::stride_w] = grad_x
-            grad_x = spread
+            grad_x = _spread(grad_x, x.shape, geometry.stride)
     if needed[1] or needed[2]:
         grad_kernels = torch.bmm(grad, columns.transpose(1, 2)).reshape(batch, -1)
     return grad_x, grad_kernels
+
+
+def _spread(grad: Tensor, shape: torch.Size, stride: tuple[int, int]) -> Tensor:
+    """Put the gradient of `x[:, :, ::stride_h, ::stride_w]` back where it was read from, zeros elsewhere."""
+    spread = grad.new_zeros(shape)
+    spread[:, :, :: stride[0], :: stride[1]] = grad
+    return spread
 
 
 def _grouped_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor | None, Tensor | None]:
@@ -125,7 +197,7 @@ def convolution_gradients(x, kernels, grad, geometry, of_x, of_kernels) -> tuple
         # (i, j) saw x at i * dilation + row * stride.
         taps = grad.reshape(x.shape[1], 1, grad.shape[2], grad.shape[3])
         seen = F.conv2d(x, taps, None, dilation, padding, stride, groups)
-        grad_kernels = seen[:, :, : kernels.shape[2], : kernels.shape[3]].reshape(kernels.shape)
+        grad_kernels = seen.narrow(2, 0, kernels.shape[2]).narrow(3, 0, kernels.shape[3]).reshape(kernels.shape)
     return grad_x if grad_x is None else grad_x.to(dtype), grad_kernels if grad_kernels is None else grad_kernels.to(
         dtype
     )
@@ -150,23 +222,3 @@ def gains_by_float32_gradients(x: Tensor) -> bool:
     core with AMX); elsewhere the two differ little.
     """
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-
-
-class DepthwiseConvolution(torch.autograd.Function):
-    """Depthwise convolution (B, C, H, W) by (C, 1, kh, kw) with the gradients of `convolution_gradients`."""
-
-    @staticmethod
-    def forward(ctx, x, kernels, geometry):
-        ctx.save_for_backward(x, kernels)
-        ctx.geometry = geometry
-        return F.conv2d(x, kernels, None, *geometry)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, kernels = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            y = F.conv2d(x, kernels, None, *ctx.geometry)
-            wanted = [t for t, needed in zip((x, kernels), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
-        return *convolution_gradients(x, kernels, grad, ctx.geometry, *ctx.needs_input_grad[:2]), None

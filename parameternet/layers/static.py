@@ -6,6 +6,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import compiles_for_python
 from .functional import depthwise_conv2d
 
 __all__ = ["DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
@@ -50,7 +51,8 @@ def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool
 
 @torch.jit.unused
 def _is_linear(x: Tensor, training: bool) -> bool:
-    used = (training and not torch.jit.is_tracing()) or torch.compiler.is_compiling()
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    used = compiles_for_python() if recorded else training
     return used and x.shape[2] == 1 and x.shape[3] == 1
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "STRATEGIES",
     "Geometry",
+    "check_strategy",
     "choose_strategy",
     "is_channels_last",
     "is_depthwise",
@@ -184,8 +185,12 @@ def _wide(x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | No
     by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1).reshape(weight.shape)
     y = F.conv2d(x, by_group, None, geometry.stride, geometry.padding, geometry.dilation, groups)
     height, width = y.shape[2], y.shape[3]
-    y = y.reshape(-1, groups, experts, out // groups, height, width)
-    y = (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
+    if out == groups:  # depthwise: the sum has the shape of the output
+        y = y.reshape(-1, groups, experts, height, width)
+        y = (y * routing_weights.reshape(-1, 1, experts, 1, 1)).sum(2)
+    else:
+        y = y.reshape(-1, groups, experts, out // groups, height, width)
+        y = (y * routing_weights.reshape(-1, 1, experts, 1, 1, 1)).sum(2).reshape(-1, out, height, width)
     return y if shift is None else y + shift[:, None, None]
 
 
@@ -203,7 +208,9 @@ def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """The positions that a strided 1 x 1 kernel reads."""
     if stride[0] == 1 and stride[1] == 1:
         return x
-    return x[:, :, :: stride[0], :: stride[1]]
+    x = x[:, :, :: stride[0], :: stride[1]]
+    # torch.export would else ask for sizes for which the reshape that follows is the kind of view that it saw.
+    return x.contiguous() if torch.compiler.is_compiling() else x
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -216,9 +223,33 @@ def is_pointwise(weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
     return weight.shape[2] == 1 and weight.shape[3] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
 
 
-def is_depthwise(x: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> bool:
-    """One kernel a channel."""
-    return groups == x.shape[1] and weight.shape[0] == groups * routing_weights.shape[1]
+def is_depthwise(weight: Tensor, groups: int, num_experts: int) -> bool:
+    """One kernel of one channel for each channel of the input."""
+    return weight.shape[1] == 1 and weight.shape[0] == groups * num_experts
+
+
+def check_strategy(strategy: str, weight: Tensor, padding: tuple[int, int], groups: int, num_experts: int) -> None:
+    """Refuse a strategy that would compute something else than the convolution of these experts.
+
+    Raises:
+        ValueError: An unknown name, or one that does not take this kind of convolution.
+    """
+    if strategy == "batched_matmul" or strategy == "gated_inputs":
+        if not is_pointwise(weight, padding, groups):
+            raise ValueError(
+                f"strategy '{strategy}' takes only 1 x 1 kernels without padding and groups, got kernels of "
+                f"{weight.shape[2]} x {weight.shape[3]}, padding={padding}, groups={groups}; try 'grouped'"
+            )
+    elif strategy == "shifted":
+        if not is_depthwise(weight, groups, num_experts):
+            raise ValueError(
+                f"strategy 'shifted' takes only depthwise kernels, in = out = groups, got {weight.shape[1] * groups} "
+                f"channels in, {weight.shape[0] // num_experts} out, groups={groups}; try 'grouped'"
+            )
+    elif strategy != "grouped" and strategy != "wide":
+        raise ValueError(
+            f"unknown strategy '{strategy}'; there are grouped, batched_matmul, gated_inputs, shifted, wide"
+        )
 
 
 def choose_strategy(
@@ -228,17 +259,29 @@ def choose_strategy(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     groups: int = 1,
-    free_batch: bool = False,
+    recorded: bool = False,
 ) -> str:
-    """Name of the strategy that runs; `free_batch` asks for one that does not write the batch size into a graph."""
+    """Name of the strategy that runs.
+
+    `recorded`: a graph is being recorded, which must neither depend on the size of the image nor, where it is to serve
+    other batch sizes, on that of the batch.
+    """
     if is_pointwise(weight, padding, groups):
+        if recorded:
+            return "batched_matmul"
         # Rounded up, as the strided positions 0, s, 2s, ... are counted.
         positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
         # Up to here gating the inputs beats mixing a kernel for every sample. Training 80 -> 240 channels, batch 128,
         # on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
-        if positions <= 4 and not free_batch:
-            return "gated_inputs"
-        return "batched_matmul"
-    if not free_batch:
+        return "gated_inputs" if positions <= 4 else "batched_matmul"
+    if not recorded or _batch_is_fixed(x):
         return "grouped"
-    return "shifted" if is_depthwise(x, weight, routing_weights, groups) else "wide"
+    # Compilers of traced programs fuse the sum over the taps, but it is 70 operations in a graph of torch.export.
+    traced = torch.jit.is_tracing() and is_depthwise(weight, groups, routing_weights.shape[1])
+    return "shifted" if traced else "wide"
+
+
+@torch.jit.unused
+def _batch_is_fixed(x: Tensor) -> bool:
+    """Is this torch.export for one batch size? A trace is always meant to serve others, too."""
+    return not torch.jit.is_tracing() and isinstance(x.shape[0], int)

@@ -17,6 +17,7 @@ from timm.models import generate_default_cfgs, ghostnet, register_model
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
+from ..surgery.dilate import dilate
 from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
 from ._builder import build_model
 
@@ -102,7 +103,7 @@ class Experts(NamedTuple):
 
 def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
     """timm's network, upcycled."""
-    model = source.entrypoint(**kwargs)
+    model = _dense(source, **kwargs)
     if not experts.dynamic:
         return model
     if source.prepare:
@@ -119,6 +120,16 @@ def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
         share_routers=False,  # as the released network: a router for each convolution
         inplace=True,
     )
+
+
+def _dense(source: Source, output_stride: int = 32, **kwargs: Any) -> nn.Module:
+    """timm's network, dilated by timm if it can do that, and else by `dilate`."""
+    if output_stride == 32:
+        return source.entrypoint(**kwargs)
+    try:
+        return source.entrypoint(output_stride=output_stride, **kwargs)
+    except (TypeError, AssertionError, NotImplementedError, ValueError):  # timm's networks each refuse in their own way
+        return dilate(source.entrypoint(**kwargs), output_stride)
 
 
 def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any) -> nn.Module:

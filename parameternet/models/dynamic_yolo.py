@@ -124,7 +124,7 @@ class YoloBackbone(nn.Module):
         num_experts, routing: As of DynamicConv.
         dynamic: False: static convolutions in their places.
         num_classes, in_chans, global_pool, drop_rate: As everywhere in timm.
-        output_stride: 32; dilation is not supported.
+        output_stride: 32; the pyramid pooling of the last row cannot be dilated.
     """
 
     def __init__(

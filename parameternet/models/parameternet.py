@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
 from ..layers.static import PooledConv, static_conv2d
+from ..surgery.dilate import dilate
 from ._builder import build_model
 
 __all__ = ["ParameterNet"]
@@ -83,7 +84,7 @@ class ParameterNet(nn.Module):
         dynamic: False builds the plain static network of the same size.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: As everywhere in timm. Stochastic depth grows
             linearly from 0 at the first block to `drop_path_rate` at the last.
-        output_stride: 32; dilation is not supported.
+        output_stride: 8, 16 or 32; below 32 the last stages are dilated instead of strided, see `surgery.dilate`.
         act_layer: Activation, a class or timm's name for it.
     """
 
@@ -107,8 +108,6 @@ class ParameterNet(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride must be 32, got {output_stride}: dilated stages are not supported")
         dd = {"device": device, "dtype": dtype}
         conv_layer = static_conv2d
         if dynamic:
@@ -162,6 +161,8 @@ class ParameterNet(nn.Module):
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         self.classifier = Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self._init_weights()
+        if output_stride != 32:
+            dilate(self, output_stride)
 
     def _init_weights(self) -> None:
         """Residual branches start at zero and the head at unit gain; the rest as torch draws it.

@@ -1,21 +1,19 @@
 """From a dense checkpoint, wherever it is, to a folder with a dynamic one in the Hub's layout."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import files, weights
 from ..surgery.compare import Comparison, compare
 from ..surgery.upcycle import upcycle
 from . import dynamic_timm
-from ._builder import build_from_config
+from ._builder import build_from_config, hub_layout
 
 __all__ = ["load_dense", "save_upcycled", "upcycle_checkpoint"]
 
@@ -124,16 +122,14 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
     folder.mkdir(parents=True, exist_ok=True)
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
-    with tempfile.TemporaryDirectory() as private:
-        written = Path(private) / weights.CONFIG_NAME
-        save_config_for_hf(
-            model,
-            written,
-            model_config={**labels, "pretrained_cfg": _plain(cfg), "upcycled_from": upcycled_from},
-            model_args={"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
-        )
-        # Older releases of timm take the architecture from the network, whatever they are told.
-        config = {**json.loads(written.read_text("utf-8")), "architecture": "dynamic_timm"}
+    config = hub_layout(
+        model,
+        {"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
+        **labels,
+        architecture="dynamic_timm",
+        pretrained_cfg=_plain(cfg),
+        upcycled_from=upcycled_from,
+    )
     with files.lock(folder / ".lock", str(folder)):  # weights and config of two writers must not mix
         weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
         files.write_json(folder / weights.CONFIG_NAME, config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Survey", "survey"]
+__all__ = ["Survey", "meta_copy", "survey"]
 
 # Parts of layer names that mean a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
@@ -74,7 +74,7 @@ def _calls(model: nn.Module, probe: Tensor) -> dict[str, list[_Call]]:
         calls.setdefault(name, []).append(_Call((id(x), x._version), x.shape[-2] * x.shape[-1]))
 
     try:
-        double = _without_memory(model)
+        double = meta_copy(model)
         for name, module in double.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
@@ -85,8 +85,8 @@ def _calls(model: nn.Module, probe: Tensor) -> dict[str, list[_Call]]:
     return calls
 
 
-def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors, in attributes too, have shapes and no numbers."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy on the meta device in evaluation mode: its tensors, in attributes too, have shapes and no numbers."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

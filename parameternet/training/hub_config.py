@@ -74,6 +74,7 @@ def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[s
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         **labels,
-        "model_args": r.model_kwargs,
+        # The number of classes is said once, above: transformers hands it on beside these arguments.
+        "model_args": {name: value for name, value in r.model_kwargs.items() if name != "num_classes"},
         "pretrained_cfg": pretrained_cfg,
     }

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from parameternet import files, weights
 from parameternet.hub import write_card
 from parameternet.layers import DynamicConv
+from parameternet.models._builder import hub_layout
 from parameternet.training.checkpoint import BEST, claimed, read_weights
 from parameternet.training.errors import CheckpointError
 from parameternet.training.recipe import Recipe, saved_recipe
@@ -131,13 +131,9 @@ def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[s
     cfg = {**config["pretrained_cfg"], "tag": name.partition(".")[2], "license": recipe.license}
     labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
     network.pretrained_cfg.pop("state_dict", None)
-    save_config_for_hf(
-        network,
-        folder / weights.CONFIG_NAME,
-        model_config={**labels, "pretrained_cfg": cfg},
-        model_args=config.get("model_args") or {},
-    )
-    return json.loads((folder / weights.CONFIG_NAME).read_text("utf-8"))
+    written = hub_layout(network, config.get("model_args") or {}, **labels, pretrained_cfg=cfg)
+    files.write_json(folder / weights.CONFIG_NAME, written)
+    return written
 
 
 def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:

@@ -1,6 +1,7 @@
 """torch.compile: one graph without breaks for all batch sizes, the same numbers, the same gradients."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,3 +75,33 @@ def test_inductor_computes_the_same():
         for batch in (2, 5):
             x = torch.randn(batch, 3, 16, 16)
             assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("free_batch", [False, True])
+def test_an_exported_program_is_small_and_serves_its_batches(free_batch):
+    torch.manual_seed(0)
+    ours, plain = timm.create_model("parameternet_50m").eval(), timm.create_model("ghostnet_050").eval()
+    x = torch.randn(2, 3, 64, 64)
+
+    def exported(model):
+        batch = {0: torch.export.Dim("batch", min=1, max=64)} if free_batch else None
+        return torch.export.export(model, (x,), dynamic_shapes=(batch,))
+
+    program = exported(ours)
+    assert len(program.graph.nodes) <= 2 * len(exported(plain).graph.nodes)
+    with torch.no_grad():
+        for batch in (1, 2, 5, 64) if free_batch else (2,):
+            images = torch.randn(batch, 3, 64, 64)
+            assert torch.allclose(program.module()(images), ours(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_exported_layer_serves_images_of_other_sizes(name):
+    conv = layer(name).eval()
+    free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=3), 3: torch.export.Dim("width", min=3)}
+    x = torch.randn(2, 8, 9, 7)
+    program = torch.export.export(conv, (x,), dynamic_shapes={"x": free})
+    with torch.no_grad():
+        for shape in ((2, 8, 9, 7), (3, 8, 4, 12), (5, 8, 32, 5)):
+            images = torch.randn(shape)
+            assert torch.allclose(program.module()(images), conv(images), rtol=1e-4, atol=1e-5)

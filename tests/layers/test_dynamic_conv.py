@@ -10,6 +10,7 @@ from reference import assert_no_worse, naive_dynamic_conv2d
 from torch import nn
 
 from parameternet import DynamicConv, Router, set_temperature
+from parameternet.layers import STRATEGIES
 from parameternet.layers.dynamic_conv import _pad_same
 
 KINDS = {
@@ -205,6 +206,104 @@ def test_device_and_dtype_reach_every_parameter():
 def test_wrong_arguments_are_shown(arguments, message):
     with pytest.raises(ValueError, match=message):
         DynamicConv(8, 6, **arguments)
+
+
+# Shapes that some strategy does not take: (arguments, strategies that take it).
+STRATEGY_SHAPES = {
+    "pointwise": ({}, {"grouped", "batched_matmul", "gated_inputs", "wide"}),
+    "pointwise-padded": ({"padding": 1}, {"grouped", "wide"}),
+    "pointwise-groups": ({"groups": 2}, {"grouped", "wide"}),
+    "row": ({"kernel_size": (1, 3)}, {"grouped", "wide"}),
+    "dense": ({"kernel_size": 3}, {"grouped", "wide"}),
+    "depthwise": ({"out_channels": 8, "kernel_size": 3, "groups": 8}, {"grouped", "shifted", "wide"}),
+    "depthwise-1": ({"out_channels": 8, "groups": 8}, {"grouped", "shifted", "wide"}),
+    "multiplier": ({"out_channels": 16, "kernel_size": 3, "groups": 8}, {"grouped", "wide"}),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("arguments", "taken"), STRATEGY_SHAPES.values(), ids=STRATEGY_SHAPES)
+def test_a_strategy_computes_the_convolution_or_is_refused(arguments, taken, strategy):
+    arguments = {"in_channels": 8, "out_channels": 12, "num_experts": 3, **arguments}
+    x = torch.randn(2, 8, 6, 6)
+    torch.manual_seed(0)
+    layer = DynamicConv(**arguments)
+    if strategy in taken:
+        expected = layer(x)
+        layer.strategy = strategy
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+        assert DynamicConv(**arguments, strategy=strategy)(x).shape == expected.shape
+        return
+    with pytest.raises(ValueError, match=f"strategy '{strategy}' takes only"):
+        DynamicConv(**arguments, strategy=strategy)
+    layer.strategy = strategy  # after the layer was built
+    for training in (True, False):
+        with torch.set_grad_enabled(training), pytest.raises(ValueError, match=f"strategy '{strategy}' takes only"):
+            layer.train(training)(x)
+    with pytest.raises(Exception, match=f"strategy '{strategy}' takes only"):
+        torch.jit.script(layer)(x)
+    with pytest.raises(ValueError, match=f"strategy '{strategy}' takes only"):
+        torch.jit.trace(layer, x)
+    with pytest.raises(Exception, match=f"strategy '{strategy}' takes only"):
+        torch.compile(layer, backend="eager")(x)
+
+
+def test_an_unknown_strategy_is_refused_when_built_and_when_called():
+    with pytest.raises(ValueError, match="unknown strategy 'fast'; there are grouped, "):
+        DynamicConv(8, 8, strategy="fast")
+    layer = DynamicConv(8, 8)
+    layer.strategy = "fast"
+    with pytest.raises(ValueError, match="unknown strategy 'fast'"):
+        layer(torch.randn(1, 8, 2, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 4), (1, 4), (2, 4, 1), (2, 8), (8,)])
+def test_routing_weights_of_another_shape_are_refused(shape):
+    layer = DynamicConv(8, 6, num_experts=4)
+    with pytest.raises(ValueError, match=r"expected routing_weights of shape \(batch, num_experts\) = \(2, 4\), got"):
+        layer(torch.randn(2, 8, 5, 5), torch.rand(shape))
+
+
+def test_tools_that_look_for_linear_layers_and_buffers_find_none(layer):
+    assert not [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    assert [name for name, _ in layer.named_buffers()] == (["routing.temperature"] if layer.routing.softmax else [])
+    names = ["routing.weight", "routing.bias"] + ["routing.hidden.weight", "routing.hidden.bias"] * (
+        layer.routing.hidden is not None
+    )
+    assert [name for name, _ in layer.named_parameters() if name.startswith("routing.")] == names
+
+
+def test_routers_start_as_linear_layers_do():
+    torch.manual_seed(0)
+    router = Router(24, 4, hidden=5)
+    torch.manual_seed(0)
+    last, first = nn.Linear(5, 4), nn.Linear(24, 5)
+    for ours, theirs in ((router, last), (router.hidden, first)):
+        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+        assert (ours.in_features, ours.out_features) == (theirs.in_features, theirs.out_features)
+
+
+@pytest.mark.parametrize("routing", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_routers_pickled_by_0_1_0_load(routing, hidden):
+    router = Router(8, 4, routing, hidden, temperature=3.0).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = router(x)
+    state = router.__getstate__()
+    # As 0.1.0 had it: a temperature in every router, and a torch.nn.Linear for the hidden layer.
+    state["_buffers"] = {"temperature": torch.tensor(3.0)}
+    state["_non_persistent_buffers_set"] = set() if routing == "softmax" else {"temperature"}
+    if hidden:
+        linear = nn.Linear(8, hidden).eval()
+        linear.load_state_dict(router.hidden.state_dict())
+        state["_modules"] = {"hidden": linear}
+    old = Router.__new__(Router)
+    old.__setstate__(copy.deepcopy(state))
+    assert torch.equal(old(x), expected)
+    assert old.state_dict().keys() == router.state_dict().keys()
+    assert not any(isinstance(m, nn.Linear) for m in old.modules()) and not any(m.training for m in old.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(old))(x), expected)
+    assert torch.allclose(torch.jit.script(old)(x), expected, rtol=1e-6)
 
 
 def test_wrong_input_is_shown():

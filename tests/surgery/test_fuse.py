@@ -1,5 +1,7 @@
 """Batch normalisation folded: the same function, nothing of it left, nothing touched that must not be."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -56,6 +58,26 @@ def test_timms_function_reaches_every_norm_of_ours(arguments):
         fused = reparameterize_model(model)
         assert not norms(fused) and norms(model)
         assert_same(fused(x), model(x))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dynamic": False}, {"features_only": True}], ids=str)
+@pytest.mark.parametrize("name", ["parameternet_50m", "dynamic_mobilenetv3_large_100", "dynamic_ghostnet_050"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_timms_function_takes_a_network_in_training_mode(name, arguments, inplace):
+    model = lived_in(timm.create_model(name, **arguments)).train()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(x)
+        fused = reparameterize_model(model, inplace=inplace)
+        assert all(module.training for module in fused.modules())
+        for got, want in zip(outputs(fused.eval()(x)), outputs(expected), strict=True):
+            assert_same(got, want)
+        if name == "parameternet_50m":
+            assert not norms(fused)
+
+
+def outputs(result):
+    return result if isinstance(result, list) else [result]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -151,8 +173,6 @@ def test_a_training_network_is_refused_and_left_as_it_was():
     model.blocks[3].train()
     with pytest.raises(ValueError, match=r"in training mode \(first: blocks\.3\): call model\.eval"):
         fuse(model, inplace=True)
-    with pytest.raises(ValueError, match=r"call model\.eval"):
-        reparameterize_model(model.train(), inplace=True)
     assert len(norms(model)) == len(norms(timm.create_model("parameternet_50m")))
 
 

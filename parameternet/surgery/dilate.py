@@ -1,0 +1,126 @@
+"""`dilate`: strides of the last stages replaced by dilation, for dense prediction."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DynamicConv
+from ..layers.functional import pair
+from .survey import meta_copy
+
+__all__ = ["OUTPUT_STRIDES", "dilate"]
+
+OUTPUT_STRIDES = (8, 16, 32)
+WINDOWS = (nn.Conv2d, DynamicConv, nn.MaxPool2d, nn.AvgPool2d)
+SIDE = 256  # of the probe image: every reduction up to 64 divides it, and it is larger than any dilated kernel
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Height of what a layer reads and of what it gives, for an image of `SIDE`."""
+
+    read: int
+    given: int
+
+
+@torch.no_grad()
+def dilate(model: nn.Module, output_stride: int) -> nn.Module:
+    """Make the coarsest feature map of a network `output_stride` times smaller than the image, in place.
+
+    A stride that would go beyond is replaced by 1, and what reads the finer map is dilated by as much: at every
+    `stride`-th position it computes what it computed before, but for what looks at the whole map (routers,
+    squeeze-and-excitation, pooling). Parameters and their names stay as they are. Source: DeepLab, arXiv:1606.00915.
+
+    Args:
+        model: A network of `torch.nn.Conv2d`, `DynamicConv` and pooling layers that takes images of any size.
+        output_stride: 8, 16 or 32.
+
+    Returns:
+        `model`, with the reductions of its `feature_info` brought up to date.
+
+    Raises:
+        ValueError: Another output stride, or a network that cannot be dilated; it is left as it was.
+    """
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"output_stride must be one of {', '.join(map(str, OUTPUT_STRIDES))}, got {output_stride}")
+    before = _sides(model)
+    strides = {name: _stride(side, output_stride) for name, side in before.items()}
+    undo = {name: _settings(model.get_submodule(name)) for name in before}
+    try:
+        for name, stride in strides.items():
+            if stride is not None:
+                model.get_submodule(name).stride = (stride, stride)
+        for name, side in _sides(model).items():
+            _widen(name, model.get_submodule(name), side.read // before[name].read)
+        _check_features(model, output_stride)
+    except (ValueError, RuntimeError) as error:
+        for name, settings in undo.items():
+            vars(model.get_submodule(name)).update(settings)
+        raise ValueError(f"this {type(model).__name__} cannot have output_stride={output_stride}: {error}") from error
+    for info in _feature_info(model):
+        info["reduction"] = min(info["reduction"], output_stride)
+    return model
+
+
+def _sides(model: nn.Module) -> dict[str, _Sides]:
+    """What every layer with a window reads and gives, in the order of first calls."""
+    found: dict[str, _Sides] = {}
+    double = meta_copy(model)
+    names = {module: name for name, module in double.named_modules() if isinstance(module, WINDOWS)}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        found.setdefault(names[module], _Sides(inputs[0].shape[2], output.shape[2]))
+
+    for module in names:
+        module.register_forward_hook(note)
+    double(_probe(double))
+    return found
+
+
+def _probe(model: nn.Module) -> Tensor:
+    first = next((m for m in model.modules() if isinstance(m, WINDOWS) and hasattr(m, "in_channels")), None)
+    dtype = next(model.parameters()).dtype
+    return torch.empty(1, 3 if first is None else first.in_channels, SIDE, SIDE, device="meta", dtype=dtype)
+
+
+def _check_features(model: nn.Module, output_stride: int) -> None:
+    if not hasattr(model, "forward_features"):
+        return
+    double = meta_copy(model)
+    shape = tuple(double.forward_features(_probe(double)).shape)
+    rows = SIDE // output_stride
+    if len(shape) == 4 and shape[2] != rows:
+        raise ValueError(f"an image of {SIDE} rows gives a last feature map of shape {shape}, expected {rows} rows")
+
+
+def _stride(side: _Sides, output_stride: int) -> int | None:
+    """The stride with which a layer keeps the map at `output_stride`; None where it already does."""
+    finest = SIDE // output_stride
+    if side.given >= finest or side.given == side.read or side.given <= 1:
+        return None
+    return max(1, side.read // finest)
+
+
+def _widen(name: str, layer: nn.Module, factor: int) -> None:
+    """Spread the window of a layer over a map `factor` times as fine as before."""
+    window = pair(layer.kernel_size)
+    if factor <= 1 or window == (1, 1):
+        return
+    if isinstance(layer, nn.AvgPool2d):
+        raise ValueError(f"average pooling ({name}) cannot be dilated")
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"{name} pads with {layer.padding_mode}")
+    layer.dilation = tuple(factor * d for d in pair(layer.dilation))
+    if not isinstance(layer.padding, str):  # which is worked out on every call
+        layer.padding = tuple(factor * p for p in pair(layer.padding))
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    return {name: vars(layer)[name] for name in ("stride", "padding", "dilation") if name in vars(layer)}
+
+
+def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    info = getattr(model, "feature_info", [])
+    return list(getattr(info, "info", info))

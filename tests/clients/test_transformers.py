@@ -1,0 +1,94 @@
+"""transformers' timm wrapper on our folders: the probabilities of `parameternet predict`."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import parameternet  # noqa: F401  registers the networks
+from parameternet import weights
+from parameternet.models.upcycled import save_upcycled
+from parameternet.prediction import Predictor
+from parameternet.surgery import upcycle
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.models.timm_wrapper")
+
+PHOTOS = sorted((Path(__file__).parents[1] / "photos").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module", params=["parameternet_50m.tin200", "parameternet_300m.tin200", "upcycled"])
+def folder(request, tmp_path_factory):
+    target = tmp_path_factory.mktemp("folder") / request.param
+    if request.param == "upcycled":
+        torch.manual_seed(0)
+        dense = timm.create_model("resnet10t", num_classes=7).eval()
+        torch.nn.init.normal_(dense.fc.weight, std=0.5)
+        save_upcycled(upcycle(dense), target, "resnet10t")
+    else:
+        shutil.copytree(weights.shipped("weights") / request.param, target)
+    return target
+
+
+def by_class(predictor, path):
+    """Every class's probability, in the order of the outputs."""
+    with torch.no_grad():
+        x = predictor.transform(Image.open(path).convert("RGB"))[None]
+        return predictor.model(x).softmax(1)[0]
+
+
+def test_a_pipeline_gives_the_probabilities_of_predict(folder):
+    classify = transformers.pipeline("image-classification", model=str(folder))
+    predictor = Predictor(str(folder))
+    for path in PHOTOS:
+        expected = next(iter(predictor.predict([path])))
+        found = classify(str(path), top_k=len(expected.probabilities))
+        for ours, theirs in zip(expected.probabilities, found, strict=True):
+            assert abs(ours - theirs["score"]) <= 1e-5
+        labels = classify.model.config.id2label
+        assert [row["label"] for row in found][:1] == [labels[expected.indices[0]]]
+
+
+def test_auto_classes_load_the_same_network(folder, images):
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    network = Predictor(str(folder)).model
+    with torch.no_grad():
+        assert torch.allclose(model(images).logits, network(images), atol=1e-5)
+    features = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(features(images).last_hidden_state, network.forward_features(images), atol=1e-4)
+
+
+def test_a_model_saved_by_transformers_loads_again(folder, images, tmp_path):
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+
+
+def test_the_backbone_wrapper_gives_features(images):
+    config = transformers.TimmBackboneConfig(backbone="parameternet_50m", out_indices=[1, 2, 3, 4])
+    backbone = transformers.AutoBackbone.from_config(config)
+    assert [tuple(f.shape[2:]) for f in backbone(images).feature_maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+def test_the_trainer_fine_tunes(tmp_path, images):
+    folder = weights.shipped("weights") / "parameternet_50m.tin200"
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=2, ignore_mismatched_sizes=True
+    )
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, itertools.cycle([0, 1]))]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trained = transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert trained.global_step == 3 and torch.isfinite(torch.tensor(trained.training_loss))
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert any(".routing." in name for name in moved)
