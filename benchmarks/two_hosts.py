@@ -258,7 +258,7 @@ def describe(title: str, folder: Path, reference: Path, cut_at: int | None) -> d
     }
 
 
-RESUMED = "goes on after epoch"
+RESUMED = "resuming from epoch"
 
 
 def table(rows: list[dict[str, object]]) -> str:
