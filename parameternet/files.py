@@ -1,40 +1,83 @@
-"""Files that are whole or not there: written beside, flushed to the disk, then renamed over the old one."""
+"""Files that are whole or not there: written next to the old one, flushed to the disk, then renamed over it."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
+import socket
+import stat
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes; the old file stands until the new one is complete and on the disk.
+    """Open `path` for writing bytes; the old file stays until the new one is complete and on the disk.
 
     Leaving the block flushes, fsyncs and renames; an exception (a full disk, no permission, Ctrl-C) removes the
-    unfinished file and leaves the old one as it was. A process killed inside leaves `.<name>.<pid>.tmp`, which
-    `remove_leftovers` clears.
+    unfinished file and leaves the old one as it was. Any number of threads and processes may write one path: each
+    writes a file of its own, and the last rename wins as a whole. The old file's mode is kept. Where `path` is a
+    symbolic link, its target is written. A process killed inside leaves `.<name>.<pid>.<random>.tmp`, which
+    `remove_leftovers` clears. What is no regular file (a pipe, /dev/stdout) is written in place.
 
     Raises:
         OSError: whatever the file system says; `path` is untouched then.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{_stem(path)}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb", opener=None if old is None else _private) as file:
+            if old is not None:
+                _copy_owner_and_mode(file, old)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def _stem(path: Path) -> str:
+    # Leave room for what a temporary name adds: file systems allow 255 bytes.
+    return path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    # The new content of a file with a narrow mode must not be readable before that mode is set.
+    return os.open(path, flags, 0o600)
+
+
+def _copy_owner_and_mode(file: BinaryIO, old: os.stat_result) -> None:
+    new = os.fstat(file.fileno())
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        with suppress(OSError, AttributeError):  # only root may give files away
+            os.fchown(file.fileno(), old.st_uid, old.st_gid)
+    with suppress(AttributeError):  # Windows before Python 3.13
+        os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -79,8 +122,125 @@ def _digest(file: BinaryIO) -> str:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what killed writers of `path` left beside it. Call it only while nobody else writes `path`."""
-    path = Path(path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    """Remove what killed writers of `path` left next to it. Call it only while nobody else writes `path`."""
+    path = Path(os.path.realpath(path))
+    for leftover in path.parent.glob(f".{escape(_stem(path))}.*.tmp"):
         with suppress(OSError):
             leftover.unlink()
+
+
+class Locked(RuntimeError):
+    """Another process or thread holds a lock; the message names it."""
+
+
+_held: set[tuple[int, str]] = set()  # (process, lock file); a forked child holds none of its parent's locks
+_guard = threading.Lock()
+
+
+@contextmanager
+def lock(path: str | os.PathLike, what: str, *, timeout: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` for the length of the block: one process, and one thread of it, at a time.
+
+    The system frees the lock of a process that is killed, so that a lock file left by one locks nothing. The file
+    says who holds it, and is removed at the end. Windows has no such locks: there, only threads of one process exclude
+    each other.
+
+    Args:
+        path: the lock file; its folder must exist.
+        what: names what is locked, for the message.
+        timeout: seconds to wait for another holder to finish.
+
+    Raises:
+        Locked: someone else holds it, with process, host and time.
+        OSError: the lock file cannot be created.
+    """
+    path = os.path.realpath(path)
+    deadline = time.monotonic() + timeout
+    while (handle := _acquire(path, what, wait=time.monotonic() < deadline)) is None:
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with _guard:
+            with suppress(OSError):
+                os.unlink(path)
+            os.close(handle)
+            _held.discard((os.getpid(), path))
+
+
+def _acquire(path: str, what: str, wait: bool) -> int | None:
+    """A handle that holds the lock; None to try again."""
+    with _guard:
+        if (os.getpid(), path) in _held:
+            # A second handle on the file, once closed, would free the lock of the first.
+            return _refused(what, f"this process ({os.getpid()})", wait)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _lock_handle(handle):
+                return _refused(what, _holder(handle), wait, handle)
+            if not _is_file_of(handle, path):  # the holder before us has removed it
+                os.close(handle)
+                return None
+            mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+            os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, json.dumps(mine).encode())
+        except OSError:
+            os.close(handle)
+            raise
+        _held.add((os.getpid(), path))
+        return handle
+
+
+def _refused(what: str, holder: str, wait: bool, handle: int | None = None) -> None:
+    if handle is not None:
+        os.close(handle)
+    if not wait:
+        raise Locked(f"{what} is in use by {holder}: wait until it ends, stop it, or choose another folder")
+
+
+def _lock_handle(handle: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        return not _alive(_said(handle))  # a file system without locks: what the file says must do
+    return True
+
+
+def _is_file_of(handle: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _said(handle: int) -> dict[str, Any]:
+    try:
+        os.lseek(handle, 0, os.SEEK_SET)
+        found = json.loads(os.read(handle, 4096))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holder(handle: int) -> str:
+    said = _said(handle)
+    if not said:
+        return "another process"
+    return f"process {said.get('pid')} on {said.get('host')} since {said.get('since')}"
+
+
+def _alive(said: dict[str, Any]) -> bool:
+    if said.get("host") != socket.gethostname() or not isinstance(said.get("pid"), int):
+        return False
+    try:
+        os.kill(said["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

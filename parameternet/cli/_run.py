@@ -46,7 +46,7 @@ class Terminal(training.Reporter):
         self._say(f"{facts['epochs']} epochs of {facts['steps_per_epoch']} steps, {processes} on {facts['device']}")
         self._say(f"run folder: {facts['folder']}")
         if facts["epoch"] or facts["step"]:
-            self._say(f"goes on after epoch {facts['epoch']}, step {facts['step']}")
+            self._say(f"resuming from epoch {facts['epoch']}, step {facts['step']}")
 
     def step(self, epoch: int, step: int, steps: int, facts: dict[str, float]) -> None:
         if self.live:

@@ -1,4 +1,4 @@
-"""`parameternet train RECIPE`: train by a recipe, or go on with a run."""
+"""`parameternet train RECIPE`: train by a recipe, or resume a run."""
 
 from pathlib import Path
 
@@ -6,26 +6,33 @@ import click
 
 from parameternet import training
 from parameternet.cli._run import Terminal, speaks_plainly
+from parameternet.training.recipe import allowed
 
 
 def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
     for name, default, doc in training.Recipe.fields():
-        click.echo(f"{name}: {default!r}\n    {doc}")
+        click.echo(f"{name}: {default!r}\n    {doc}\n    {allowed(name)}")
     context.exit()
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a field, e.g. lr=0.1")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a field, e.g. lr=0.1; of two for one field the last holds.",
+)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
 @click.option(
     "--fields", is_flag=True, is_eager=True, expose_value=False, callback=_fields, help="List a recipe's fields."
 )
 @speaks_plainly
 def train(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
-    """Train by RECIPE, a YAML file. A run folder that is there already is gone on with.
+    """Train by RECIPE, a YAML file. Resumes if the run folder exists.
 
     Many processes: torchrun --nproc-per-node N -m parameternet.cli.train RECIPE
     """

@@ -122,7 +122,6 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
     folder.mkdir(parents=True, exist_ok=True)
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
-    weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
     config = hub_layout(
         model,
         {"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
@@ -131,7 +130,9 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
         pretrained_cfg=_plain(cfg),
         upcycled_from=upcycled_from,
     )
-    files.write_json(folder / weights.CONFIG_NAME, config)
+    with files.lock(folder / ".lock", str(folder)):  # weights and config of two writers must not mix
+        weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
+        files.write_json(folder / weights.CONFIG_NAME, config)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +18,137 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from parameternet import weights
 from parameternet.surgery import upcycle_state_dict
 from parameternet.training.checkpoint import read_weights
 from parameternet.training.errors import CheckpointError, RecipeError, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
 
+# Arguments of timm's create_model that a field of the recipe stands for, or that change what it returns.
+_OWN_FIELD = {
+    "num_classes": "num_classes",
+    "drop_rate": "drop_rate",
+    "drop_path_rate": "drop_path_rate",
+    "model_name": "model",
+    "pretrained": "init",
+    "checkpoint_path": "init",
+    "pretrained_cfg": "init",
+    "pretrained_cfg_overlay": "init",
+    "cache_dir": "init",
+    "pretrained_strict": "init",
+    "features_only": None,
+    "out_indices": None,
+    "feature_cls": None,
+}
 
-def make_model(r: Recipe, num_classes: int) -> nn.Module:
+
+def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
     """The recipe's network with `num_classes` outputs, weights from its seed or from `init`.
 
+    Args:
+        start: False for a run that resumes: its checkpoint has the weights, and `init` may be gone.
+
     Raises:
-        RecipeError: timm does not know the name, or the network not one of its arguments.
+        RecipeError: timm does not know the name, or the network does not take `model_kwargs`.
         CheckpointError: `init` does not fit.
     """
     if not timm.is_model(r.model):
-        raise RecipeError(f"unknown model {r.model!r}{nearest(r.model.split('.')[0], timm.list_models())}")
+        raise RecipeError(f"model: unknown model {r.model!r}{nearest(r.model.split('.')[0], timm.list_models())}")
     seed_all(mix(INIT, r.seed))
+    _check_model_kwargs(r)
     arguments = dict(num_classes=num_classes, drop_rate=r.drop_rate, **r.model_kwargs)
     if r.drop_path_rate:
         arguments["drop_path_rate"] = r.drop_path_rate
     try:
-        model = timm.create_model(r.model, pretrained=r.init == "pretrained", **arguments)
-    except TypeError as error:
-        raise RecipeError(f"{r.model} does not take one of {arguments}: {error}") from error
-    if r.init and r.init != "pretrained":
-        load_for_finetuning(model, read_weights(r.init), r.init)
+        model = timm.create_model(r.model, pretrained=start and r.init == "pretrained", **arguments)
+    except (weights.WeightsError, OSError):
+        raise
+    except Exception as error:  # a constructor may fail by anything on values that it was not written for
+        if not r.model_kwargs and not isinstance(error, TypeError):
+            raise
+        raise RecipeError(_unbuilt(r, error)) from error
+    if start and r.init and r.init != "pretrained":
+        try:
+            load_for_finetuning(model, read_weights(r.init), r.init)
+        except CheckpointError as error:
+            raise CheckpointError(f"init: {error}") from error
     return model
+
+
+def _check_model_kwargs(r: Recipe) -> None:
+    for name, value in r.model_kwargs.items():
+        if name in _OWN_FIELD:
+            field = _OWN_FIELD[name]
+            hint = f"set the field {field} instead" if field else "a classifier is trained here"
+            raise RecipeError(f"model_kwargs: {name} is not an argument of the network: {hint}, got {value!r}")
+        if name == "in_chans" and value != 3:
+            raise RecipeError(f"model_kwargs: in_chans must be 3, got {value!r}: images are read as RGB, grey ones too")
+
+    empty = [name for name, value in r.model_kwargs.items() if value is None]
+    known = _arguments(r.model) if empty else []
+    for name in empty:  # timm leaves these out, and would pass over a misspelt one
+        if name not in known:
+            raise RecipeError(_unknown(r, name, known))
+
+
+def _unknown(r: Recipe, name: str, known: list[str]) -> str:
+    field = name if name == "drop_path_rate" and name not in r.model_kwargs else "model_kwargs"
+    return f"{field}: {r.model} has no argument {name!r}{nearest(name, known, n=1)}"
+
+
+def _unbuilt(r: Recipe, error: Exception) -> str:
+    wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not wrong:
+        return f"model_kwargs: {r.model} cannot be built with {r.model_kwargs}: {type(error).__name__}: {error}"
+    return _unknown(r, wrong.group(1), _arguments(r.model))
+
+
+def _arguments(model: str) -> list[str]:
+    """Names of arguments that a network's class and its layers of this package take."""
+    with torch.device("meta"):
+        kind = type(timm.create_model(model))
+    names = [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
+    return [name for name in dict.fromkeys(names) if name not in ("self", "args", "kwargs", *_OWN_FIELD)]
+
+
+@torch.no_grad()
+def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.device, share: int) -> None:
+    """Send one black image of each side that the recipe names through `model`, and leave the model as it was.
+
+    Args:
+        share: images a step and process.
+
+    Raises:
+        RecipeError: the network takes no images of that side, does not answer with one number a class, or cannot
+            normalise over a single image.
+    """
+    training = model.training
+    sides = {stage["input_size"]: "resolution_schedule" for stage in r.resolution_schedule}
+    sides |= {r.test_size: "test_input_size" if r.test_input_size else "input_size", r.input_size: "input_size"}
+    model.eval()
+    for side, field in sides.items():
+        try:
+            answer = model(torch.zeros(1, 3, side, side, device=device))
+        except Exception as error:
+            given = f" with model_kwargs {r.model_kwargs}" if r.model_kwargs else ""
+            raise RecipeError(
+                f"{field}: {r.model}{given} takes no images of {side} x {side}: {type(error).__name__}: {error}"
+            ) from error
+        if getattr(answer, "shape", None) != (1, num_classes):
+            raise RecipeError(
+                f"model_kwargs: {r.model} with {r.model_kwargs} does not answer with {num_classes} numbers an image"
+            )
+        if share == 1 and field != "test_input_size":
+            _check_one_image(model, torch.zeros(1, 3, side, side, device=device))
+    model.train(training)
+
+
+def _check_one_image(model: nn.Module, image: Tensor) -> None:
+    try:
+        deepcopy(model).train()(image)
+    except ValueError as error:  # batch norm, where a map has one position
+        raise RecipeError(f"batch_size: one image a process is too few for this network: {error}") from error
 
 
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
@@ -115,8 +222,9 @@ def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=r.layer_decay,
             **_tuples(r.opt_kwargs),
         )
-    except (ValueError, AssertionError, TypeError) as error:
-        raise RecipeError(f"optimiser {r.opt!r}: {error}{nearest(r.opt, list_optimizers())}") from error
+    except Exception as error:  # optimisers fail by anything on arguments that they were not written for
+        given = f" with opt_kwargs {r.opt_kwargs}" if r.opt_kwargs else nearest(r.opt, list_optimizers())
+        raise RecipeError(f"opt: optimiser {r.opt!r}: {error}{given}") from error
 
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -137,10 +245,11 @@ def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoc
             updates_per_epoch=updates_per_epoch,
             **r.sched_kwargs,
         )
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"schedule {r.sched!r}: {error}; {_SCHEDULES}") from error
+    except Exception as error:
+        given = f" with sched_kwargs {r.sched_kwargs}" if r.sched_kwargs else ""
+        raise RecipeError(f"sched: schedule {r.sched!r}{given}: {error}; {_SCHEDULES}") from error
     if scheduler is None and r.sched != "none":  # older versions of timm pass over a name that they do not know
-        raise RecipeError(f"unknown schedule {r.sched!r}; {_SCHEDULES}")
+        raise RecipeError(f"sched: unknown schedule {r.sched!r}; {_SCHEDULES}")
     return scheduler
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parameternet import files, weights
-from parameternet.training.errors import CheckpointError
+from parameternet.training.errors import CheckpointError, FolderInUse
 
 LAST, BEST = "last.ckpt", "best.safetensors"
 _MAGIC = b"parameternet-last-1 "  # then 64 hexadecimal digits and a newline: the SHA-256 of what follows
@@ -59,6 +61,21 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -
 def read_weights(where: str | Path) -> dict[str, Tensor]:
     """Tensors of a run folder, a weights folder or a safetensors file; only safetensors are read."""
     return weights.read(weights_file(where))
+
+
+@contextmanager
+def claimed(lock: Path, what: str, timeout: float = 0.0) -> Iterator[None]:
+    """Hold a lock file for the length of the block; see `files.lock`.
+
+    Raises:
+        FolderInUse: another process, or another thread of this one, holds it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(files.lock(lock, what, timeout=timeout))
+        except files.Locked as error:
+            raise FolderInUse(str(error)) from error
+        yield
 
 
 def weights_file(where: str | Path) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from parameternet.training.distributed import Place
-from parameternet.training.errors import DataError
+from parameternet.training.errors import DataError, RecipeError
 from parameternet.training.randomness import IMAGE, ORDER, mix, seed_cpu
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import Memory, Source, Unreadable
@@ -196,9 +196,16 @@ def train_transform_arguments(r: Recipe) -> dict[str, Any]:
 
 
 def train_transforms(r: Recipe) -> dict[int, Callable]:
-    """The training transform for every side that the recipe visits; images come out as bytes."""
+    """The training transform for every side that the recipe visits; images come out as bytes.
+
+    Raises:
+        RecipeError: an `auto_augment` that timm does not know.
+    """
     sizes = {r.input_size, *(stage["input_size"] for stage in r.resolution_schedule)}
-    return {size: create_transform(size, use_prefetcher=True, **train_transform_arguments(r)) for size in sizes}
+    try:
+        return {size: create_transform(size, use_prefetcher=True, **train_transform_arguments(r)) for size in sizes}
+    except (AssertionError, ValueError, KeyError) as error:
+        raise RecipeError(f"auto_augment: timm does not know the policy {r.auto_augment!r}: {error}") from error
 
 
 def stream_loader(

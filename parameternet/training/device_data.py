@@ -23,6 +23,7 @@ from parameternet.training.recipe import Recipe
 from parameternet.training.sources import Source, Unreadable, decoded, free_memory
 
 _TRIES = 10  # for a crop that fits, as torchvision's RandomResizedCrop has them
+_SAMPLED = ("nearest", "bilinear", "bicubic")  # interpolations of torch's grid_sample
 _MIB = 1 << 20
 
 
@@ -128,9 +129,9 @@ class Augment:
 
     def __init__(self, r: Recipe, images: int, device: torch.device):
         alone = {
-            "auto_augment": r.auto_augment,
-            "crop_mode": None if r.crop_mode == "rrc" else r.crop_mode,
-            "interpolation": r.interpolation if r.interpolation == "random" else None,
+            "auto_augment": None if r.no_aug else r.auto_augment,
+            "crop_mode": None if r.no_aug or r.crop_mode == "rrc" else r.crop_mode,
+            "interpolation": None if r.interpolation in _SAMPLED else r.interpolation,
         }
         if asked := {name: value for name, value in alone.items() if value}:
             raise RecipeError(f"cache: device has no {asked}: take cache=ram, or leave it out")
@@ -145,9 +146,10 @@ class Augment:
             self.epoch, self.draws = epoch, self._draw(epoch)
         draws = self.draws[index]
         boxes = self._boxes(draws[:, : 2 * _TRIES + 2], *pixels.shape[-2:])
-        flips = 1 - 2 * (draws[:, -5:-3] < torch.tensor([self.r.hflip, self.r.vflip], device=self.device)).float()
+        chances = [0.0, 0.0] if self.r.no_aug else [self.r.hflip, self.r.vflip]
+        flips = 1 - 2 * (draws[:, -5:-3] < torch.tensor(chances, device=self.device)).float()
         images = _sample(pixels.float(), boxes, flips, side, self.r.interpolation)
-        if self.r.color_jitter:
+        if self.r.color_jitter and not self.r.no_aug:
             images = _jitter(images, 1 + self.r.color_jitter * (2 * draws[:, -3:] - 1))
         return (images - self.mean) / self.std
 

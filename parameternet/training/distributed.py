@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parameternet.training.errors import TrainingError
+from parameternet.training.errors import RecipeError, TrainingError
 
 
 @dataclass
@@ -47,17 +50,33 @@ class Place:
 
     def union(self, items: dict) -> dict:
         """The items of all processes."""
-        if self.world == 1:
-            return items
-        everyone: list[dict] = [{}] * self.world
-        dist.all_gather_object(everyone, items, group=self.control)
-        return {key: value for one in everyone for key, value in one.items()}
+        return {key: value for one in self.gather(items) for key, value in one.items()}
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's tensors, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every process, in the order of their ranks."""
+        if self.world == 1:
+            return [item]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, item, group=self.control)
+        return everyone
+
+    def agreed(self, action: Callable[[], Any]) -> None:
+        """Run `action` in the first process alone; what it raises on purpose is raised in every process."""
+        problem = None
+        if self.first:
+            try:
+                action()
+            except TrainingError as error:
+                problem = error
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise problem
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -86,18 +105,40 @@ def place(device: str = "auto") -> Iterator[Place]:
 
 
 def _join(backend: str) -> None:
-    # After a restart torchrun's store still holds the addresses of those who died, and who is quick connects to them:
-    # each life of the run keeps its own.
+    # After a restart torchrun's store still holds the addresses of processes that ended, and new ones would connect to
+    # them: each life of the run has its own keys.
     store, rank, world = next(iter(dist.rendezvous("env://")))
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    life = agree_on_life(store, rank, world)
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
+
+
+def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
+    """A name that exactly the processes now running share, whatever earlier ones left in the store.
+
+    torchrun's count of restarts is none: it is each host's own, and a host that joins again begins at 0.
+    The first process proposes a random name; it is agreed on when every other one has answered, and finds its own
+    answer among those that the first one has read. A name from an earlier life has other answers, or never gets all.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("life", mine)
+        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]
+        store.set(f"{mine}/all", json.dumps(answers))
+        return mine
+    while True:
+        name = store.get("life").decode()
+        store.set(f"{name}/{rank}", mine)
+        while store.get("life").decode() == name:
+            if store.check([f"{name}/all"]) and json.loads(store.get(f"{name}/all"))[rank - 1] == mine:
+                return name
+            time.sleep(0.02)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is the first accelerator there is, or the CPU; with `local_rank`, that process's own.
 
     Raises:
-        TrainingError: a device that torch does not know or does not see.
+        RecipeError: a device that torch does not know or does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -105,7 +146,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
+        raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -7,8 +7,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -45,13 +45,13 @@ from parameternet.training.errors import (
 from parameternet.training.evaluate import autocast, evaluate
 from parameternet.training.hub_config import class_labels, data_config, hub_config
 from parameternet.training.randomness import STEP, mix, seed_all
-from parameternet.training.recipe import Recipe, make_recipe
+from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.sources import Memory, Source, Unreadable, classes_of, is_stream, open_dataset
 
 
 def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Train as the recipe says, into a run folder; a folder that holds a part of this run is gone on with.
+    """Train as the recipe says, into a run folder; resume if the folder holds a part of this run.
 
     Started by torchrun, every process calls this, and the recipe's batches are shared among them.
 
@@ -64,8 +64,9 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
         `{"best": {...}, "last": {...}, "folder": path}`: rows of the history.
 
     Raises:
-        RecipeError, DataError, CheckpointError: what is asked for cannot be; said before the first step.
-        DivergedError: the loss is not a number; the last checkpoint is from before.
+        RecipeError, DataError, CheckpointError: a run that cannot be; raised before anything is written.
+        FolderInUse: another process trains into the folder.
+        DivergedError: a loss or a weight is NaN or infinite; no checkpoint and no best weights are of that state.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
     """
     if recipe.threads:
@@ -77,11 +78,70 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
 def _run(recipe: Recipe, folder: Path, place: Place, reporter: Reporter) -> dict[str, Any]:
     # The trainer ends with this function: what it holds of the other processes must be gone when they part.
     try:
-        trainer = Trainer(recipe, folder, place, reporter)
-        with trainer.signals, closing(trainer):
-            return trainer.fit()
+        with _own(folder, place):
+            trainer = Trainer(recipe, folder, place, reporter)
+            with trainer.signals, closing(trainer):
+                return trainer.fit()
     finally:
         reporter.close()
+
+
+@contextmanager
+def _own(folder: Path, place: Place) -> Iterator[None]:
+    """Make the run folder and lock it for the block; a new folder that stays empty is removed again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # Processes of an earlier life of the run may need a moment to end, on another machine too.
+    timeout = _TAKEOVER if place.world > 1 else 0.0
+
+    def own() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(checkpoint.claimed(folder / ".lock", f"the run folder {folder}", timeout))
+        except OSError as error:
+            raise TrainingError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+
+    with ExitStack() as removed:
+        removed.callback(_remove_empty, made if place.first else [])
+        with ExitStack() as held:
+            place.agreed(own)
+            yield
+
+
+_TAKEOVER = 30.0  # seconds
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or never made
+            return
+
+
+_ADVICE = "Try a lower lr, a longer warm-up (warmup_epochs), clip_grad=1, or amp=bfloat16 or null"
+
+
+def _finite(*values: float | None) -> bool:
+    return all(value is None or math.isfinite(value) for value in values)
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a tensor with NaN in it, or infinity in a weight or a batch statistic; None where all are numbers."""
+    for name, value in tensors:
+        # Masks of attention may hold infinity on purpose.
+        bad = torch.isnan if "mask" in name else lambda value: ~torch.isfinite(value)
+        if value.is_floating_point() and bad(value).any():
+            return name
+    return None
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Put a recipe's field in front of what is wrong with the data that it names."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from error
 
 
 class StopSignals:
@@ -128,6 +188,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path, place: Place, reporter: Reporter):
         self.recipe, self.folder, self.place, self.reporter = recipe, folder, place, reporter
         self.signals, self.progress = StopSignals(), Progress()
+        self.state = self._last()
         self._open_data()
         self._build()
         self._open_folder()
@@ -145,15 +206,35 @@ class Trainer:
                 f"mixup and cutmix pair images, and each process has {self._share} of batch_size {r.batch_size}"
             )
         self.bad: dict[str, str] = {}
-        train = open_dataset(r.train, "train", batch_size=self._share, seed=r.seed, is_training=True)
-        val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
+        with _naming("train"):
+            train = open_dataset(r.train, "train", batch_size=self._share, seed=r.seed, is_training=True)
+        with _naming("val"):
+            val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
         self.classes = classes_of(train)
+        self._compare_classes()
         check_classes(self.classes, classes_of(val) if val else None)
         self.num_classes = self._count_classes()
-        self.labels = class_labels(r.class_names, self.classes, self.num_classes)
+        self.labels = self._labels()
         self.config = data_config(r)
         self.train_loader = self._train_loader(train)
         self.val_loader = None if val is None else self._val_loader(val)
+
+    def _compare_classes(self) -> None:
+        """Every process must have found the same classes in the same order, or they train on different labels."""
+        found = self.place.gather(self.classes)
+        if odd := [rank for rank, classes in enumerate(found) if classes != found[0]]:
+            raise DataError(
+                f"processes 0 and {odd[0]} do not find the same classes in {self.recipe.train}: give every machine the "
+                "same data"
+            )
+        if self.state and self.state["classes"] != self.classes:
+            raise CheckpointError(f"{self.folder} holds a run on other classes than those of {self.recipe.train}")
+
+    def _labels(self) -> dict[str, Any]:
+        names = self.recipe.class_names
+        if self.state and "labels" in self.state and names and not Path(names).exists():
+            return self.state["labels"]  # the checkpoint is enough to resume
+        return class_labels(names, self.classes, self.num_classes)
 
     @property
     def _share(self) -> int:
@@ -210,11 +291,12 @@ class Trainer:
 
     def _build(self) -> None:
         r, device = self.recipe, self.place.device
-        self.model = build.make_model(r, self.num_classes).to(device)
+        self.model = build.make_model(r, self.num_classes, start=self.state is None).to(device)
         if r.sync_bn and self.place.world > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if r.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        build.check_sizes(r, self.model, self.num_classes, device, self._share)
         self.frozen = build.freeze(self.model, r.freeze)
         self.optimizer = build.make_optimizer(r, self.model)
         self.steps = len(self.train_loader) // r.accumulate * r.accumulate  # an epoch is a whole number of updates
@@ -223,7 +305,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=r.amp == "float16")
         self.mixup = build.make_mixup(r, self.num_classes)
         self.criterion = build.make_loss(r)
-        self.erase = RandomErasing(r.reprob, mode=r.remode, device=device) if r.reprob else None
+        erases = r.reprob and not r.no_aug
+        self.erase = RandomErasing(r.reprob, mode=r.remode, device=device) if erases else None
         self.network = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
@@ -235,32 +318,47 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ folder
 
-    def _open_folder(self) -> None:
-        self.board = None
-        if self.place.first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                files.remove_leftovers(self.folder / checkpoint.LAST)
-                files.remove_leftovers(self.folder / checkpoint.BEST)
-            except OSError as error:
-                raise TrainingError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
-        self.place.wait()
-        if (self.folder / checkpoint.LAST).exists():
-            self._resume(checkpoint.load_last(self.folder))
-        self.place.wait()
-        if self.place.first:
-            files.write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
-            self.board = history.Board(self.folder)
+    def _last(self) -> dict[str, Any] | None:
+        """What `last.ckpt` holds, or None where the run begins.
 
-    def _resume(self, state: dict[str, Any]) -> None:
-        changed = make_recipe(json.loads(state["recipe"])).differences(self.recipe)
+        Raises:
+            CheckpointError: damaged, or of another recipe.
+            DivergedError: an earlier version saved a network that had diverged.
+        """
+        if not (self.folder / checkpoint.LAST).exists():
+            return None
+        state = checkpoint.load_last(self.folder)
+        changed = saved_recipe(state["recipe"]).differences(self.recipe)
         if changed:
             raise CheckpointError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or give "
-                f"its own {self.folder / 'recipe.yaml'} to go on with it"
+                f"its own {self.folder / 'recipe.yaml'} to resume it"
             )
-        if state["classes"] != self.classes:
-            raise CheckpointError(f"{self.folder} holds a run on other classes than those of {self.recipe.train}")
+        rows = json.loads(state["progress"])["rows"]
+        bad = next((row for row in rows if not _finite(row["train_loss"], row["val_loss"])), None)
+        if bad or _not_finite(state["model"].items()):
+            what = f"in epoch {bad['epoch']} (validation loss {bad['val_loss']})" if bad else "(NaN in its weights)"
+            raise DivergedError(
+                f"{self.folder} holds a run that diverged {what} and cannot be resumed. {_ADVICE}, in another folder"
+            )
+        return state
+
+    def _open_folder(self) -> None:
+        self.board = None
+        if self.state:
+            self._resume(self.state)
+            self.state = None
+        self.place.wait()
+        if self.place.first:
+            for name in (checkpoint.LAST, checkpoint.BEST, teacher.ANSWERS, "recipe.yaml", *history.FILES):
+                files.remove_leftovers(self.folder / name)
+            try:
+                files.write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            except OSError as error:
+                raise CheckpointError(f"cannot write to the run folder {self.folder}: {error}") from error
+            self.board = history.Board(self.folder)
+
+    def _resume(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**json.loads(state["progress"]))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -276,6 +374,7 @@ class Trainer:
         return {
             "recipe": json.dumps(asdict(self.recipe)),
             "classes": self.classes,
+            "labels": self.labels,
             "progress": json.dumps(asdict(self.progress)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -284,7 +383,8 @@ class Trainer:
         }
 
     def _save_last(self, must: bool) -> None:
-        """Write `last.ckpt`. Where that fails, go on with the old one, unless this was the last chance (`must`)."""
+        """Write `last.ckpt`. Where that fails, keep the old one, unless this was the last chance (`must`)."""
+        self._check_weights()
         self.saved_at = time.monotonic()
         if not self.place.first:
             return
@@ -446,17 +546,26 @@ class Trainer:
             # float64 holds such a sum of float32 exactly, so that it does not matter how often somebody looks
             self.loss += torch.stack(self.losses).cpu().double().sum()
             self.losses = []
-        if not torch.isfinite(self.loss):
-            raise DivergedError(self._diverged())
+        if self.place.largest(int(not torch.isfinite(self.loss))):
+            raise self._diverged(f"the training loss is {float(self.loss)} by step {self.progress.step}")
         self.progress.loss_sum, self.progress.loss_images = float(self.loss), self.loss_images
         self.progress.seconds = time.monotonic() - self.started
 
-    def _diverged(self) -> str:
-        p, lr = self.progress, self.optimizer.param_groups[0]["lr"]
-        return (
-            f"the loss is {float(self.loss)} in epoch {p.epoch + 1} by step {p.step} (lr {lr:.3g}): lower lr, warm up "
-            f"for longer (warmup_epochs), set clip_grad or amp=null. {checkpoint.LAST} is from before, if there is one"
+    def _diverged(self, what: str) -> DivergedError:
+        """The error, and what remains: neither `last.ckpt` nor the best weights are of the state that diverged."""
+        epoch, lr = self.progress.epoch + 1, self.optimizer.param_groups[0]["lr"]
+        return DivergedError(
+            f"the run diverged in epoch {epoch}: {what} (lr {lr:.3g}). {_ADVICE}, in another run folder; what "
+            f"{self.folder} holds is from before"
         )
+
+    def _check_weights(self) -> None:
+        """Stop where the weights, or their average, are not numbers: the loss of the last step does not show it."""
+        networks = {"weights": self.model, "averaged weights": self.ema.module if self.ema else None}
+        for words, network in networks.items():
+            name = _not_finite(network.state_dict().items()) if network is not None else None
+            if self.place.largest(int(name is not None)):
+                raise self._diverged(f"NaN or infinity in the {words} ({name or 'of another process'})")
 
     def _report_step(self) -> None:
         p, facts = self.progress, {}
@@ -486,7 +595,9 @@ class Trainer:
             progress=self._during_validation,
         )
         if not found["images"]:
-            raise DataError(f"not one image of {r.val!r} could be read")
+            raise DataError(f"val: not one image of {r.val!r} could be read")
+        if not _finite(*(value for value in found.values())):
+            raise self._diverged(f"the validation loss is {found['loss']}")
         return found
 
     def _during_validation(self, step: int, steps: int) -> None:
@@ -497,6 +608,7 @@ class Trainer:
 
     def _close_epoch(self, found: dict[str, float] | None) -> None:
         p, r = self.progress, self.recipe
+        self._check_weights()
         row = self._row(found)
         score = row["top1"] if self.val_loader is not None else float(p.epoch)
         best = score is not None and score > p.best

@@ -10,20 +10,24 @@ class TrainingError(Exception):
     """Base of everything that training, validation and release raise on purpose."""
 
 
-class RecipeError(TrainingError):
-    """A recipe that cannot be meant: unknown key, wrong type, contradicting fields."""
+class RecipeError(TrainingError, ValueError):
+    """A recipe that cannot be meant: unknown key, wrong type, value out of its range, contradicting fields."""
 
 
-class DataError(TrainingError):
+class DataError(TrainingError, ValueError):
     """Images or classes that are not what the recipe says."""
 
 
-class CheckpointError(TrainingError):
+class CheckpointError(TrainingError, ValueError):
     """A checkpoint that is missing, damaged or of another network."""
 
 
+class FolderInUse(TrainingError):
+    """Another process writes the folder."""
+
+
 class DivergedError(TrainingError):
-    """The loss is no longer a number."""
+    """A loss of training or validation, or a weight, is NaN or infinite."""
 
 
 class Interrupted(TrainingError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from parameternet import files
 
+FILES = ("history.csv", "curves.png")
 COLUMNS = (
     "epoch",
     "updates",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import statistics
@@ -17,9 +18,9 @@ from parameternet import files, weights
 from parameternet.hub import write_card
 from parameternet.layers import DynamicConv
 from parameternet.models._builder import hub_layout
-from parameternet.training.checkpoint import BEST, read_weights
+from parameternet.training.checkpoint import BEST, claimed, read_weights
 from parameternet.training.errors import CheckpointError
-from parameternet.training.recipe import Recipe, load_recipe
+from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.validate import load, read_config, validate
 
@@ -59,34 +60,40 @@ def release(
 
     Raises:
         CheckpointError: not a run folder, a name that is not of its architecture, weights that float16 cannot hold.
+        DivergedError: the network's loss on `data` is NaN or infinite.
+        FolderInUse: another process releases the same checkpoint.
     """
     run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
     recipe = _recipe(run, data_name, data_terms)
     _check_name(name, read_config(run)["architecture"])
-    fresh = folder.with_name(f".{name}.new")  # beside: the old checkpoint stands until the new one is whole
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        config = _write_weights(run, fresh, name, recipe)
-        found = validate(fresh, data, reporter=reporter, **measuring)
-        found["macs"] = _macs(fresh, found["input_size"])
-        found["routing"] = draw_routing(fresh, name, data)
-        _write_words(run, fresh, recipe, config, found)
-        reference = name if records or destination is None else f"local-dir:{name}"
-        files.write_text(fresh / "README.md", write_card(fresh, reference))
-        _replace(folder, fresh)
-    finally:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(folder.with_name(f".{name}.lock"), f"the checkpoint {folder}"):
+        fresh = folder.with_name(f".{name}.new")  # the old checkpoint stays until the new one is whole
+        _restore(folder)
         shutil.rmtree(fresh, ignore_errors=True)
-    entry = {"sha256": files.sha256(folder / weights.FILE_NAME), "bytes": (folder / weights.FILE_NAME).stat().st_size}
-    if records or destination is None:
-        record(name, entry, Path(records or RECORDS))
+        fresh.mkdir()
+        try:
+            config = _write_weights(run, fresh, name, recipe)
+            found = validate(fresh, data, reporter=reporter, **measuring)
+            found["macs"] = _macs(fresh, found["input_size"])
+            found["routing"] = draw_routing(fresh, name, data)
+            _write_words(run, fresh, recipe, config, found)
+            reference = name if records or destination is None else f"local-dir:{name}"
+            files.write_text(fresh / "README.md", write_card(fresh, reference))
+            _replace(folder, fresh)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        file = folder / weights.FILE_NAME
+        entry = {"sha256": files.sha256(file), "bytes": file.stat().st_size}
+        if records or destination is None:
+            record(name, entry, Path(records or RECORDS))
     return {**found, **entry, "model": name, "folder": str(folder)}
 
 
 def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
     if not (run / BEST).is_file() or not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = saved_recipe((run / "recipe.yaml").read_text("utf-8"))
     # where the data lay on the training machine is nobody's business
     for field in ("train", "val", "class_names", "init", "teacher"):
         value = getattr(recipe, field)
@@ -171,22 +178,38 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
     for document in ("history.csv", "curves.png"):
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
-    before = load_recipe(run / "recipe.yaml").init
+    before = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
     if before and (Path(before) / BEST).is_file():  # the run that it started from is a part of how it came about
         files.write_text(folder / "init_recipe.yaml", _recipe(Path(before), None, None).to_yaml())
         shutil.copyfile(Path(before) / "history.csv", folder / "init_history.csv")
 
 
 def _replace(folder: Path, fresh: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
+    old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    fresh.rename(folder)
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        _restore(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(folder: Path) -> None:
+    """Put the old checkpoint back where a release was ended between taking it away and replacing it."""
+    if not folder.exists() and _old(folder).is_dir():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def record(name: str, entry: dict[str, Any], records: Path = RECORDS) -> None:
     """Enter a checkpoint's SHA-256 and size into the package's records, by which it is known from then on."""
-    known = json.loads(records.read_text("utf-8")) if records.is_file() else {}
-    files.write_json(records, dict(sorted((known | {name: entry}).items())))
+    records = Path(os.path.realpath(records))
+    with claimed(records.with_name(f".{records.name}.lock"), f"the record file {records}", timeout=60):
+        known = json.loads(records.read_text("utf-8")) if records.is_file() else {}
+        files.write_json(records, dict(sorted((known | {name: entry}).items())))

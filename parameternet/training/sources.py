@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IterableImageDataset, create_dataset
+from timm.utils.misc import natural_key
 
 from parameternet.training.errors import DataError
 
@@ -179,12 +180,23 @@ def open_dataset(spec: str | dict, split: str, **kwargs: Any) -> Any:
     if is_stream(spec):
         arguments |= kwargs
     try:
-        dataset = create_dataset(**arguments)
-    except (OSError, RuntimeError, AssertionError, ValueError, ImportError, tarfile.TarError) as error:
+        dataset = _in_order(create_dataset(**arguments), arguments)
+    except (OSError, RuntimeError, AssertionError, ValueError, TypeError, ImportError, tarfile.TarError) as error:
         raise DataError(f"cannot read images from {spec!r}: {error or type(error).__name__}. {_EXPECTED}") from error
     if not isinstance(dataset, IterableImageDataset) and len(dataset) == 0:
         raise DataError(f"no images in {spec!r}. {_EXPECTED}")
     return dataset
+
+
+def _in_order(dataset: Any, arguments: dict[str, Any]) -> Any:
+    """The dataset with labels in one order: timm leaves that of names that differ only by case to the hash seed."""
+    names = classes_of(dataset) if getattr(dataset, "reader", None) is not None else None
+    if not names or arguments.get("name") or arguments.get("class_map"):
+        return dataset
+    order = sorted(names, key=lambda name: (natural_key(name), name))
+    if [natural_key(name) for name in order] != [natural_key(name) for name in names] or order == names:
+        return dataset
+    return create_dataset(**arguments, class_map={name: label for label, name in enumerate(order)})
 
 
 _EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"

@@ -20,6 +20,7 @@ from parameternet.layers import DynamicConv
 from parameternet.surgery import collapse, fuse
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
+from parameternet.training.errors import CheckpointError
 from parameternet.training.evaluate import autocast
 from parameternet.training.recipe import Recipe
 from parameternet.training.validate import load, translation
@@ -42,13 +43,18 @@ def answers(
         progress: told (batches done, batches) of this process's share.
 
     Raises:
-        CheckpointError, WeightsError: no such teacher, or damaged.
+        CheckpointError, WeightsError: no such teacher, or damaged, or it answers with NaN.
         DataError: a teacher that does not know the classes.
     """
     path, asked = folder / ANSWERS, {"teacher": r.teacher, "size": str(r.teacher_size), "images": str(len(data.labels))}
     if path.is_file() and asked.items() <= weights.metadata(path).items():
         return weights.read(path)["probabilities"].to(data.device)
     found = place.sum(_ask(r, data, classes, place, progress).float()).half()
+    if not torch.isfinite(found).all():
+        raise CheckpointError(
+            f"teacher: {r.teacher} answers some images with NaN or infinity: its weights are unusable, or amp "
+            f"({r.amp}) is too narrow for it"
+        )
     if place.first:
         folder.mkdir(parents=True, exist_ok=True)
         weights.save({"probabilities": found}, path, asked)

@@ -19,7 +19,7 @@ from parameternet.training import distributed
 from parameternet.training.checkpoint import read_weights, weights_file
 from parameternet.training.data import eval_loader, stop_workers, stream_loader
 from parameternet.training.distributed import Place
-from parameternet.training.errors import CheckpointError, DataError, nearest
+from parameternet.training.errors import CheckpointError, DataError, DivergedError, nearest
 from parameternet.training.evaluate import evaluate
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter
@@ -63,6 +63,7 @@ def validate(
     Raises:
         CheckpointError, WeightsError: no such model, or damaged.
         DataError: no images, or of classes that the network does not have.
+        DivergedError: the network's loss is NaN or infinite.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -79,6 +80,11 @@ def validate(
         stop_workers(loader.loader)
     if not found["images"]:
         raise DataError(f"not one image of {data!r} could be read")
+    if not math.isfinite(found["loss"]):
+        raise DivergedError(
+            f"the loss of {model} on {data} is {found['loss']}, so that its accuracy means nothing. Try amp=null (it "
+            f"was {amp}), or other weights"
+        )
     return {
         "model": str(model),
         "architecture": config["architecture"],

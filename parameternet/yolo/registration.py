@@ -23,6 +23,7 @@ from ultralytics.nn import modules, tasks
 from ultralytics.utils import dist
 from ultralytics.utils.torch_utils import get_flops
 
+from parameternet import files
 from parameternet.export.forms import has_dynamic_convolutions, write_computed, write_constant
 from parameternet.layers import Router
 
@@ -230,7 +231,7 @@ def _torch_safe_load(original: Callable[..., Any], weight: Any, *args: Any, **kw
 def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
     file = original(trainer)
     path = Path(file)
-    path.write_text(f"import parameternet.yolo\n{path.read_text('utf-8')}", "utf-8")
+    files.write_text(path, f"import parameternet.yolo\n{path.read_text('utf-8')}")
     return file
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from trained import trained
 
-from parameternet import weights
+from parameternet import files, weights
 from parameternet.layers import DynamicConv
 from parameternet.models.upcycled import load_dense, upcycle_checkpoint
 from parameternet.prediction import Predictor
@@ -84,6 +84,14 @@ def test_a_checkpoint_is_not_overwritten_unasked(file, tmp_path):
 
 
 @pytest.mark.skipif(weights.packaged("timm/tf_efficientnet_lite0.in1k") is None, reason="`demo` is not installed")
+def test_weights_and_config_of_two_writers_do_not_mix(file, tmp_path):
+    with files.lock(tmp_path / ".lock", "x"), pytest.raises(files.Locked, match="is in use by this process"):
+        upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", num_experts=2)
+    assert not list(tmp_path.iterdir())
+    upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", num_experts=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_name_of_timm_takes_the_weights_from_where_they_are():
     model = load_dense("tf_efficientnet_lite0")
     assert model.pretrained_cfg["label_descriptions"]["n02123045"] == "tabby, tabby cat"

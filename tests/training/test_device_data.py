@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import RandomResizedCrop
 
-from parameternet.training import DataError, RecipeError
+from parameternet.training import DataError, RecipeError, Reporter
 from parameternet.training.data import TrainBatches, eval_loader
 from parameternet.training.device_data import (
     Augment,
@@ -20,6 +20,7 @@ from parameternet.training.device_data import (
     _sample,
 )
 from parameternet.training.distributed import Place
+from parameternet.training.engine import Trainer
 from parameternet.training.hub_config import data_config
 from parameternet.training.sources import Source, Unreadable, open_dataset
 
@@ -57,6 +58,20 @@ def test_without_augmentation_pictures_are_those_of_the_source(pictures, plain, 
     for image, i in zip(images, order, strict=True):
         middle = np.asarray(disk.read(i)[0].crop((4, 0, 32, 28)))
         assert np.allclose(255 * image.permute(1, 2, 0).numpy(), middle, atol=1e-2)
+
+
+def test_without_augmentation_nothing_is_flipped_or_coloured(pictures, plain):
+    changes = dict(cache_size=28, input_size=28, batch_size=24, no_aug=True)
+    loud = plain(
+        **changes, hflip=1.0, vflip=1.0, color_jitter=1.0, auto_augment="rand-m9", crop_mode="rkrc", reprob=1.0
+    )
+    one, other = (next(iter(loader(pictures / "train", r)))[0] for r in (plain(**changes, hflip=0.0), loud))
+    assert torch.equal(one, other)
+
+
+def test_without_augmentation_nothing_is_erased(tmp_path, plain):
+    r = plain(no_aug=True, reprob=1.0, cache_size=28, input_size=28)
+    assert Trainer(r, tmp_path, Place(0, 1, CPU), Reporter()).erase is None
 
 
 def test_normalisation_is_that_of_the_recipe(pictures, plain):

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from parameternet import files
 from parameternet.training import RecipeError, Reporter, TrainingError, run
 from parameternet.training.checkpoint import load_last
-from parameternet.training.distributed import Place, choose_device
+from parameternet.training.distributed import Place, agree_on_life, choose_device
 from parameternet.training.engine import Trainer
 
 
@@ -66,6 +70,40 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, recipe):
         Trainer(recipe(batch_size=6), tmp_path, place, Reporter())
     with pytest.raises(RecipeError, match="each process has 1 of batch_size 4"):
         Trainer(recipe(batch_size=4), tmp_path, place, Reporter())
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_each_life_of_a_run_gets_a_name_of_its_own(late):
+    """Processes of a life meet in a store that still has what earlier lives left, complete or not."""
+    store, names = dist.HashStore(), []
+
+    def join(rank, world=3, delay=0.0):
+        time.sleep(delay)
+        found[rank] = agree_on_life(store, rank, world)
+
+    for _ in range(3):
+        found: dict[int, str] = {}
+        threads = [threading.Thread(target=join, args=(rank, 3, 0.2 * (rank == late))) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(found) == 3
+        assert len(set(found.values())) == 1
+        names += found[0], "unfinished"
+        store.set("life", "unfinished")  # a first process that ended before the others had answered
+        store.set("unfinished/1", "someone")
+    assert len(set(names)) == 4
+
+
+def test_all_processes_raise_what_the_first_one_raises(tmp_path, still):
+    """Only the first process locks the folder; the others follow, and both end with the sentence."""
+    (tmp_path / "two").mkdir()
+    with files.lock(tmp_path / "two" / ".lock", "it"):
+        done = torchrun(tmp_path, still, TAKEOVER="0")
+    assert done.returncode == 1
+    assert done.stderr.count(f"is in use by process {os.getpid()}") >= 2
+    assert list((tmp_path / "two").iterdir()) == []
 
 
 def test_devices():

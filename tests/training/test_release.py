@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -137,3 +138,13 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     first, then = card.index("First its static twin"), card.index("Then this network, whose experts started as parts")
     assert first < card.index("from random weights") < then < card.index("1 epoch (6 updates) from static")
     assert str(tmp_path) not in card
+
+
+def test_a_run_of_an_earlier_version_with_values_out_of_todays_ranges_is_released(places, released, tmp_path, pictures):
+    old = tmp_path / "run"
+    shutil.copytree(places[0], old)
+    recipe = (old / "recipe.yaml").read_text()
+    (old / "recipe.yaml").write_text(recipe.replace("warmup_epochs: 0.5", "warmup_epochs: 50.0"))
+    assert "warmup_epochs: 50.0" in (old / "recipe.yaml").read_text()
+    found = release(old, "test_efficientnet.old", str(pictures / "val"), destination=tmp_path, workers=0)
+    assert found["top1"] == released[2]["top1"]
