@@ -121,8 +121,8 @@ class TimmBackbone(nn.Module):
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = TimmBatchNorm
         self.net, self.channels_last = net, found.channels_last
-        # Ultralytics counts on a small image and multiplies by area, unless it finds a layer of fixed cost: squeeze-and-
-        # excitation is one, but it does not look like it.
+        # Ultralytics counts on a small image and multiplies by area, unless it finds a layer whose cost is fixed. That
+        # of squeeze-and-excitation is, but it does not look like it.
         self.fixed_cost = nn.AdaptiveAvgPool2d(1)
         for name in ("mean", "std"):
             values = cfg[name] if self.c1 == 3 else [sum(cfg[name]) / len(cfg[name])] * self.c1
