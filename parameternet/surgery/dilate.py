@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import DynamicConv
 from ..layers.functional import pair
-from .survey import meta_copy
+from .observe import meta_copy
 
 __all__ = ["OUTPUT_STRIDES", "dilate"]
 

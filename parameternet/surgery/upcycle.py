@@ -13,6 +13,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, Router
+from ..layers.altered import alteration, keep_attributes
 from ..layers.static import DepthwiseConv
 from .survey import Survey, survey
 
@@ -254,14 +255,17 @@ class _Choice:
 
 
 def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
-    if hasattr(conv, "parametrizations") or conv._forward_hooks or conv._forward_pre_hooks:
-        return "carries hooks or a parametrization"
+    altered = alteration(conv)
+    if altered:
+        return altered
     if type(conv) not in CONVOLUTIONS:
         return f"a {type(conv).__name__} may compute something else from its weights"
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode}"
     if name in seen.tied:
         return "shares itself or its weight with another place"
+    if name in seen.odd:
+        return seen.odd[name]
     return None
 
 
@@ -376,7 +380,7 @@ def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Gen
         if dense is not None:
             experts = split(dense, router, size, generator)
             setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
-    return dynamic.train(conv.training)
+    return keep_attributes(conv, dynamic).train(conv.training)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
