@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["alteration", "keep_attributes"]
+__all__ = ["alteration", "keep_attributes", "replaced_method"]
 
 PARTS = ("weight", "bias", "shift")
 
@@ -13,9 +13,9 @@ def alteration(module: nn.Module) -> str | None:
     Surgery leaves such a layer alone: hooks, a parametrization, a method replaced on the instance, a compiled call, or
     a weight of another kind (quantised, distributed, pruned, not initialised) would be lost or silently bypassed.
     """
-    replaced = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    replaced = replaced_method(module)
     if replaced:
-        return f"its {replaced[0]} was replaced"
+        return replaced
     hooked = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
     if hooked or hasattr(module, "parametrizations"):
         return "carries hooks or a parametrization"
@@ -28,6 +28,12 @@ def alteration(module: nn.Module) -> str | None:
         if tensor is not None and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
             return f"its {name} carries hooks"
     return None
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    """Which method of the class an attribute of `module` itself hides, as `layer.forward = ...` leaves it."""
+    names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    return f"its {names[0]} was replaced" if names else None
 
 
 def keep_attributes(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -6,13 +6,13 @@ from torch import nn
 
 from .altered import alteration, keep_attributes
 from .dynamic_conv import DynamicConv
-from .static import DepthwiseConv
+from .static import CollapsedConv, CollapsedConvSame, DepthwiseConv
 
 __all__ = ["can_fold", "fold_batch_norm", "why_not"]
 
 
 # Exact types: a subclass may compute something else from the same weights. One of DynamicConv tells by its `forward`.
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv, CollapsedConv, CollapsedConvSame)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
 

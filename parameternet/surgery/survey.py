@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .observe import Call, Observation, observe
 
-__all__ = ["Survey", "survey"]
+__all__ = ["Survey", "read_elsewhere", "survey", "tied"]
 
 # Parts of layer names that mean a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
@@ -54,10 +54,17 @@ def survey(model: nn.Module, probe: Tensor | None = None) -> Survey:
     first: dict[Any, str] = {}
     reads = {name: first.setdefault(made[0].read, name) for name, made in calls.items() if len(made) == 1}
     odd = {name: why for name, made in calls.items() if (why := _odd(made))}
-    for run in (seen, trained):
-        for found in (run.used, run.shaped):
-            odd |= {name: f"its {' and '.join(sorted(parts))} are read elsewhere" for name, parts in found.items()}
-    return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(_tied(model)), reads, odd)
+    odd |= read_elsewhere(seen) | read_elsewhere(trained)
+    return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
+
+
+def read_elsewhere(seen: Observation | None) -> dict[str, str]:
+    """Layers whose tensors, or the shapes of these, were read outside of their own calls, and which."""
+    found: dict[str, set[str]] = {}
+    for run in (seen.used, seen.shaped) if seen else ():
+        for name, parts in run.items():
+            found.setdefault(name, set()).update(parts)
+    return {name: f"its {' and '.join(sorted(parts))} is read elsewhere" for name, parts in found.items()}
 
 
 def _odd(calls: list[Call]) -> str | None:
@@ -76,10 +83,16 @@ def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[Call]]) -
     return next(iter(calls), next(iter(names), None))
 
 
-def _tied(model: nn.Module) -> Iterator[str]:
-    """Convolutions that stand in several places, or whose weight another module has, too."""
+def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
+    """Layers that stand in several places, or a tensor of which another module has, too."""
     places: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    owners: Counter[int] = Counter(id(t) for m in model.modules() for t in _own(m))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and (places[id(module)] > 1 or owners[id(module.weight)] > 1):
+        if isinstance(module, kind) and (places[id(module)] > 1 or any(owners[id(t)] > 1 for t in _own(module))):
             yield name
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [value for value in values if isinstance(value, Tensor)]
