@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from timm.layers import Conv2dSame
@@ -13,7 +14,7 @@ from ..layers import DynamicConv
 from ..layers.altered import alteration, keep_attributes
 from ..layers.static import CollapsedConv, CollapsedConvSame
 from .modes import evaluating
-from .observe import observe
+from .observe import Observation, observe
 from .survey import read_elsewhere, tied
 
 __all__ = ["Variation", "collapse", "listening", "measure_routing"]
@@ -25,7 +26,7 @@ class Variation:
 
     coefficients: Mean routing weights (E,), float64. error: By how much a sample's kernel differs from the mean kernel
     at most, both as lengths (root of the sum of squares), relative to the mean kernel. samples: How many were seen, in
-    all calls of the layer. handed: Its caller hands it routing weights. left: Why `collapse` leaves it whatever the
+    all calls of the layer. handed: Its caller hands it routing weights, or calls its router. left: Why `collapse` leaves it whatever the
     error; None if it does not.
     """
 
@@ -53,22 +54,41 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
     convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
     if not convs:
         raise ValueError(f"this {type(model).__name__} has no dynamic convolution whose routing could be measured")
-    left = _left(model, convs)
-    handed: set[str] = {name for name, conv in convs.items() if conv.routing is None}
+    batches = iter(data)
+    first = next(batches, None)
+    seen = observe(model, None if first is None else _images(first)[:1])
+    left = _left(model, convs, seen)
+    handed = {name for name, conv in convs.items() if conv.routing is None} | _asked(convs, seen)
     with listening(convs, handed) as heard, torch.no_grad(), evaluating(model):
         device = next(model.parameters()).device
-        for batch in data:
-            model((batch[0] if isinstance(batch, tuple | list) else batch).to(device))
-    seen = {name: rows for name, parts in heard.items() if parts and len(rows := torch.cat(parts))}
-    if not seen:
+        for batch in chain([] if first is None else [first], batches):
+            model(_images(batch).to(device))
+    rows = {name: all_rows for name, parts in heard.items() if parts and len(all_rows := torch.cat(parts))}
+    if not rows:
         raise ValueError(f"no picture reached {', '.join([*convs][:5])}: data must hold at least one batch")
-    return [_variation(name, convs[name], rows, name in handed, left.get(name)) for name, rows in seen.items()]
+    return [_variation(name, convs[name], found, name in handed, left.get(name)) for name, found in rows.items()]
 
 
-def _left(model: nn.Module, convs: dict[str, DynamicConv]) -> dict[str, str]:
+def _images(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _asked(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
+    """Layers whose router others call."""
+    calls = seen.calls if seen else {}
+    asked = {name for name, made in calls.items() if any(not call.inside & convs.keys() for call in made)}
+    routers = {id(convs[owner].routing) for name in asked if (owner := _owner(name)) in convs}
+    return {name for name, conv in convs.items() if conv.routing is not None and id(conv.routing) in routers}
+
+
+def _owner(router: str) -> str | None:
+    return router.removesuffix(".routing") if router.endswith(".routing") else None
+
+
+def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | None) -> dict[str, str]:
     """Why layers cannot be static ones."""
     shared = set(tied(model, DynamicConv))
-    elsewhere = read_elsewhere(observe(model))
+    elsewhere = read_elsewhere(seen)
     found = {}
     for name, conv in convs.items():
         if type(conv).forward is not DynamicConv.forward:
@@ -76,7 +96,7 @@ def _left(model: nn.Module, convs: dict[str, DynamicConv]) -> dict[str, str]:
         elif name in shared:
             why = "shares itself or its weight with another place"
         else:
-            why = alteration(conv) or elsewhere.get(name)
+            why = alteration(conv) or elsewhere.get(name) or elsewhere.get(f"{name}.routing")
         if why:
             found[name] = why
     return found
@@ -175,6 +195,8 @@ def _static(conv: DynamicConv, variation: Variation) -> nn.Conv2d:
         for part in (None if conv.bias is None else _mixed(conv.bias, coefficients), conv.shift):
             if part is not None:
                 static.bias.add_(part)
+    if variation.handed and conv.routing is not None:
+        static.routing = conv.routing  # callers may still ask it
     return keep_attributes(conv, static.train(conv.training).requires_grad_(conv.weight.requires_grad))
 
 
