@@ -52,7 +52,7 @@ def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """Scale the kernels of `conv`, every expert's alike, so that it gives what `norm` made of its output.
+    """Scale the kernels of `conv`, every expert's alike, so that its output is that of `norm(conv(x))`.
 
     Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
     adds is not mixed: it becomes `shift` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics are
@@ -66,10 +66,11 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
         return norm
     scale, start = _scale_and_start(norm)
     experts = conv.weight.shape[0] // conv.out_channels
-    _scale(conv.weight, scale.repeat(experts)[:, None, None, None])
+    # New tensors: whoever else holds the old ones, or a part of their memory, keeps what they were.
+    conv.weight = _scaled(conv.weight, scale.repeat(experts)[:, None, None, None])
     if isinstance(conv, DynamicConv):
         if conv.bias is not None:
-            _scale(conv.bias, scale.repeat(experts))
+            conv.bias = _scaled(conv.bias, scale.repeat(experts))
         name, old = "shift", conv.shift
     else:
         name, old = "bias", conv.bias
@@ -80,5 +81,5 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     return keep_attributes(norm, nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
 
 
-def _scale(parameter: nn.Parameter, scale: torch.Tensor) -> None:
-    parameter.copy_(parameter.double() * scale)
+def _scaled(parameter: nn.Parameter, scale: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter((parameter.double() * scale).to(parameter.dtype), requires_grad=parameter.requires_grad)

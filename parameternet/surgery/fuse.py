@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import DynamicConv, Router
-from ..layers.altered import replaced_method
 from ..layers.folding import fold_batch_norm, why_not
-from .observe import Observation, observe
+from .observe import Observation, meta_copy, observe
 from .survey import tied
 
 __all__ = ["Folding", "Fusing", "fuse"]
@@ -99,9 +98,10 @@ def _candidates(model: nn.Module, norms: set[str], seen: Observation | None) -> 
     """Every batch norm, with its convolution and why it cannot be folded."""
     shared = set(tied(model, nn.Module))
     found = set()
-    for prefix, graphs in _traceable("", model):
+    for prefix, graphs in _traceable("", _expendable(model)):
         part = prefix.removesuffix(".")
-        whole = not part and not _runs_other_code(model)
+        # A hook of the network itself is not in its graph.
+        whole = not part and not (model._forward_hooks or model._forward_pre_hooks)
         for norm in sorted(name for name in norms if name.startswith(prefix)):
             conv, left = _before(graphs, norm.removeprefix(prefix))
             conv = None if conv is None else prefix + conv
@@ -114,9 +114,12 @@ def _candidates(model: nn.Module, norms: set[str], seen: Observation | None) -> 
         yield Folding(norm, None, "is part of a module that torch.fx cannot trace")
 
 
-def _runs_other_code(module: nn.Module) -> bool:
-    """Does a call run more than the `forward` of the class, which is what torch.fx traces of a root?"""
-    return bool(replaced_method(module) or module._forward_hooks or module._forward_pre_hooks)
+def _expendable(model: nn.Module) -> nn.Module:
+    """A copy to trace: a network that keeps its tensors in attributes would keep what torch.fx puts in their place."""
+    try:
+        return meta_copy(model)
+    except Exception:  # it copies the network's own attributes, which may raise anything
+        return model
 
 
 def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, whole: bool) -> str | None:
@@ -126,11 +129,9 @@ def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, who
     """
     if seen is None:
         return None if whole else "no forward pass could be observed: give fuse a probe, an input of the network"
-    for name in (conv, norm):
-        used = seen.used.get(name, set()) | seen.tested.get(name, set()) & {"bias"}
-        inner = sorted(n for n in seen.used if n.startswith(f"{name}."))
-        if used or inner:
-            return f"{' and '.join(sorted(used)) or inner[0]} of {name} is read elsewhere"
+    for name, parts in ((conv, seen.used.get(conv, set()) | seen.absent.get(conv, set())), (norm, seen.read.get(norm))):
+        if parts:
+            return f"the {' and '.join(sorted(parts))} of {name} is read elsewhere"
     convs, norms = seen.calls.get(conv, []), seen.calls.get(norm, [])
     if not convs or not norms:
         return "did not run in the forward pass that was observed: give fuse a probe, an input that reaches it"
@@ -151,7 +152,8 @@ def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, who
 
 def _traceable(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[torch.fx.Graph]]]:
     """The largest parts of a network that torch.fx can follow: what their names begin with, and their graphs."""
-    graphs = None if replaced_method(module) else _graphs(module)
+    # torch.fx traces the `forward` of the root's class.
+    graphs = None if "forward" in vars(module) else _graphs(module)
     if graphs is not None:
         yield prefix, graphs
         return
@@ -219,11 +221,13 @@ def _before(graphs: list[torch.fx.Graph], norm: str) -> tuple[str | None, str | 
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
         if (calls[conv], calls[norm]) not in ((1, 1), (0, 0)):
             return conv, "the convolution or the norm is called several times or without the other"
-        parts = [target for target in calls if target.startswith((f"{conv}.", f"{norm}."))]
-        read = [node.target for node in graph.nodes if node.op == "get_attr" and _uses_values(node)]
-        for target in (*parts, *read):
-            if target.startswith((f"{conv}.", f"{norm}.")):
-                return conv, f"{target} is read elsewhere"
+        inner = [target for target in calls if target.startswith(f"{norm}.")]
+        if inner:
+            return conv, f"{inner[0]} is called elsewhere"
+        for node in graph.nodes:
+            owner, _, part = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+            if owner == norm or (owner == conv and _uses_values(node)):  # the norm's tensors will be gone
+                return conv, f"the {part} of {owner} is read elsewhere"
     return conv, None
 
 

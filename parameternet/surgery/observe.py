@@ -48,14 +48,16 @@ class Call:
 class Observation:
     """What was seen in a forward pass.
 
-    calls: Of each layer, in the order of the first calls. used: For each layer, which of its tensors (`weight`) were
-    used outside of its own calls. shaped: Whose shape was read there. tested: Which were found to be None there.
+    calls: Of each layer, in the order of the first calls. For each layer, what happened to its tensors (`weight`)
+    outside of its own calls: used: a function was given them. shaped: their shape was read. read: they were read by
+    name, for whatever use. absent: they were read by name and are None.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     used: dict[str, set[str]] = field(default_factory=dict)
     shaped: dict[str, set[str]] = field(default_factory=dict)
-    tested: dict[str, set[str]] = field(default_factory=dict)
+    read: dict[str, set[str]] = field(default_factory=dict)
+    absent: dict[str, set[str]] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, probe: _Probe | None = None, training: bool = False) -> Observation | None:
@@ -138,24 +140,26 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in HARMLESS:
             for tensor in _tensors((args, kwargs)):
-                self._note(self.seen.shaped if func in SHAPES else self.seen.used, tensor)
+                for name, part in self.owners.get(id(tensor), ()):
+                    self._note(self.seen.shaped if func in SHAPES else self.seen.used, name, part)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, found: dict[str, set[str]], tensor: Tensor) -> None:
-        for name, part in self.owners.get(id(tensor), ()):
-            if name not in self.stack:
-                found.setdefault(name, set()).add(part)
+    def _note(self, found: dict[str, set[str]], name: str, part: str) -> None:
+        if name not in self.stack:
+            found.setdefault(name, set()).add(part)
 
     @contextmanager
     def attributes(self) -> Iterator[None]:
-        """See who finds that a layer has no bias: no function of torch tells."""
+        """See who looks whether a layer has a bias: no function of torch tells."""
         original = nn.Module.__getattr__
 
         def read(module: nn.Module, attribute: str) -> Any:
             value = original(module, attribute)
-            name = self.names.get(id(module))
-            if value is None and name is not None and name not in self.stack:
-                self.seen.tested.setdefault(name, set()).add(attribute)
+            if id(module) in self.names and (value is None or isinstance(value, Tensor)):
+                name = self.names[id(module)]
+                self._note(self.seen.read, name, attribute)
+                if value is None:
+                    self._note(self.seen.absent, name, attribute)
             return value
 
         nn.Module.__getattr__ = read

@@ -1,7 +1,7 @@
 """What stands where in a network: its stem, its heads, and who reads the same tensor as whom."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,7 @@ def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[Call]]) -
 def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
     """Layers that stand in several places, or a tensor of which another module has, too."""
     places: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    places.update(id(m) for owner in model.modules() for m in _modules_in(vars(owner).values(), owner))
     owners: Counter[int] = Counter(id(t) for m in model.modules() for t in _own(m))
     for name, module in model.named_modules():
         if isinstance(module, kind) and (places[id(module)] > 1 or any(owners[id(t)] > 1 for t in _own(module))):
@@ -96,3 +97,14 @@ def _own(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers, and tensors that are plain attributes."""
     values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _modules_in(values: Iterable[Any], owner: nn.Module) -> Iterator[nn.Module]:
+    """Modules in plain attributes of `owner`, lists of them too: there nobody would put another in their place."""
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, list | tuple | set):
+            yield from _modules_in(value, owner)
+        elif isinstance(value, dict) and value is not owner._modules:
+            yield from _modules_in(value.values(), owner)
