@@ -67,7 +67,8 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
         model: Any network in evaluation mode, on any device.
         inplace: Change `model` itself. Otherwise a copy is changed.
         probe: An input of the network, or a tuple of its arguments. Without one the forward pass that is observed is
-            that of an image of the size that `model.pretrained_cfg` names, or of 224 pixels, on the meta device.
+            that of an image of the size that `model.pretrained_cfg` names, or of 224 pixels. A network in which Python
+            decides by an input's numbers is observed on the way that the probe takes, and not without one.
 
     Returns:
         The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
@@ -84,7 +85,10 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
     if not inplace:
         model = deepcopy(model)
     norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    layers = tuple(_candidates(model, norms, observe(model, probe) if norms else None))
+    seen = observe(model, probe) if norms else None
+    if seen is not None and seen.decides and probe is None:
+        seen = None  # other inputs may take other ways
+    layers = tuple(_candidates(model, norms, seen))
     for layer in layers:
         if layer.left is None:
             conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)

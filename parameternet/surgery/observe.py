@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["HARMLESS", "SHAPES", "Call", "Observation", "default_probe", "meta_copy", "observe"]
 
@@ -30,6 +31,13 @@ HARMLESS = _getters("dtype", "device", "requires_grad", "is_cuda", "is_meta", "l
 }
 SHAPES = _getters("shape") | {torch.Tensor.size, torch.Tensor.numel, torch.numel, torch.Tensor.__len__}
 
+# Functions that let Python decide by the numbers of a tensor, and those that write into their first argument.
+NUMBERS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "nonzero")
+) | {torch.nonzero, torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.unique}
+WRITES = frozenset({torch.Tensor.__setitem__, torch.Tensor.copy_})
+
 _Version = tuple[int, int]  # which tensor, and how often it had been written to
 
 
@@ -50,7 +58,8 @@ class Observation:
 
     calls: Of each layer, in the order of the first calls. For each layer, what happened to its tensors (`weight`)
     outside of its own calls: used: a function was given them. shaped: their shape was read. read: they were read by
-    name, for whatever use. absent: they were read by name and are None.
+    name, for whatever use. absent: they were read by name and are None. decides: The network looked at numbers that
+    come from its input, so that other inputs may take other ways.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -58,18 +67,22 @@ class Observation:
     shaped: dict[str, set[str]] = field(default_factory=dict)
     read: dict[str, set[str]] = field(default_factory=dict)
     absent: dict[str, set[str]] = field(default_factory=dict)
+    decides: bool = False
 
 
-def observe(model: nn.Module, probe: _Probe | None = None, training: bool = False) -> Observation | None:
+def observe(
+    model: nn.Module, probe: _Probe | None = None, training: bool = False, numbers: bool = True
+) -> Observation | None:
     """Run a copy of `model` and watch; None if it cannot be run.
 
-    The copy runs on the meta device, where tensors have shapes and no numbers. A network whose path depends on numbers
-    cannot run there: with a `probe` a copy runs with it.
+    The copy runs on the meta device, where tensors have shapes and no numbers. A network that needs numbers cannot run
+    there: then a copy runs on the network's own device.
 
     Args:
         model: Any network; it is left as it was.
         probe: An input of the network, or a tuple of its arguments; None: an image of the size that it says.
         training: Watch the copy in training mode.
+        numbers: Run a copy with numbers where one without cannot run.
     """
     with torch.inference_mode(False):  # whose tensors do not tell how often they were written to
         given = default_probe(model) if probe is None else probe
@@ -77,13 +90,21 @@ def observe(model: nn.Module, probe: _Probe | None = None, training: bool = Fals
         try:
             return _watched(meta_copy(model).train(training), [_to_meta(x) for x in given])
         except Exception:  # it copies and runs the network's own code, which may raise anything
-            if probe is None:
+            if not numbers:
                 return None
         try:
-            own = [x.detach().clone() if isinstance(x, Tensor) else deepcopy(x) for x in given]
-            return _watched(deepcopy(model).train(training), own)
+            tensor = next(iter(model.parameters()), torch.empty(0))
+            return _watched(deepcopy(model).train(training), [_with_numbers(x, tensor.device) for x in given])
         except Exception:
             return None
+
+
+def _with_numbers(x: Any, device: torch.device) -> Any:
+    if not isinstance(x, Tensor):
+        return deepcopy(x)
+    if not x.is_meta:
+        return x.detach().clone()
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
 
 
 def _to_meta(x: Any) -> Any:
@@ -92,7 +113,7 @@ def _to_meta(x: Any) -> Any:
 
 @torch.no_grad()
 def _watched(model: nn.Module, inputs: list[Any]) -> Observation:
-    watch = _Watch(model)
+    watch = _Watch(model, inputs)
     with ExitStack() as stack:
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -105,8 +126,10 @@ def _watched(model: nn.Module, inputs: list[Any]) -> Observation:
 class _Watch(TorchFunctionMode):
     """Hooks on every module of a network, and every function of torch that is given one of their tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: list[Any]) -> None:
         super().__init__()
+        self.derived = WeakIdKeyDictionary()  # tensors that come from the input
+        self._derive(inputs)
         self.seen = Observation()
         self.stack: list[str] = []
         self.started: list[tuple[_Version | None, tuple[int, ...], bool]] = []
@@ -136,13 +159,23 @@ class _Watch(TorchFunctionMode):
         read, shape, keywords = self.started.pop()
         call = Call(read, self._version(output), shape, keywords, frozenset(self.stack))
         self.seen.calls[self.stack.pop()].append(call)
+        if any(tensor in self.derived for tensor in _tensors((args, kwargs))):
+            self._derive(output)  # autograd functions do not tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in HARMLESS:
             for tensor in _tensors((args, kwargs)):
                 for name, part in self.owners.get(id(tensor), ()):
                     self._note(self.seen.shaped if func in SHAPES else self.seen.used, name, part)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if any(tensor in self.derived for tensor in _tensors((args, kwargs))):
+            self.seen.decides |= func in NUMBERS
+            self._derive((result, args[:1] if func in WRITES or _is_in_place(func) else ()))
+        return result
+
+    def _derive(self, values: Any) -> None:
+        for tensor in _tensors(values):
+            self.derived[tensor] = True
 
     def _note(self, found: dict[str, set[str]], name: str, part: str) -> None:
         if name not in self.stack:
@@ -167,6 +200,11 @@ class _Watch(TorchFunctionMode):
             yield
         finally:
             nn.Module.__getattr__ = original
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

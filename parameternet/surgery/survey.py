@@ -32,20 +32,22 @@ class Survey:
     odd: dict[str, str]
 
 
-def survey(model: nn.Module, probe: Tensor | None = None) -> Survey:
+def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Survey:
     """Look at a network, and at what its convolutions read in a forward pass that is observed.
 
     Args:
         model: Any network; it is left as it was.
         probe: An input of the network.
 
-    A network that cannot be run is judged by its names alone.
+    A network whose way depends on its input's numbers, and for which there is no probe, is judged by its names, but for
+    what one way through it shows. One that cannot be run at all has only `odd` convolutions.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    seen = observe(model, probe) or Observation()
-    trained = observe(model, probe, training=True) or Observation()
-    calls = {name: seen.calls[name] for name in seen.calls if name in set(names)}
+    seen = observe(model, probe)
+    trained = observe(model, probe, training=True, numbers=False)
+    some_way = seen is not None and seen.decides and probe is None
+    calls = {} if seen is None or some_way else {n: seen.calls[n] for n in seen.calls if n in set(names)}
     stem = _stem(cfg, names, calls)
     classifier = cfg.get("classifier") or ()
     classifiers = {classifier} if isinstance(classifier, str) else set(classifier)
@@ -55,6 +57,8 @@ def survey(model: nn.Module, probe: Tensor | None = None) -> Survey:
     reads = {name: first.setdefault(made[0].read, name) for name, made in calls.items() if len(made) == 1}
     odd = {name: why for name, made in calls.items() if (why := _odd(made))}
     odd |= read_elsewhere(seen) | read_elsewhere(trained)
+    if seen is None:
+        odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
     return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..layers import DynamicConv, Router
 from ..layers.altered import alteration, keep_attributes
 from ..layers.static import DepthwiseConv
+from .own_fuse import FuseDynamicFirst
 from .survey import Survey, survey
 
 __all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
@@ -72,6 +73,7 @@ def upcycle(
     min_channels: int = 1,
     stem: bool = False,
     head: bool = False,
+    frozen: bool = False,
     routing: str = "softmax",
     routing_hidden: int | None = None,
     share_routers: bool = True,
@@ -79,7 +81,7 @@ def upcycle(
     router_std: float = 0.0,
     coefficient: float = 0.5,
     seed: int = 0,
-    probe: Tensor | None = None,
+    probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
@@ -97,6 +99,9 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
+        frozen: Convert convolutions whose weight is not trained (`requires_grad` is False), in a network of which
+            other parameters are, too: constants, as the table of YOLO's box distribution, and frozen stages, whose
+            experts would stay as they start. In a network that is frozen as a whole, only tables of whole numbers stay.
         routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
             came to scale the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
@@ -104,8 +109,9 @@ def upcycle(
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
         coefficient: What a neutral sigmoid router weighs each expert by, between 0 and 1; softmax has 1 / num_experts.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
-        probe: An input of the network; without one a picture of the size that `model.pretrained_cfg` names, or of 224
-            pixels, is taken. Nothing is computed with it: it shows which layers read what.
+        probe: An input of the network, or a tuple of its arguments; without one an image of the size that
+            `model.pretrained_cfg` names, or of 224 pixels. A forward pass of a copy shows which layers read what; it
+            runs on the meta device if it can.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
@@ -119,9 +125,10 @@ def upcycle(
     _check(num_experts, kinds, noise, router_std, coefficient)
     if not inplace:
         model = deepcopy(model)
-    chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head)
+    chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head, frozen)
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     seen = survey(model, probe)
-    layers = tuple(chosen.layer(name, conv, seen, share_routers) for name, conv in _convolutions(model))
+    layers = tuple(chosen.layer(name, conv, seen, share_routers, trained) for name, conv in _convolutions(model))
     done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers))
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
@@ -224,9 +231,10 @@ class _Choice:
     min_channels: int
     stem: bool
     head: bool
+    frozen: bool
 
-    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool) -> Layer:
-        left = self._left(name, conv, seen)
+    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool, trained: bool) -> Layer:
+        left = self._left(name, conv, seen) or self._constant(conv, trained)
         router = None if left else seen.reads.get(name, name) if share else name
         return Layer(name, kind_of(conv), _shape(conv), left, router)
 
@@ -252,6 +260,22 @@ class _Choice:
         if min(conv.in_channels, conv.out_channels) < self.min_channels:
             return f"fewer than {self.min_channels} channels"
         return None
+
+
+    def _constant(self, conv: nn.Conv2d, trained: bool) -> str | None:
+        """Why a convolution that is not trained stays dense, in a network that is `trained` elsewhere or nowhere."""
+        if self.frozen or conv.weight.requires_grad:
+            return None
+        if trained:
+            return "frozen: a constant, or a stage that is not trained"
+        return "a fixed table of whole numbers" if _is_table(conv.weight) else None
+
+
+@torch.no_grad()
+def _is_table(weight: Tensor) -> bool:
+    if weight.is_meta:
+        return False
+    return bool((weight == weight.round()).all() and weight.min() < weight.max())
 
 
 def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
@@ -345,6 +369,8 @@ def _convert(model: nn.Module, done: Upcycling, start: _Start) -> nn.Module:
         dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
         setattr(model.get_submodule(parent), child, dynamic)
     model.upcycling = done
+    if callable(getattr(type(model), "fuse", None)):
+        model.fuse = FuseDynamicFirst(model)
     return model
 
 
