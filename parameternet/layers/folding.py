@@ -24,14 +24,14 @@ def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
 def why_not(conv: nn.Module, norm: nn.Module) -> str | None:
     """Why the two layers cannot be folded; None if they can."""
     dynamic = isinstance(conv, DynamicConv) and type(conv).forward is DynamicConv.forward
-    if not (dynamic or type(conv) in CONVOLUTIONS):
-        return f"does not follow a convolution that is known, but a {type(conv).__name__}"
-    if type(norm) not in NORMS:
-        return f"a {type(norm).__name__} may compute something else"
     for role, layer in (("the convolution", conv), ("the norm", norm)):
         altered = alteration(layer)
         if altered:
             return f"{role}: {altered}"
+    if not (dynamic or type(conv) in CONVOLUTIONS):
+        return f"does not follow a convolution that is known, but a {type(conv).__name__}"
+    if type(norm) not in NORMS:
+        return f"a {type(norm).__name__} may compute something else"
     if norm.running_mean is None or norm.running_var is None:
         return "normalises with the statistics of each batch"
     if conv.out_channels != norm.num_features:

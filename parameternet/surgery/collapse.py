@@ -26,7 +26,7 @@ class Variation:
 
     coefficients: Mean routing weights (E,), float64. error: By how much a sample's kernel differs from the mean kernel
     at most, both as lengths (root of the sum of squares), relative to the mean kernel. samples: How many were seen, in
-    all calls of the layer. handed: Its caller hands it routing weights, or calls its router. left: Why `collapse` leaves it whatever the
+    all calls of the layer. handed: Its caller hands it routing weights or keyword arguments, or calls its router. left: Why `collapse` leaves it whatever the
     error; None if it does not.
     """
 
@@ -131,14 +131,14 @@ def collapse(
 def listening(convs: dict[str, DynamicConv], handed: set[str] | None = None) -> Iterator[dict[str, list[Tensor]]]:
     """Routing weights that reach each convolution, from its router or from its caller: (B, E) float64 a call.
 
-    Names of layers whose caller hands them routing weights are added to `handed`.
+    Names of layers that are called in other ways than `conv(x)` are added to `handed`.
     """
     heard: dict[str, list[Tensor]] = {name: [] for name in convs}
 
     def note(name: str, conv: DynamicConv, args: tuple[Tensor, ...], kwargs: dict[str, Tensor | None]) -> None:
         given = dict(zip(("x", "routing_weights"), args, strict=False)) | kwargs
         routing_weights = given.get("routing_weights")
-        if routing_weights is not None and handed is not None:
+        if handed is not None and ("routing_weights" in given or kwargs):
             handed.add(name)
         if routing_weights is None and conv.routing is not None:
             routing_weights = conv.routing(given["x"])

@@ -99,8 +99,8 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
-        frozen: Convert convolutions whose weight is not trained (`requires_grad` is False), in a network of which
-            other parameters are, too: constants, as the table of YOLO's box distribution, and frozen stages, whose
+        frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False), in a
+            network of which other parameters are, too: constants, as the table of YOLO's box distribution, and frozen stages, whose
             experts would stay as they start. In a network that is frozen as a whole, only tables of whole numbers stay.
         routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
             came to scale the whole kernel (benchmarks/finetune.py).
@@ -264,7 +264,7 @@ class _Choice:
 
     def _constant(self, conv: nn.Conv2d, trained: bool) -> str | None:
         """Why a convolution that is not trained stays dense, in a network that is `trained` elsewhere or nowhere."""
-        if self.frozen or conv.weight.requires_grad:
+        if self.frozen or any(parameter.requires_grad for parameter in conv.parameters()):
             return None
         if trained:
             return "frozen: a constant, or a stage that is not trained"
