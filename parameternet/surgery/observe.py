@@ -1,7 +1,7 @@
 """One forward pass of a copy, watched: which layers ran where, and who else read their tensors."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["HARMLESS", "SHAPES", "Call", "Observation", "default_probe", "meta_copy", "observe"]
+__all__ = ["HARMLESS", "SHAPES", "Call", "Observation", "default_probe", "merged_weights", "meta_copy", "observe"]
 
 _Probe = Tensor | tuple[Any, ...]
 
@@ -105,6 +105,22 @@ def _with_numbers(x: Any, device: torch.device) -> Any:
     if not x.is_meta:
         return x.detach().clone()
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, methods: tuple[str, ...]) -> set[str]:
+    """Layers whose tensors the given methods of the modules around them use, where a class has such methods."""
+    try:
+        double = meta_copy(model)
+    except Exception:  # it copies the network's own attributes, which may raise anything
+        return set()
+    watch = _Watch(double, [])
+    for name, module in list(double.named_modules()):
+        for method in methods:
+            if name and callable(getattr(type(module), method, None)):
+                with suppress(Exception), watch:  # what it used before it failed counts
+                    getattr(module, method)()
+    return set(watch.seen.used)
 
 
 def _to_meta(x: Any) -> Any:

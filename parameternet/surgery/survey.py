@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .observe import Call, Observation, observe
+from .observe import Call, Observation, merged_weights, observe
 
 __all__ = ["Survey", "read_elsewhere", "survey", "tied"]
 
@@ -57,6 +57,8 @@ def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> S
     reads = {name: first.setdefault(made[0].read, name) for name, made in calls.items() if len(made) == 1}
     odd = {name: why for name, made in calls.items() if (why := _odd(made))}
     odd |= read_elsewhere(seen) | read_elsewhere(trained)
+    if callable(getattr(type(model), "fuse", None)):  # which calls those of its blocks
+        odd |= dict.fromkeys(merged_weights(model, ("fuse", "fuse_convs")), "the fuse of its block merges its weight")
     if seen is None:
         odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
     return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
