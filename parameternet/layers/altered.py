@@ -37,7 +37,7 @@ def replaced_method(module: nn.Module) -> str | None:
 
 
 def keep_attributes(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give `new`, which takes the place of `old`, the plain attributes that only `old` has: other code may read them."""
+    """Give `new`, which takes the place of `old`, the plain attributes that only `old` has: others may read them."""
     for name, value in vars(old).items():
         if not name.startswith("_") and not hasattr(new, name):
             setattr(new, name, value)

@@ -26,8 +26,8 @@ class Variation:
 
     coefficients: Mean routing weights (E,), float64. error: By how much a sample's kernel differs from the mean kernel
     at most, both as lengths (root of the sum of squares), relative to the mean kernel. samples: How many were seen, in
-    all calls of the layer. handed: Its caller hands it routing weights or keyword arguments, or calls its router. left: Why `collapse` leaves it whatever the
-    error; None if it does not.
+    all calls of the layer. handed: Its caller hands it routing weights or keyword arguments, or calls its router. left:
+    Why `collapse` leaves it whatever the error; None if it does not.
     """
 
     name: str

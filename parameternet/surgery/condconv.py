@@ -25,7 +25,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
-        The network, with an attribute `converting`: for the name of each CondConv2d why it was left, None if it was not.
+        The network, with an attribute `converting`: for the name of each CondConv2d why it was left, or None.
 
     Raises:
         ValueError: There is no CondConv2d, or none that can be converted.

@@ -21,7 +21,9 @@ def _getters(*names: str) -> frozenset[Any]:
 
 
 # Functions of a tensor that do not depend on its values: the first ones not on its shape either.
-HARMLESS = _getters("dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "is_leaf", "grad_fn") | {
+HARMLESS = _getters(
+    "dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "is_leaf", "grad_fn"
+) | {
     torch.Tensor.dim,
     torch.Tensor.is_floating_point,
     torch.is_floating_point,

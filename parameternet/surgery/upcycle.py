@@ -99,9 +99,10 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
-        frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False), in a
-            network of which other parameters are, too: constants, as the table of YOLO's box distribution, and frozen stages, whose
-            experts would stay as they start. In a network that is frozen as a whole, only tables of whole numbers stay.
+        frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False) in a
+            network that is trained elsewhere, too. They stay by default: constants, as the table of YOLO's box
+            distribution, and frozen stages, whose experts would stay as they start. In a network that is frozen as a
+            whole, as one for inference, only tables of whole numbers stay.
         routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
             came to scale the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
@@ -260,7 +261,6 @@ class _Choice:
         if min(conv.in_channels, conv.out_channels) < self.min_channels:
             return f"fewer than {self.min_channels} channels"
         return None
-
 
     def _constant(self, conv: nn.Conv2d, trained: bool) -> str | None:
         """Why a convolution that is not trained stays dense, in a network that is `trained` elsewhere or nowhere."""

@@ -192,7 +192,10 @@ def decides(self, x):
     return y if x.sum() > 0 else -y
 
 
-@pytest.mark.parametrize("way", [reads_dtype, reads_shape, reads_numbers_of_the_norm, decides], ids=lambda w: w.__name__)
+KINDLY = [reads_dtype, reads_shape, reads_numbers_of_the_norm, decides]
+
+
+@pytest.mark.parametrize("way", KINDLY, ids=lambda way: way.__name__)
 def test_fuse_folds_where_only_the_kind_of_a_tensor_is_read(way):
     assert not_fused(lived_in(Block(way))) == []
 
@@ -256,7 +259,7 @@ def uses_functional_block(self, x):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_parts_of_a_network_that_cannot_be_traced_are_folded_if_a_forward_pass_shows_that_they_are_called(way, left, why):
+def test_parts_of_a_network_that_cannot_be_traced_are_folded_if_they_are_called(way, left, why):
     model = lived_in(Caller(way))
     assert not_fused(model) == left
     assert all(why in layer.left for layer in fuse(model).fusing.left)
@@ -270,7 +273,7 @@ class Two(nn.Module):
         self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
 
     def forward(self, x, y):
-        for i in range(len(list(y))):
+        for _ in range(len(list(y))):
             x = x + self.block(x)
         return x
 
@@ -397,7 +400,7 @@ def test_what_a_copy_loses_is_left_alone_in_place(alter):
     model = lived_in(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     alter(model[1])
     assert fuse(model, inplace=True).fusing.left[0].left.startswith("the convolution: ")
-    with pytest.raises(ValueError, match="nothing in this Sequential is to be converted .*1: "):
+    with pytest.raises(ValueError, match=r"nothing in this Sequential is to be converted .*1: "):
         upcycle(model, inplace=True)
 
 
@@ -419,7 +422,8 @@ def test_an_altered_dynamic_convolution_is_not_collapsed(alter):
     model = nn.Sequential(conv, copy.deepcopy(conv)).double().eval()
     alter(model[0])
     folded, variations = collapse(model, [image()])
-    assert [v.left is None for v in variations] == [False, True] and [v.error < 1e-9 for v in variations] == [True, True]
+    assert [v.left is None for v in variations] == [False, True]
+    assert max(v.error for v in variations) < 1e-9
     assert isinstance(folded[0], DynamicConv) and not isinstance(folded[1], DynamicConv)
     assert_same(folded, model)
 
@@ -441,14 +445,14 @@ def test_an_altered_condconv_is_not_converted():
     assert converted.converting == {"a": "its forward was replaced", "b": None}
     assert_same(converted, model)
     model.b.register_forward_hook(lambda module, inputs, output: 2 * output)
-    with pytest.raises(ValueError, match=r"no CondConv2d of this Net can be converted \(a: its forward was replaced; b: "):
+    with pytest.raises(ValueError, match=r"can be converted \(a: its forward was replaced; b: "):
         convert_condconv(model)
 
 
 def test_a_replaced_method_is_not_dilated():
     model = nn.Sequential(*[nn.Conv2d(4, 4, 3, stride=2, padding=1) for _ in range(5)]).eval()
     replaced_forward(model[4])
-    with pytest.raises(ValueError, match=r"cannot have output_stride=16: 4 may not do what its class does: its forward"):
+    with pytest.raises(ValueError, match=r"output_stride=16: 4 may not do what its class does: its forward"):
         dilate(model, 16)
     assert model[4].stride == (2, 2)
 
@@ -618,7 +622,7 @@ def test_upcycle_sees_what_training_reads():
 def test_upcycle_of_a_network_that_cannot_be_run_asks_for_a_probe():
     model = lived_in(Two())
     model.block.insert(0, nn.Conv2d(4, 4, 1).double())
-    with pytest.raises(ValueError, match="nothing in this Two is to be converted .*give a probe"):
+    with pytest.raises(ValueError, match=r"nothing in this Two is to be converted .*give a probe"):
         upcycle(model)
     dynamic = upcycle(model, probe=(image(), image()))
     assert [layer.name for layer in dynamic.upcycling.converted] == ["block.1"]
