@@ -86,9 +86,7 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
         model = deepcopy(model)
     norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     seen = observe(model, probe) if norms else None
-    if seen is not None and seen.decides and probe is None:
-        seen = None  # other inputs may take other ways
-    layers = tuple(_candidates(model, norms, seen))
+    layers = tuple(_candidates(model, norms, seen, probe is not None))
     for layer in layers:
         if layer.left is None:
             conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
@@ -98,8 +96,10 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
     return model
 
 
-def _candidates(model: nn.Module, norms: set[str], seen: Observation | None) -> Iterator[Folding]:
+def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, probed: bool) -> Iterator[Folding]:
     """Every batch norm, with its convolution and why it cannot be folded."""
+    # One way through a network that decides by numbers can speak against folding, but not for it.
+    typical = seen is not None and (probed or not seen.decides)
     shared = set(tied(model, nn.Module))
     found = set()
     for prefix, graphs in _traceable("", _expendable(model)):
@@ -113,7 +113,7 @@ def _candidates(model: nn.Module, norms: set[str], seen: Observation | None) -> 
             if left is None and shared & {conv, norm}:
                 left = "shares itself or a tensor with another place"
             found.add(norm)
-            yield Folding(norm, conv, left or _contradicted(seen, part, conv, norm, whole))
+            yield Folding(norm, conv, left or _contradicted(seen, part, conv, norm, whole, typical))
     for norm in sorted(norms - found):
         yield Folding(norm, None, "is part of a module that torch.fx cannot trace")
 
@@ -126,17 +126,21 @@ def _expendable(model: nn.Module) -> nn.Module:
         return model
 
 
-def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, whole: bool) -> str | None:
+def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, whole: bool, typical: bool) -> str | None:
     """What a forward pass shows against folding a pair that the graph of a part allows.
 
-    `whole`: The part is the network, so that the graph alone is enough where there is no forward pass.
+    `whole`: The part is the network, so that the graph alone is enough where no forward pass is `typical`.
     """
+    if not typical and not whole:
+        return "no forward pass could be observed: give fuse a probe, an input of the network"
     if seen is None:
-        return None if whole else "no forward pass could be observed: give fuse a probe, an input of the network"
+        return None
     for name, parts in ((conv, seen.used.get(conv, set()) | seen.absent.get(conv, set())), (norm, seen.read.get(norm))):
         if parts:
             return f"the {' and '.join(sorted(parts))} of {name} is read elsewhere"
     convs, norms = seen.calls.get(conv, []), seen.calls.get(norm, [])
+    if not typical and not convs and not norms:
+        return None
     if not convs or not norms:
         return "did not run in the forward pass that was observed: give fuse a probe, an input that reaches it"
     if any(part not in call.inside for call in (*convs, *norms)):

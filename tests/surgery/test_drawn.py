@@ -150,7 +150,9 @@ def assert_same(got, wanted):
         assert (got(x) - expected).abs().max() <= 1e-10 * expected.abs().max().clamp_min(1)
 
 
-drawn = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+drawn = settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
 
 
 @drawn

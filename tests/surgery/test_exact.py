@@ -123,6 +123,11 @@ def decides_whether_to_normalise(self, x):
     return self.norm(y) if float(x.mean()) > 0 else y
 
 
+def decides_and_takes_fx_for_no_tensor(self, x):
+    y = self.norm(self.conv(x if x.sum() > 0 else -x))
+    return y + self.conv.weight.mean() if isinstance(x, torch.Tensor) else y
+
+
 def takes_fx_for_no_tensor(self, x):
     y = self.norm(self.conv(x))
     return y + self.conv.weight.mean() if isinstance(x, torch.Tensor) else y
@@ -145,6 +150,7 @@ NOT_FUSED = [
     calls_norm_alone,
     decides_whether_to_read,
     decides_whether_to_normalise,
+    decides_and_takes_fx_for_no_tensor,
     takes_fx_for_no_tensor,
 ]
 
