@@ -15,7 +15,7 @@ from ..layers.altered import alteration, keep_attributes
 from ..layers.static import CollapsedConv, CollapsedConvSame
 from .modes import evaluating
 from .observe import Observation, observe
-from .survey import read_elsewhere, tied
+from .survey import read_elsewhere, refuse_distributed, tied
 
 __all__ = ["Variation", "collapse", "listening", "measure_routing"]
 
@@ -116,6 +116,7 @@ def collapse(
         The network, and the variation of every layer that was called, folded or not; those up to `tolerance` were
         folded, but for those that are `left`.
     """
+    refuse_distributed(model)
     variations = measure_routing(model, data)
     if not inplace:
         model = deepcopy(model)

@@ -9,7 +9,7 @@ from torch import nn
 from ..layers import DynamicConv
 from ..layers.altered import alteration, keep_attributes
 from .observe import observe
-from .survey import read_elsewhere, tied
+from .survey import read_elsewhere, refuse_distributed, tied
 
 __all__ = ["convert_condconv"]
 
@@ -32,6 +32,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Source: CondConv, arXiv:1904.04971.
     """
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, CondConv2d)]

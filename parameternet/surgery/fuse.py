@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import DynamicConv, Router
 from ..layers.folding import fold_batch_norm, why_not
 from .observe import Observation, meta_copy, observe
-from .survey import tied
+from .survey import refuse_distributed, tied
 
 __all__ = ["Folding", "Fusing", "fuse"]
 
@@ -74,7 +74,7 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
         The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
 
     Raises:
-        ValueError: The network is in training mode.
+        ValueError: The network is in training mode, or wrapped in DistributedDataParallel.
     """
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
@@ -82,6 +82,7 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
             f"only a network in evaluation mode can be fused, this one is in training mode (first: {training[0]}): "
             "call model.eval() before"
         )
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
     norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

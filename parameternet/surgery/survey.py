@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .observe import Call, Observation, merged_weights, observe
 
-__all__ = ["Survey", "read_elsewhere", "survey", "tied"]
+__all__ = ["Survey", "read_elsewhere", "refuse_distributed", "survey", "tied"]
 
 # Parts of layer names that mean a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
@@ -62,6 +62,16 @@ def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> S
     if seen is None:
         odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
     return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise ValueError where new parameters would not be synchronised."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the network'} is wrapped in DistributedDataParallel, which knows only the "
+                "parameters that it was built with: convert its `.module`, and wrap the result"
+            )
 
 
 def read_elsewhere(seen: Observation | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..layers import DynamicConv, Router
 from ..layers.altered import alteration, keep_attributes
 from ..layers.static import DepthwiseConv
 from .own_fuse import FuseDynamicFirst
-from .survey import Survey, survey
+from .survey import Survey, refuse_distributed, survey
 
 __all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
 
@@ -124,6 +124,7 @@ def upcycle(
     Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
     """
     _check(num_experts, kinds, noise, router_std, coefficient)
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
     chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head, frozen)

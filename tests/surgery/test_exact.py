@@ -582,6 +582,20 @@ def test_wrapped_networks():
             assert_same(fuse(model.eval()), inner)
 
 
+def test_a_network_in_distributed_data_parallel_is_refused(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(4, 4, 1), DynamicConv(4, 4, 1)))
+        for convert in (upcycle, lambda m: fuse(m.eval()), lambda m: collapse(m, [image().float()])):
+            with pytest.raises(
+                ValueError, match=r"the parameters that it was built with: convert its `\.module`, and wrap the result"
+            ):
+                convert(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Upcycle ----------------------------------------------------------------------------------------------------------
 
 
