@@ -4,6 +4,10 @@
 {'batch 1, 64 x 64': 3e-07, 'batch 3, 64 x 64': 4e-07, 'batch 8, 64 x 64': 5e-07}
 >>> read_metadata("net.onnx")["mean"]
 [0.4802, 0.4481, 0.3978]
+
+A batch of no images runs in files of TorchScript and torch.export, and in those of ONNX and OpenVINO with form
+'constant'. With form 'computed' these two loop over the images, and onnxruntime and OpenVINO refuse a loop of no turns:
+skip an empty batch before you run such a file.
 """
 
 import importlib
@@ -66,7 +70,7 @@ def export(
         path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
         format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin.
         form: 'computed' kernels, or 'constant' ones for TensorRT and mobile runtimes (see `forms.py`).
-        batch: Images at once; None: any number.
+        batch: Images at once; None: any number, but at least 1 in ONNX and OpenVINO files of form 'computed'.
         size: Height and width of the input (a number: both), or with the channels before; None: what the network is
             evaluated at.
         dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.

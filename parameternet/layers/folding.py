@@ -4,29 +4,55 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
 from torch import nn
 
+from .altered import alteration, keep_attributes
 from .dynamic_conv import DynamicConv
-from .static import DepthwiseConv
+from .static import CollapsedConv, CollapsedConvSame, DepthwiseConv
 
-__all__ = ["can_fold", "fold_batch_norm"]
+__all__ = ["can_fold", "fold_batch_norm", "why_not"]
 
 
 # Exact types: a subclass may compute something else from the same weights. One of DynamicConv tells by its `forward`.
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv, CollapsedConv, CollapsedConvSame)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
 
 def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
     """Is `norm(conv(x))` the same as some `conv'(x)`, as far as the two layers tell?"""
+    return why_not(conv, norm) is None
+
+
+def why_not(conv: nn.Module, norm: nn.Module) -> str | None:
+    """Why the two layers cannot be folded; None if they can."""
     dynamic = isinstance(conv, DynamicConv) and type(conv).forward is DynamicConv.forward
-    if not (dynamic or type(conv) in CONVOLUTIONS) or type(norm) not in NORMS:
-        return False
-    observed = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in (conv, norm))
-    return norm.running_mean is not None and conv.out_channels == norm.num_features and not observed
+    for role, layer in (("the convolution", conv), ("the norm", norm)):
+        altered = alteration(layer)
+        if altered:
+            return f"{role}: {altered}"
+    if not (dynamic or type(conv) in CONVOLUTIONS):
+        return f"does not follow a convolution that is known, but a {type(conv).__name__}"
+    if type(norm) not in NORMS:
+        return f"a {type(norm).__name__} may compute something else"
+    if norm.running_mean is None or norm.running_var is None:
+        return "normalises with the statistics of each batch"
+    if conv.out_channels != norm.num_features:
+        return f"{conv.out_channels} channels are normalised as {norm.num_features}"
+    if not _scale_and_start(norm)[0].to(conv.weight.dtype).isfinite().all():
+        return f"its scale does not fit {conv.weight.dtype}"
+    return None
+
+
+def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, start), float64, for which `norm(y)` is `scale * y + start`."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    start = -norm.running_mean.double() * scale
+    return scale, start if norm.bias is None else start + norm.bias.double()
 
 
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """Scale the kernels of `conv`, every expert's alike, so that it gives what `norm` made of its output.
+    """Scale the kernels of `conv`, every expert's alike, so that its output is that of `norm(conv(x))`.
 
     Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
     adds is not mixed: it becomes `shift` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics are
@@ -38,18 +64,13 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """
     if not can_fold(conv, norm):
         return norm
-    assert isinstance(conv, nn.Conv2d | DynamicConv) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    start = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        start = start + norm.bias.double()
+    assert isinstance(conv, nn.Conv2d | DynamicConv)
+    scale, start = _scale_and_start(norm)
     experts = conv.weight.shape[0] // conv.out_channels
-    _scale(conv.weight, scale.repeat(experts)[:, None, None, None])
+    # New tensors: whoever else holds the old ones, or a part of their memory, keeps what they were.
+    conv.weight = _scaled(conv.weight, scale.repeat(experts)[:, None, None, None])
     if isinstance(conv, DynamicConv) and conv.bias is not None:
-        _scale(conv.bias, scale.repeat(experts))
+        conv.bias = _scaled(conv.bias, scale.repeat(experts))
     name = "shift" if isinstance(conv, DynamicConv) else "bias"
     old = getattr(conv, name)
     if old is not None:
@@ -57,8 +78,8 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     setattr(conv, name, nn.Parameter(start.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad))
     after = (getattr(norm, "drop", None), getattr(norm, "act", None))
     rest = [layer for layer in after if isinstance(layer, nn.Module)]
-    return (nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
+    return keep_attributes(norm, nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
 
 
-def _scale(parameter: torch.Tensor, scale: torch.Tensor) -> None:
-    parameter.copy_(parameter.double() * scale)
+def _scaled(parameter: torch.Tensor, scale: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter((parameter.double() * scale).to(parameter.dtype), requires_grad=parameter.requires_grad)

@@ -13,7 +13,7 @@ from .compiled import compiles_for_python, records_a_graph
 from .gradients import DepthwiseConvolution
 from .strategies import Geometry
 
-__all__ = ["DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
+__all__ = ["CollapsedConv", "CollapsedConvSame", "DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
 
 # Their choice between two ways depends on the input, which torch.fx cannot follow.
 torch.fx.wrap("depthwise_conv2d")
@@ -45,6 +45,20 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.training)
+
+
+class CollapsedConv(nn.Conv2d):
+    """A torch.nn.Conv2d for callers that hand on routing weights, which it does not need."""
+
+    def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class CollapsedConvSame(timm.layers.Conv2dSame):
+    """`CollapsedConv` with timm's 'same' padding."""
+
+    def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        return super().forward(x)
 
 
 def static_conv2d(in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, **kwargs) -> nn.Conv2d:

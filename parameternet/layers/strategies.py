@@ -104,13 +104,14 @@ def batched_matmul(
     """Mix B kernels and apply each to its sample by a batched matrix product. Pointwise; the batch stays free."""
     x = _subsample(x, geometry.stride)
     batch, channels, height, width = x.shape
-    kernels = mix(weight, routing_weights).reshape(batch, -1, channels)
+    out = weight.shape[0] // routing_weights.shape[1]  # -1 would mean nothing to a recorded graph at batch 0
+    kernels = mix(weight, routing_weights).reshape(batch, out, channels)
     if is_channels_last(x):
         rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        return _product(rows, kernels.transpose(1, 2), shift).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        return _product(rows, kernels.transpose(1, 2), shift).reshape(batch, height, width, out).permute(0, 3, 1, 2)
     columns = x.reshape(batch, channels, height * width)
     y = _product(kernels, columns, None if shift is None else shift.unsqueeze(1))
-    return y.reshape(batch, -1, height, width)
+    return y.reshape(batch, out, height, width)
 
 
 def _product(a: Tensor, b: Tensor, shift: Tensor | None) -> Tensor:

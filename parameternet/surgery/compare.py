@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flops import Flops, count_flops
+from .modes import evaluating
 
 __all__ = ["Comparison", "compare"]
 
@@ -28,10 +29,8 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor) -> Comparison:
         x: Pictures (B, C, H, W), on the networks' device.
     """
     networks = (before, after)
-    modes = [network.training for network in networks]
-    outputs = [network.eval()(x) for network in networks]
-    for network, training in zip(networks, modes, strict=True):
-        network.train(training)
+    with evaluating(*networks):
+        outputs = [network(x) for network in networks]
     scale = outputs[0].abs().max().clamp_min(torch.finfo(outputs[0].dtype).tiny)
     return Comparison(
         tuple(sum(p.numel() for p in network.parameters()) for network in networks),

@@ -7,6 +7,9 @@ from timm.layers import CondConv2d
 from torch import nn
 
 from ..layers import DynamicConv
+from ..layers.altered import alteration, keep_attributes
+from .observe import observe
+from .survey import read_elsewhere, refuse_distributed, tied
 
 __all__ = ["convert_condconv"]
 
@@ -21,20 +24,39 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
         model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
+    Returns:
+        The network, with an attribute `converting`: for the name of each CondConv2d why it was left, or None.
+
     Raises:
-        ValueError: There is no CondConv2d.
+        ValueError: There is no CondConv2d, or none that can be converted.
 
     Source: CondConv, arXiv:1904.04971.
     """
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, CondConv2d)]
     if not found:
         raise ValueError(f"this {type(model).__name__} has no CondConv2d")
+    shared = set(tied(model, CondConv2d))
+    elsewhere = read_elsewhere(observe(model))
+    left = {name: _left(old) or elsewhere.get(name) for name, old in found}
+    left |= dict.fromkeys(shared, "shares itself or its weight with another place")
+    if all(left.values()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in [*left.items()][:8])
+        raise ValueError(f"no CondConv2d of this {type(model).__name__} can be converted ({reasons})")
     for name, old in found:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _converted(old))
+        if left[name] is None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, keep_attributes(old, _converted(old)))
+    model.converting = left
     return model
+
+
+def _left(old: CondConv2d) -> str | None:
+    if type(old) is not CondConv2d:
+        return f"a {type(old).__name__} may compute something else from its weights"
+    return alteration(old)
 
 
 @torch.no_grad()

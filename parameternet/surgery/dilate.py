@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
+from ..layers.altered import replaced_method
 from ..layers.functional import pair
-from .survey import meta_copy
+from .observe import meta_copy
 
 __all__ = ["OUTPUT_STRIDES", "dilate"]
 
@@ -51,6 +52,7 @@ def dilate(model: nn.Module, output_stride: int) -> nn.Module:
     try:
         for name, stride in strides.items():
             if stride is not None:
+                _check_own_method(name, model.get_submodule(name))
                 model.get_submodule(name).stride = (stride, stride)
         for name, side in _sides(model).items():
             _widen(name, model.get_submodule(name), side.read // before[name].read)
@@ -108,6 +110,7 @@ def _widen(name: str, layer: nn.Module, factor: int) -> None:
     window = pair(layer.kernel_size)
     if factor <= 1 or window == (1, 1):
         return
+    _check_own_method(name, layer)
     if isinstance(layer, nn.AvgPool2d):
         raise ValueError(f"average pooling ({name}) cannot be dilated")
     if getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -115,6 +118,12 @@ def _widen(name: str, layer: nn.Module, factor: int) -> None:
     layer.dilation = tuple(factor * d for d in pair(layer.dilation))
     if not isinstance(layer.padding, str):  # which is worked out on every call
         layer.padding = tuple(factor * p for p in pair(layer.padding))
+
+
+def _check_own_method(name: str, layer: nn.Module) -> None:
+    replaced = replaced_method(layer)
+    if replaced:
+        raise ValueError(f"{name} may not do what its class does: {replaced}")
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:

@@ -3,33 +3,78 @@
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 from timm.models import get_notrace_functions, get_notrace_modules
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import DynamicConv, Router
-from ..layers.folding import fold_batch_norm
+from ..layers.folding import fold_batch_norm, why_not
+from .observe import Observation, meta_copy, observe
+from .survey import refuse_distributed, tied
 
-__all__ = ["fuse"]
+__all__ = ["Folding", "Fusing", "fuse"]
+
+# Ways through a network that are followed, and decisions on one way, before it is searched part by part.
+PATHS = 16
+DECISIONS = 8
+READ_ONLY = frozenset({"dtype", "device", "requires_grad", "is_cuda", "layout", "ndim", "shape", "is_leaf", "is_meta"})
+READ_ONLY_METHODS = frozenset({"size", "dim", "numel", "is_floating_point"})
 
 
-def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """The same function with batch normalisation folded into every expert and static convolution that it follows.
+@dataclass(frozen=True)
+class Folding:
+    """One batch norm of a network.
 
-    A pair is folded where torch.fx sees the output of the one go into the other and nowhere else; a network that
-    cannot be traced is searched part by part. Whatever else there is stays as it is, so that `fuse` of a fused network
-    changes nothing. timm's `reparameterize_model` does the same to the blocks of this package.
+    conv: The convolution that it follows, if it follows one. left: Why it stays; None: it was folded into `conv`.
+    """
+
+    norm: str
+    conv: str | None
+    left: str | None
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """What `fuse` did: `model.fusing` of what it returns."""
+
+    layers: tuple[Folding, ...]
+
+    @property
+    def folded(self) -> tuple[Folding, ...]:
+        """The batch norms that were folded."""
+        return tuple(layer for layer in self.layers if layer.left is None)
+
+    @property
+    def left(self) -> tuple[Folding, ...]:
+        """The batch norms that stay, each with the reason."""
+        return tuple(layer for layer in self.layers if layer.left is not None)
+
+
+def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+    """Fold batch normalisation into every expert and static convolution that it follows; the function stays the same.
+
+    A pair is folded where torch.fx sees the output of the one go into the other and nowhere else, and nobody else read
+    its tensors. A network that cannot be traced is traced part by part, and then a forward pass of a copy must show
+    that each pair runs inside of its part only. Whatever is not certain stays as it is, `model.fusing` says why.
+    `fuse` of a fused network changes nothing. timm's `reparameterize_model` does the same to the blocks of this
+    package.
 
     Args:
         model: Any network in evaluation mode, on any device.
         inplace: Change `model` itself. Otherwise a copy is changed.
+        probe: An input of the network, or a tuple of its arguments. Without one the forward pass that is observed is
+            that of an image of the size that `model.pretrained_cfg` names, or of 224 pixels. A network in which Python
+            decides by an input's numbers is observed on the way that the probe takes, and not without one.
 
     Returns:
-        The fused network, `model` itself with `inplace`.
+        The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
 
     Raises:
-        ValueError: The network is in training mode.
+        ValueError: The network is in training mode, or wrapped in DistributedDataParallel.
     """
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
@@ -37,56 +82,170 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
             f"only a network in evaluation mode can be fused, this one is in training mode (first: {training[0]}): "
             "call model.eval() before"
         )
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
-    tied = _tied(model)
-    for part in _traceable(model):
-        for conv_name, norm_name in _pairs(*part):
-            root = part[0]
-            conv, norm = root.get_submodule(conv_name), root.get_submodule(norm_name)
-            if not tied & {id(conv), id(norm)}:
-                parent, _, child = norm_name.rpartition(".")
-                setattr(root.get_submodule(parent), child, fold_batch_norm(conv, norm))
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    seen = observe(model, probe) if norms else None
+    layers = tuple(_candidates(model, norms, seen, probe is not None))
+    for layer in layers:
+        if layer.left is None:
+            conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
+            parent, _, child = layer.norm.rpartition(".")
+            setattr(model.get_submodule(parent), child, fold_batch_norm(conv, norm))
+    model.fusing = Fusing(layers)
     return model
 
 
-def _traceable(module: nn.Module) -> Iterator[tuple[nn.Module, torch.fx.Graph]]:
-    """The largest parts of a network that torch.fx can follow, with their graphs."""
+def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, probed: bool) -> Iterator[Folding]:
+    """Every batch norm, with its convolution and why it cannot be folded."""
+    # One way through a network that decides by numbers can speak against folding, but not for it.
+    typical = seen is not None and (probed or not seen.decides)
+    shared = set(tied(model, nn.Module))
+    found = set()
+    for prefix, graphs in _traceable("", _expendable(model)):
+        part = prefix.removesuffix(".")
+        # A hook of the network itself is not in its graph.
+        whole = not part and not (model._forward_hooks or model._forward_pre_hooks)
+        for norm in sorted(name for name in norms if name.startswith(prefix)):
+            conv, left = _before(graphs, norm.removeprefix(prefix))
+            conv = None if conv is None else prefix + conv
+            left = left or why_not(model.get_submodule(conv), model.get_submodule(norm))
+            if left is None and shared & {conv, norm}:
+                left = "shares itself or a tensor with another place"
+            found.add(norm)
+            yield Folding(norm, conv, left or _contradicted(seen, part, conv, norm, whole, typical))
+    for norm in sorted(norms - found):
+        yield Folding(norm, None, "is part of a module that torch.fx cannot trace")
+
+
+def _expendable(model: nn.Module) -> nn.Module:
+    """A copy to trace: a network that keeps its tensors in attributes would keep what torch.fx puts in their place."""
     try:
-        graph = _Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(module)
-    except Exception:  # fx runs the network's own code, which may raise anything
-        for child in module.children():
-            yield from _traceable(child)
-    else:
-        yield module, graph
+        return meta_copy(model)
+    except Exception:  # it copies the network's own attributes, which may raise anything
+        return model
+
+
+def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, whole: bool, typical: bool) -> str | None:
+    """What a forward pass shows against folding a pair that the graph of a part allows.
+
+    `whole`: The part is the network, so that the graph alone is enough where no forward pass is `typical`.
+    """
+    if not typical and not whole:
+        return "no forward pass could be observed: give fuse a probe, an input of the network"
+    if seen is None:
+        return None
+    for name, parts in ((conv, seen.used.get(conv, set()) | seen.absent.get(conv, set())), (norm, seen.read.get(norm))):
+        if parts:
+            return f"the {' and '.join(sorted(parts))} of {name} is read elsewhere"
+    convs, norms = seen.calls.get(conv, []), seen.calls.get(norm, [])
+    if not typical and not convs and not norms:
+        return None
+    if not convs or not norms:
+        return "did not run in the forward pass that was observed: give fuse a probe, an input that reaches it"
+    if any(part not in call.inside for call in (*convs, *norms)):
+        return f"runs outside of {part or 'the network'}, too"
+    if len(convs) != len(norms) or any(c.given != n.read or c.given is None for c, n in zip(convs, norms, strict=True)):
+        return "does not read what the convolution gives"
+    inner = [name for name in seen.calls if name.startswith(f"{norm}.")]
+    if any(norm not in call.inside for name in inner for call in seen.calls[name]):
+        return f"{inner[0]} is called elsewhere"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _traceable(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[torch.fx.Graph]]]:
+    """The largest parts of a network that torch.fx can follow: what their names begin with, and their graphs."""
+    # torch.fx traces the `forward` of the root's class.
+    graphs = None if "forward" in vars(module) else _graphs(module)
+    if graphs is not None:
+        yield prefix, graphs
+        return
+    for name, child in module.named_children():
+        yield from _traceable(f"{prefix}{name}.", child)
+
+
+def _graphs(module: nn.Module) -> list[torch.fx.Graph] | None:
+    """The graph of every way through a module, whichever way its data-dependent decisions go; None: there is none."""
+    graphs: list[torch.fx.Graph] = []
+    ways: list[tuple[bool, ...]] = [()]
+    while ways:
+        if len(graphs) + len(ways) > PATHS:
+            return None
+        begun = ways.pop()
+        tracer = _Tracer(begun)
+        try:
+            graphs.append(tracer.trace(module))
+        except AssertionError:
+            pass  # the network itself refuses to go this way
+        except Exception:  # fx runs the network's own code, which may raise anything
+            return None
+        taken = tracer.taken
+        ways += [(*taken[:i], not taken[i]) for i in range(len(begun), len(taken))]
+    return graphs or None
 
 
 class _Tracer(torch.fx.Tracer):
+    """Follows one way through a network: `begun` are its first decisions, all others are answered by True."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, begun: tuple[bool, ...] = ()) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.begun = begun
+        self.taken: list[bool] = []
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         leaf = isinstance(module, DynamicConv | Router) or type(module) in get_notrace_modules()
         return leaf or not any(True for _ in module.children()) or super().is_leaf_module(module, name)
 
-
-def _pairs(root: nn.Module, graph: torch.fx.Graph) -> list[tuple[str, str]]:
-    """Names (convolution, what follows it) where nobody else reads the convolution and both are called once."""
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    found = []
-    for node in graph.nodes:
-        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) > 1:
-            continue
-        if calls[before.target] == calls[node.target] == 1:
-            found.append((before.target, node.target))
-    return found
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        if len(self.taken) == DECISIONS:
+            return super().to_bool(obj)  # raises
+        self.taken.append(self.begun[len(self.taken)] if len(self.taken) < len(self.begun) else True)
+        return self.taken[-1]
 
 
-def _tied(model: nn.Module) -> set[int]:
-    """Modules that stand in several places or share a parameter: what one of them folds would change the others."""
-    owners: dict[int, set[int]] = {}
-    places: Counter[int] = Counter()
-    for _, module in model.named_modules(remove_duplicate=False):
-        places[id(module)] += 1
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
-    shared = {owner for modules in owners.values() if len(modules) > 1 for owner in modules}
-    return shared | {module for module, number in places.items() if number > 1}
+def _before(graphs: list[torch.fx.Graph], norm: str) -> tuple[str | None, str | None]:
+    """The convolution whose output goes into `norm` and nowhere else on every way, and why there is none."""
+    convs = set()
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "call_module" and node.target == norm:
+                before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+                if not isinstance(before, torch.fx.Node) or before.op != "call_module":
+                    return None, "does not follow a convolution"
+                convs.add(before.target)
+                if len(before.users) > 1:
+                    return before.target, "the output of the convolution is used elsewhere"
+    if len(convs) != 1:
+        return None, "follows several convolutions" if convs else "is not called as a layer"
+    (conv,) = convs
+    for graph in graphs:
+        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        if (calls[conv], calls[norm]) not in ((1, 1), (0, 0)):
+            return conv, "the convolution or the norm is called several times or without the other"
+        inner = [target for target in calls if target.startswith(f"{norm}.")]
+        if inner:
+            return conv, f"{inner[0]} is called elsewhere"
+        for node in graph.nodes:
+            owner, _, part = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+            if owner == norm or (owner == conv and _uses_values(node)):  # the norm's tensors will be gone
+                return conv, f"the {part} of {owner} is read elsewhere"
+    return conv, None
+
+
+def _uses_values(tensor: torch.fx.Node) -> bool:
+    """Does a graph read more of a tensor than what stays the same: dtype, device, shape?"""
+
+    def harmless(user: torch.fx.Node) -> bool:
+        if user.op == "call_function" and user.target is getattr:
+            return user.args[1] in READ_ONLY
+        return user.op == "call_method" and user.target in READ_ONLY_METHODS
+
+    return not all(harmless(user) for user in tensor.users)

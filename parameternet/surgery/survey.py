@@ -1,15 +1,15 @@
 """What stands where in a network: its stem, its heads, and who reads the same tensor as whom."""
 
 from collections import Counter
-from collections.abc import Iterator
-from copy import deepcopy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Survey", "meta_copy", "survey"]
+from .observe import Call, Observation, merged_weights, observe
+
+__all__ = ["Survey", "read_elsewhere", "refuse_distributed", "survey", "tied"]
 
 # Parts of layer names that mean a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
@@ -21,7 +21,7 @@ class Survey:
 
     stem: The one that reads the picture first. heads: What is a head by its name. pooled: Those whose input has one
     position. tied: Those that stand in several places or share a weight. reads: Of several that read the same tensor,
-    the first one's name for each.
+    the first one's name for each. odd: Why those that are used in other ways than by `conv(x)` cannot be replaced.
     """
 
     stem: str | None
@@ -29,93 +29,98 @@ class Survey:
     pooled: frozenset[str]
     tied: frozenset[str]
     reads: dict[str, str]
+    odd: dict[str, str]
 
 
-def survey(model: nn.Module, probe: Tensor | None = None) -> Survey:
-    """Look at a network, and at what its convolutions read when it is run without arithmetic.
+def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Survey:
+    """Look at a network, and at what its convolutions read in a forward pass that is observed.
 
     Args:
         model: Any network; it is left as it was.
-        probe: An input of the network; only its shape and dtype are used.
+        probe: An input of the network.
 
-    A network that cannot be run without arithmetic is judged by its names alone.
+    A network whose way depends on its input's numbers, and for which there is no probe, is judged by its names, but for
+    what one way through it shows. One that cannot be run at all has only `odd` convolutions.
     """
-    with torch.inference_mode(False):  # whose tensors do not tell how often they were written to
-        return _survey(model, probe)
-
-
-def _survey(model: nn.Module, probe: Tensor | None) -> Survey:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    calls = _calls(model, probe if probe is not None else _picture(model, cfg))
+    seen = observe(model, probe)
+    trained = observe(model, probe, training=True, numbers=False)
+    some_way = seen is not None and seen.decides and probe is None
+    calls = {} if seen is None or some_way else {n: seen.calls[n] for n in seen.calls if n in set(names)}
     stem = _stem(cfg, names, calls)
     classifier = cfg.get("classifier") or ()
     classifiers = {classifier} if isinstance(classifier, str) else set(classifier)
     heads = [n for n in names if HEADS & set(n.split(".")) or any(f"{n}.".startswith(f"{c}.") for c in classifiers)]
-    pooled = [name for name, seen in calls.items() if seen and all(call.positions == 1 for call in seen)]
+    pooled = [name for name, made in calls.items() if made and all(c.shape[-2:] == (1, 1) for c in made)]
     first: dict[Any, str] = {}
-    reads = {name: first.setdefault(seen[0].tensor, name) for name, seen in calls.items() if len(seen) == 1}
-    return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(_tied(model)), reads)
+    reads = {name: first.setdefault(made[0].read, name) for name, made in calls.items() if len(made) == 1}
+    odd = {name: why for name, made in calls.items() if (why := _odd(made))}
+    odd |= read_elsewhere(seen) | read_elsewhere(trained)
+    if callable(getattr(type(model), "fuse", None)):  # which calls those of its blocks
+        odd |= dict.fromkeys(merged_weights(model, ("fuse", "fuse_convs")), "the fuse of its block merges its weight")
+    if seen is None:
+        odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
+    return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
 
 
-@dataclass(frozen=True)
-class _Call:
-    tensor: tuple[int, int]  # which tensor, and how often it had been written to
-    positions: int
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise ValueError where new parameters would not be synchronised."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the network'} is wrapped in DistributedDataParallel, which knows only the "
+                "parameters that it was built with: convert its `.module`, and wrap the result"
+            )
 
 
-def _calls(model: nn.Module, probe: Tensor) -> dict[str, list[_Call]]:
-    """What each convolution read, in the order of the first calls; nothing if the network cannot be run so."""
-    calls: dict[str, list[_Call]] = {}
-    kept = []  # a tensor that lives on keeps its id to itself
-
-    def note(name: str, x: Tensor) -> None:
-        kept.append(x)
-        calls.setdefault(name, []).append(_Call((id(x), x._version), x.shape[-2] * x.shape[-1]))
-
-    try:
-        double = meta_copy(model)
-        for name, module in double.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-        with torch.no_grad():
-            double(probe.to("meta"))
-    except Exception:  # it copies and runs the network's own code, which may raise anything
-        return {}
-    return calls
+def read_elsewhere(seen: Observation | None) -> dict[str, str]:
+    """Layers whose tensors, or the shapes of these, were read outside of their own calls, and which."""
+    found: dict[str, set[str]] = {}
+    for run in (seen.used, seen.shaped) if seen else ():
+        for name, parts in run.items():
+            found.setdefault(name, set()).update(parts)
+    return {name: f"its {' and '.join(sorted(parts))} is read elsewhere" for name, parts in found.items()}
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy on the meta device in evaluation mode: its tensors, in attributes too, have shapes and no numbers."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        for value in (*module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.to("meta")
-    return deepcopy(model, memo).eval()
+def _odd(calls: list[Call]) -> str | None:
+    """Which of the calls a DynamicConv does not take."""
+    if any(call.keywords for call in calls):
+        return "is called with keyword arguments"
+    if any(len(call.shape) != 4 for call in calls):
+        return "reads tensors without a batch dimension"
+    return None
 
 
-def _picture(model: nn.Module, cfg: dict[str, Any]) -> Tensor:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None else 3
-    dtype = first.weight.dtype if first is not None else torch.float32
-    return torch.empty(1, channels, *(cfg.get("input_size") or (3, 224, 224))[1:], device="meta", dtype=dtype)
-
-
-def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[_Call]]) -> str | None:
+def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[Call]]) -> str | None:
     named = cfg.get("first_conv")
     if isinstance(named, str) and named in names:
         return named
     return next(iter(calls), next(iter(names), None))
 
 
-def _tied(model: nn.Module) -> Iterator[str]:
-    """Convolutions that stand in several places, or whose weight another module has, too."""
+def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
+    """Layers that stand in several places, or a tensor of which another module has, too."""
     places: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    places.update(id(m) for owner in model.modules() for m in _modules_in(vars(owner).values(), owner))
+    owners: Counter[int] = Counter(id(t) for m in model.modules() for t in _own(m))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and (places[id(module)] > 1 or owners[id(module.weight)] > 1):
+        if isinstance(module, kind) and (places[id(module)] > 1 or any(owners[id(t)] > 1 for t in _own(module))):
             yield name
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _modules_in(values: Iterable[Any], owner: nn.Module) -> Iterator[nn.Module]:
+    """Modules in plain attributes of `owner`, lists of them too: there nobody would put another in their place."""
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, list | tuple | set):
+            yield from _modules_in(value, owner)
+        elif isinstance(value, dict) and value is not owner._modules:
+            yield from _modules_in(value.values(), owner)

@@ -13,8 +13,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, Router
+from ..layers.altered import alteration, keep_attributes
 from ..layers.static import DepthwiseConv
-from .survey import Survey, survey
+from .own_fuse import FuseDynamicFirst
+from .survey import Survey, refuse_distributed, survey
 
 __all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
 
@@ -71,6 +73,7 @@ def upcycle(
     min_channels: int = 1,
     stem: bool = False,
     head: bool = False,
+    frozen: bool = False,
     routing: str = "softmax",
     routing_hidden: int | None = None,
     share_routers: bool = True,
@@ -78,7 +81,7 @@ def upcycle(
     router_std: float = 0.0,
     coefficient: float = 0.5,
     seed: int = 0,
-    probe: Tensor | None = None,
+    probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
@@ -96,6 +99,10 @@ def upcycle(
         min_channels: Only layers with at least so many input and output channels.
         stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
+        frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False) in a
+            network that is trained elsewhere, too. They stay by default: constants, as the table of YOLO's box
+            distribution, and frozen stages, whose experts would stay as they start. In a network that is frozen as a
+            whole, as one for inference, only tables of whole numbers stay.
         routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
             came to scale the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
@@ -103,8 +110,9 @@ def upcycle(
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
         coefficient: What a neutral sigmoid router weighs each expert by, between 0 and 1; softmax has 1 / num_experts.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
-        probe: An input of the network; without one a picture of the size that `model.pretrained_cfg` names, or of 224
-            pixels, is taken. Nothing is computed with it: it shows which layers read what.
+        probe: An input of the network, or a tuple of its arguments; without one an image of the size that
+            `model.pretrained_cfg` names, or of 224 pixels. A forward pass of a copy shows which layers read what; it
+            runs on the meta device if it can.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
@@ -116,11 +124,13 @@ def upcycle(
     Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
     """
     _check(num_experts, kinds, noise, router_std, coefficient)
+    refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
-    chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head)
+    chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head, frozen)
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     seen = survey(model, probe)
-    layers = tuple(chosen.layer(name, conv, seen, share_routers) for name, conv in _convolutions(model))
+    layers = tuple(chosen.layer(name, conv, seen, share_routers, trained) for name, conv in _convolutions(model))
     done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers))
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
@@ -223,9 +233,10 @@ class _Choice:
     min_channels: int
     stem: bool
     head: bool
+    frozen: bool
 
-    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool) -> Layer:
-        left = self._left(name, conv, seen)
+    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool, trained: bool) -> Layer:
+        left = self._left(name, conv, seen) or self._constant(conv, trained)
         router = None if left else seen.reads.get(name, name) if share else name
         return Layer(name, kind_of(conv), _shape(conv), left, router)
 
@@ -252,16 +263,34 @@ class _Choice:
             return f"fewer than {self.min_channels} channels"
         return None
 
+    def _constant(self, conv: nn.Conv2d, trained: bool) -> str | None:
+        """Why a convolution that is not trained stays dense, in a network that is `trained` elsewhere or nowhere."""
+        if self.frozen or any(parameter.requires_grad for parameter in conv.parameters()):
+            return None
+        if trained:
+            return "frozen: a constant, or a stage that is not trained"
+        return "a fixed table of whole numbers" if _is_table(conv.weight) else None
+
+
+@torch.no_grad()
+def _is_table(weight: Tensor) -> bool:
+    if weight.is_meta:
+        return False
+    return bool((weight == weight.round()).all() and weight.min() < weight.max())
+
 
 def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
-    if hasattr(conv, "parametrizations") or conv._forward_hooks or conv._forward_pre_hooks:
-        return "carries hooks or a parametrization"
+    altered = alteration(conv)
+    if altered:
+        return altered
     if type(conv) not in CONVOLUTIONS:
         return f"a {type(conv).__name__} may compute something else from its weights"
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode}"
     if name in seen.tied:
         return "shares itself or its weight with another place"
+    if name in seen.odd:
+        return seen.odd[name]
     return None
 
 
@@ -341,6 +370,8 @@ def _convert(model: nn.Module, done: Upcycling, start: _Start) -> nn.Module:
         dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
         setattr(model.get_submodule(parent), child, dynamic)
     model.upcycling = done
+    if callable(getattr(type(model), "fuse", None)):
+        model.fuse = FuseDynamicFirst(model)
     return model
 
 
@@ -376,7 +407,7 @@ def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Gen
         if dense is not None:
             experts = split(dense, router, size, generator)
             setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
-    return dynamic.train(conv.training)
+    return keep_attributes(conv, dynamic).train(conv.training)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

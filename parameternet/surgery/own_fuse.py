@@ -1,0 +1,41 @@
+"""Networks with a `fuse` of their own, which knows static convolutions only."""
+
+from typing import Any
+
+from torch import nn
+
+from ..layers import DynamicConv
+from ..layers.folding import fold_batch_norm
+
+__all__ = ["FuseDynamicFirst"]
+
+
+class FuseDynamicFirst:
+    """`fuse` of a network's own class, after batch norm is folded into the dynamic convolutions of its blocks.
+
+    Ultralytics' networks, and others that follow YOLOv5, fold the `bn` of a block into its `conv`, drop it, and go on
+    with the block's `forward_fuse`. Theirs multiplies the kernels of all experts by the scale of one. This object
+    replaces the method on the network that `upcycle` returns; copies and checkpoints of the network carry it along.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(getattr(module, "conv", None), DynamicConv) and hasattr(module, "forward_fuse"):
+                _fold(module)
+        return type(self.model).fuse(self.model, *args, **kwargs)
+
+
+def _fold(block: nn.Module) -> None:
+    if not hasattr(block, "bn"):
+        return
+    rest = fold_batch_norm(block.conv, block.bn)
+    if not isinstance(rest, nn.Identity):
+        raise ValueError(
+            f"the batch norm of this {type(block).__name__} cannot be folded into its dynamic convolution: run the "
+            "network without fuse()"
+        )
+    del block.bn
+    block.forward = block.forward_fuse

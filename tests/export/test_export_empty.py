@@ -1,0 +1,24 @@
+"""A batch of no images: which files run it, and that the documentation names those that do not."""
+
+import numpy as np
+import pytest
+from small import SIZE
+
+import parameternet.export
+from parameternet.export import FORMATS, FORMS, export
+
+REFUSE = {("onnx", "computed"), ("openvino", "computed")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_empty_batch(exported, format, form):
+    empty = np.zeros((0, *SIZE), np.float32)
+    run = exported(format, form).run
+    if (format, form) not in REFUSE:
+        assert np.asarray(run(empty)[0]).shape == (0, 7)
+        return
+    with pytest.raises(Exception):  # noqa: B017  each runtime has its own
+        run(empty)
+    assert "skip an empty batch" in parameternet.export.__doc__
+    assert "at least 1 in ONNX and OpenVINO files of form 'computed'" in export.__doc__
