@@ -1,8 +1,12 @@
 """What makes a layer compute something else than its class says."""
 
+from typing import TypeVar
+
 from torch import nn
 
 __all__ = ["alteration", "keep_attributes", "replaced_method"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 PARTS = ("weight", "bias", "shift")
 
@@ -36,7 +40,7 @@ def replaced_method(module: nn.Module) -> str | None:
     return f"its {names[0]} was replaced" if names else None
 
 
-def keep_attributes(old: nn.Module, new: nn.Module) -> nn.Module:
+def keep_attributes(old: nn.Module, new: Layer) -> Layer:
     """Give `new`, which takes the place of `old`, the plain attributes that only `old` has: others may read them."""
     for name, value in vars(old).items():
         if not name.startswith("_") and not hasattr(new, name):

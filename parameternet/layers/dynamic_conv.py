@@ -190,10 +190,10 @@ class DynamicConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int] = 1,
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = "",
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = "",
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = False,
         num_experts: int = 4,
@@ -277,7 +277,7 @@ class DynamicConv(nn.Module):
         )
 
 
-def _positive(**pairs: int | tuple[int, int]) -> list[tuple[int, int]]:
+def _positive(**pairs: int | tuple[int, ...]) -> list[tuple[int, int]]:
     for name, value in pairs.items():
         if min(pair(value)) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -297,7 +297,7 @@ def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | No
 
 
 def _resolve_padding(
-    padding: str | int | tuple[int, int],
+    padding: str | int | tuple[int, ...],
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],

@@ -36,13 +36,16 @@ def why_not(conv: nn.Module, norm: nn.Module) -> str | None:
         return "normalises with the statistics of each batch"
     if conv.out_channels != norm.num_features:
         return f"{conv.out_channels} channels are normalised as {norm.num_features}"
-    if not _scale_and_start(norm)[0].to(conv.weight.dtype).isfinite().all():
-        return f"its scale does not fit {conv.weight.dtype}"
+    dtype = next(conv.parameters()).dtype
+    if not _scale_and_start(norm)[0].to(dtype).isfinite().all():
+        return f"its scale does not fit {dtype}"
     return None
 
 
 def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, start), float64, for which `norm(y)` is `scale * y + start`."""
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

@@ -14,7 +14,7 @@ from .strategies import Geometry
 __all__ = ["STRATEGIES", "dynamic_conv2d", "pair"]
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     """(h, w) from a number, which stands for both, or from two numbers."""
     if isinstance(value, int):
         return value, value

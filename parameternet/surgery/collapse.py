@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from timm.layers import Conv2dSame
@@ -92,7 +93,7 @@ def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | N
     found = {}
     for name, conv in convs.items():
         if type(conv).forward is not DynamicConv.forward:
-            why = f"a {type(conv).__name__} may compute something else from its weights"
+            why: str | None = f"a {type(conv).__name__} may compute something else from its weights"
         elif name in shared:
             why = "shares itself or its weight with another place"
         else:
@@ -172,7 +173,7 @@ def _variation(name: str, conv: DynamicConv, coefficients: Tensor, handed: bool,
 
 
 @torch.no_grad()
-def _static(conv: DynamicConv, variation: Variation) -> nn.Conv2d:
+def _static(conv: Any, variation: Variation) -> nn.Conv2d:
     """The convolution that `conv` is for its mean routing weights."""
     coefficients = variation.coefficients
     plain, collapsed = (Conv2dSame, CollapsedConvSame) if conv.pad_same else (nn.Conv2d, CollapsedConv)
@@ -191,7 +192,7 @@ def _static(conv: DynamicConv, variation: Variation) -> nn.Conv2d:
         dtype=conv.weight.dtype,
     )
     static.weight.copy_(_mixed(conv.weight, coefficients))
-    if has_bias:
+    if static.bias is not None:
         static.bias.zero_()
         for part in (None if conv.bias is None else _mixed(conv.bias, coefficients), conv.shift):
             if part is not None:

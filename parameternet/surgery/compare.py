@@ -33,7 +33,7 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor) -> Comparison:
         outputs = [network(x) for network in networks]
     scale = outputs[0].abs().max().clamp_min(torch.finfo(outputs[0].dtype).tiny)
     return Comparison(
-        tuple(sum(p.numel() for p in network.parameters()) for network in networks),
-        tuple(count_flops(network, x.shape[1:]) for network in networks),
+        (sum(p.numel() for p in before.parameters()), sum(p.numel() for p in after.parameters())),
+        (count_flops(before, x.shape[1:]), count_flops(after, x.shape[1:])),
         float((outputs[1] - outputs[0]).abs().max() / scale),
     )

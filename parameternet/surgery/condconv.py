@@ -1,6 +1,7 @@
 """timm's CondConv networks on our layer."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from timm.layers import CondConv2d
@@ -49,7 +50,8 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
         if left[name] is None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, keep_attributes(old, _converted(old)))
-    model.converting = left
+    converted: Any = model
+    converted.converting = left
     return model
 
 
@@ -76,6 +78,6 @@ def _converted(old: CondConv2d) -> DynamicConv:
         dtype=old.weight.dtype,
     )
     new.weight.copy_(old.weight.reshape(new.weight.shape))
-    if old.bias is not None:
+    if old.bias is not None and new.bias is not None:
         new.bias.copy_(old.bias.flatten())
     return new.train(old.training).requires_grad_(old.weight.requires_grad)

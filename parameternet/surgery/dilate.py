@@ -51,9 +51,10 @@ def dilate(model: nn.Module, output_stride: int) -> nn.Module:
     undo = {name: _settings(model.get_submodule(name)) for name in before}
     try:
         for name, stride in strides.items():
+            layer: Any = model.get_submodule(name)
             if stride is not None:
-                _check_own_method(name, model.get_submodule(name))
-                model.get_submodule(name).stride = (stride, stride)
+                _check_own_method(name, layer)
+                layer.stride = (stride, stride)
         for name, side in _sides(model).items():
             _widen(name, model.get_submodule(name), side.read // before[name].read)
         _check_features(model, output_stride)
@@ -70,7 +71,9 @@ def _sides(model: nn.Module) -> dict[str, _Sides]:
     """What every layer with a window reads and gives, in the order of first calls."""
     found: dict[str, _Sides] = {}
     double = meta_copy(model)
-    names = {module: name for name, module in double.named_modules() if isinstance(module, WINDOWS)}
+    names: dict[nn.Module, str] = {
+        module: name for name, module in double.named_modules() if isinstance(module, WINDOWS)
+    }
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         found.setdefault(names[module], _Sides(inputs[0].shape[2], output.shape[2]))
@@ -82,7 +85,7 @@ def _sides(model: nn.Module) -> dict[str, _Sides]:
 
 
 def _probe(model: nn.Module) -> Tensor:
-    first = next((m for m in model.modules() if isinstance(m, WINDOWS) and hasattr(m, "in_channels")), None)
+    first: Any = next((m for m in model.modules() if isinstance(m, WINDOWS) and hasattr(m, "in_channels")), None)
     dtype = next(model.parameters()).dtype
     return torch.empty(1, 3 if first is None else first.in_channels, SIDE, SIDE, device="meta", dtype=dtype)
 
@@ -90,7 +93,7 @@ def _probe(model: nn.Module) -> Tensor:
 def _check_features(model: nn.Module, output_stride: int) -> None:
     if not hasattr(model, "forward_features"):
         return
-    double = meta_copy(model)
+    double: Any = meta_copy(model)
     shape = tuple(double.forward_features(_probe(double)).shape)
     rows = SIDE // output_stride
     if len(shape) == 4 and shape[2] != rows:
@@ -105,7 +108,7 @@ def _stride(side: _Sides, output_stride: int) -> int | None:
     return max(1, side.read // finest)
 
 
-def _widen(name: str, layer: nn.Module, factor: int) -> None:
+def _widen(name: str, layer: Any, factor: int) -> None:
     """Spread the window of a layer over a map `factor` times as fine as before."""
     window = pair(layer.kernel_size)
     if factor <= 1 or window == (1, 1):

@@ -89,11 +89,12 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
     seen = observe(model, probe) if norms else None
     layers = tuple(_candidates(model, norms, seen, probe is not None))
     for layer in layers:
-        if layer.left is None:
+        if layer.left is None and layer.conv is not None:
             conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
             parent, _, child = layer.norm.rpartition(".")
             setattr(model.get_submodule(parent), child, fold_batch_norm(conv, norm))
-    model.fusing = Fusing(layers)
+    fused: Any = model
+    fused.fusing = Fusing(layers)
     return model
 
 
@@ -110,11 +111,13 @@ def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, pro
         for norm in sorted(name for name in norms if name.startswith(prefix)):
             conv, left = _before(graphs, norm.removeprefix(prefix))
             conv = None if conv is None else prefix + conv
-            left = left or why_not(model.get_submodule(conv), model.get_submodule(norm))
-            if left is None and shared & {conv, norm}:
-                left = "shares itself or a tensor with another place"
             found.add(norm)
-            yield Folding(norm, conv, left or _contradicted(seen, part, conv, norm, whole, typical))
+            if conv is not None and left is None:
+                left = why_not(model.get_submodule(conv), model.get_submodule(norm))
+                if left is None and shared & {conv, norm}:
+                    left = "shares itself or a tensor with another place"
+                left = left or _contradicted(seen, part, conv, norm, whole, typical)
+            yield Folding(norm, conv, left)
     for norm in sorted(norms - found):
         yield Folding(norm, None, "is part of a module that torch.fx cannot trace")
 
@@ -213,28 +216,28 @@ class _Tracer(torch.fx.Tracer):
 
 def _before(graphs: list[torch.fx.Graph], norm: str) -> tuple[str | None, str | None]:
     """The convolution whose output goes into `norm` and nowhere else on every way, and why there is none."""
-    convs = set()
+    convs: set[str] = set()
     for graph in graphs:
         for node in graph.nodes:
             if node.op == "call_module" and node.target == norm:
                 before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
                 if not isinstance(before, torch.fx.Node) or before.op != "call_module":
                     return None, "does not follow a convolution"
-                convs.add(before.target)
+                convs.add(str(before.target))
                 if len(before.users) > 1:
-                    return before.target, "the output of the convolution is used elsewhere"
+                    return str(before.target), "the output of the convolution is used elsewhere"
     if len(convs) != 1:
         return None, "follows several convolutions" if convs else "is not called as a layer"
     (conv,) = convs
     for graph in graphs:
-        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         if (calls[conv], calls[norm]) not in ((1, 1), (0, 0)):
             return conv, "the convolution or the norm is called several times or without the other"
         inner = [target for target in calls if target.startswith(f"{norm}.")]
         if inner:
             return conv, f"{inner[0]} is called elsewhere"
         for node in graph.nodes:
-            owner, _, part = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+            owner, _, part = str(node.target).rpartition(".") if node.op == "get_attr" else ("", "", "")
             if owner == norm or (owner == conv and _uses_values(node)):  # the norm's tensors will be gone
                 return conv, f"the {part} of {owner} is read elsewhere"
     return conv, None

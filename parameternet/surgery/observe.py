@@ -213,11 +213,11 @@ class _Watch(TorchFunctionMode):
                     self._note(self.seen.absent, name, attribute)
             return value
 
-        nn.Module.__getattr__ = read
+        nn.Module.__getattr__ = read  # type: ignore[method-assign]
         try:
             yield
         finally:
-            nn.Module.__getattr__ = original
+            nn.Module.__getattr__ = original  # type: ignore[method-assign]
 
 
 def _is_in_place(func: Any) -> bool:
@@ -252,7 +252,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def default_probe(model: nn.Module) -> Tensor:
     """An image, on the meta device, of the size that the network says, or of 224 pixels."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    first = next((m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "weight")), None)
+    layers: Iterator[Any] = (m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "weight"))
+    first = next(layers, None)
     channels = first.in_channels if first is not None else 3
     dtype = first.weight.dtype if first is not None else torch.float32
     return torch.empty(1, channels, *(cfg.get("input_size") or (3, 224, 224))[1:], device="meta", dtype=dtype)

@@ -19,7 +19,7 @@ class FuseDynamicFirst:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for module in self.model.modules():
@@ -28,7 +28,7 @@ class FuseDynamicFirst:
         return type(self.model).fuse(self.model, *args, **kwargs)
 
 
-def _fold(block: nn.Module) -> None:
+def _fold(block: Any) -> None:
     if not hasattr(block, "bn"):
         return
     rest = fold_batch_norm(block.conv, block.bn)

@@ -216,7 +216,8 @@ def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generat
 def neutral_coefficients(router: Router) -> Tensor:
     """What `router` weighs the experts by when its linear layer adds nothing to its bias, (E,), float64."""
     logits = router.bias.double().cpu()
-    return (logits / router.temperature.double().cpu()).softmax(0) if router.softmax else logits.sigmoid()
+    temperature = router.temperature
+    return logits.sigmoid() if temperature is None else (logits / temperature.double().cpu()).softmax(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,8 +361,8 @@ class _Start:
         return _generator(self.seed, name)
 
 
-def _convert(model: nn.Module, done: Upcycling, start: _Start) -> nn.Module:
-    routers: dict[str, Router] = {}
+def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
+    routers: dict[str | None, Router] = {}
     for layer in done.converted:
         conv = model.get_submodule(layer.name)
         if layer.router not in routers:
