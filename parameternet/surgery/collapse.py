@@ -10,6 +10,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
+from ..layers.replacing import replace_layer
 
 __all__ = ["Variation", "collapse", "listening", "measure_routing"]
 
@@ -72,9 +73,8 @@ def collapse(
         model = deepcopy(model)
     for variation in variations:
         if variation.error <= tolerance:
-            parent, _, child = variation.name.rpartition(".")
             static = _static(model.get_submodule(variation.name), variation.coefficients)
-            setattr(model.get_submodule(parent), child, static)
+            replace_layer(model, variation.name, static)
     return model, variations
 
 

@@ -7,6 +7,7 @@ from timm.layers import CondConv2d
 from torch import nn
 
 from ..layers import DynamicConv
+from ..layers.replacing import replace_layer
 
 __all__ = ["convert_condconv"]
 
@@ -32,8 +33,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not found:
         raise ValueError(f"this {type(model).__name__} has no CondConv2d")
     for name, old in found:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _converted(old))
+        replace_layer(model, name, _converted(old))
     return model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layers import DynamicConv, Router
 from ..layers.folding import fold_batch_norm
+from ..layers.replacing import replace_layer
 
 __all__ = ["fuse"]
 
@@ -45,8 +46,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
             root = part[0]
             conv, norm = root.get_submodule(conv_name), root.get_submodule(norm_name)
             if not tied & {id(conv), id(norm)}:
-                parent, _, child = norm_name.rpartition(".")
-                setattr(root.get_submodule(parent), child, fold_batch_norm(conv, norm))
+                replace_layer(root, norm_name, fold_batch_norm(conv, norm))
     return model
 
 

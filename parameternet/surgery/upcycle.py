@@ -13,6 +13,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, Router
+from ..layers.replacing import replace_layer
 from ..layers.static import DepthwiseConv
 from .survey import Survey, survey
 
@@ -337,9 +338,8 @@ def _convert(model: nn.Module, done: Upcycling, start: _Start) -> nn.Module:
         conv = model.get_submodule(layer.name)
         if layer.router not in routers:
             routers[layer.router] = _neutral_router(conv, done, start, layer.name)
-        parent, _, child = layer.name.rpartition(".")
         dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
-        setattr(model.get_submodule(parent), child, dynamic)
+        replace_layer(model, layer.name, dynamic)
     model.upcycling = done
     return model
 
