@@ -64,13 +64,17 @@ def wide_awake(model):
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            router.weight.div_(router.in_features**0.5)
         for branch in ("cv2", "cv3", "one2one_cv2", "one2one_cv3"):
             for level in getattr(model.model[-1], branch, None) or ():
                 weight = level[-1].weight
                 weight.copy_(2 * torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
                 level[-1].bias.zero_()
-        model.train()(torch.rand(8, 3, SIZE, SIZE, generator=generator))
+        brightness = torch.linspace(0.1, 1, 8)[:, None, None, None]
+        model.train()(brightness * torch.rand(8, 3, SIZE, SIZE, generator=generator))
     for norm, momentum in norms.items():
+        norm.running_var.clamp_(min=0.1)  # of channels that are silent, which would amplify rounding errors
         norm.momentum = momentum
     return model.eval()
 
@@ -89,6 +93,7 @@ def made(tmp_path_factory):
 
     def make(name):
         if name not in known:
+            torch.manual_seed(0)
             model = YOLO(folder / "rows.yaml" if name == "rows" else f"{name}.yaml")
             wide_awake(model.model.eval())
             model.save(folder / f"{name}.pt")
@@ -131,7 +136,7 @@ def test_networks_say_something_that_depends_on_the_routing(saved):
     for router in routers:
         router.weight.data.zero_()
     if routers:
-        assert max(gaps(answer(model, x), expected)) > 0.02
+        assert max(gaps(answer(model, x), expected)) > 0.015  # 150 times what a file may be off
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -195,4 +200,4 @@ def test_ncnn(saved_kind):
     path, x, expected = saved_kind
     backend = AutoBackend(YOLO(path).export(format="ncnn", imgsz=SIZE), device=torch.device("cpu"))
     got = backend(x[:1])
-    assert_agrees(got[0] if isinstance(got, list | tuple) else got, expected[:1], scores=5e-4)
+    assert_agrees(got[0] if isinstance(got, list | tuple) else got, expected[:1])
