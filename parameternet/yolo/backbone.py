@@ -56,8 +56,8 @@ def _features_of(name: str, in_chans: int, options: tuple[tuple[str, Any], ...])
         raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
     if any(key == "checkpoint_path" for key, _ in options):
         raise ValueError(
-            f"TimmBackbone: checkpoint_path is not read, since nothing checks what it holds; build the detector and load "
-            f"the weights of {name} into it, YOLO(yaml).load('model.safetensors')"
+            f"TimmBackbone: checkpoint_path is not read, since nothing checks what it holds; build the detector and "
+            f"load the weights of {name}, YOLO(yaml).load('model.safetensors')"
         )
     errors = []
     for more in FREE_SIZES:
