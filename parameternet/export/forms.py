@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from parameternet.export.plan import Plan
 from parameternet.layers import DynamicConv
 from parameternet.layers.dynamic_conv import _pad_same
+from parameternet.layers.replacing import replace_layer
 
 __all__ = ["FORMS", "has_dynamic_convolutions", "write_computed", "write_constant", "write_for_torch"]
 
@@ -164,7 +165,7 @@ def _replace(model: nn.Module, forms: dict) -> nn.Module:
         written = form(model.get_submodule(name)).eval()
         if not name:
             return written
-        model.set_submodule(name, written)
+        replace_layer(model, name, written)
     return model
 
 

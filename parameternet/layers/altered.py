@@ -1,12 +1,8 @@
 """What makes a layer compute something else than its class says."""
 
-from typing import TypeVar
-
 from torch import nn
 
-__all__ = ["alteration", "keep_attributes", "replaced_method"]
-
-Layer = TypeVar("Layer", bound=nn.Module)
+__all__ = ["alteration", "replaced_method"]
 
 PARTS = ("weight", "bias", "shift")
 
@@ -36,13 +32,7 @@ def alteration(module: nn.Module) -> str | None:
 
 def replaced_method(module: nn.Module) -> str | None:
     """Which method of the class an attribute of `module` itself hides, as `layer.forward = ...` leaves it."""
-    names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    # Ultralytics writes the name of a layer's class over torch.nn.Module.type, which nobody calls.
+    replaced = ((name, value) for name, value in vars(module).items() if callable(value))
+    names = [name for name, _ in replaced if callable(getattr(type(module), name, None))]
     return f"its {names[0]} was replaced" if names else None
-
-
-def keep_attributes(old: nn.Module, new: Layer) -> Layer:
-    """Give `new`, which takes the place of `old`, the plain attributes that only `old` has: others may read them."""
-    for name, value in vars(old).items():
-        if not name.startswith("_") and not hasattr(new, name):
-            setattr(new, name, value)
-    return new

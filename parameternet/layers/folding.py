@@ -4,8 +4,9 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
 from torch import nn
 
-from .altered import alteration, keep_attributes
+from .altered import alteration
 from .dynamic_conv import DynamicConv
+from .replacing import keep_marks
 from .static import CollapsedConv, CollapsedConvSame, DepthwiseConv
 
 __all__ = ["can_fold", "fold_batch_norm", "why_not"]
@@ -81,7 +82,13 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     setattr(conv, name, nn.Parameter(start.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad))
     after = (getattr(norm, "drop", None), getattr(norm, "act", None))
     rest = [layer for layer in after if isinstance(layer, nn.Module)]
-    return keep_attributes(norm, nn.Sequential(*rest) if rest else nn.Identity()).train(norm.training)
+    return _in_place_of(norm, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+def _in_place_of(norm: nn.Module, rest: nn.Module) -> nn.Module:
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):  # which others may read
+        setattr(rest, name, getattr(norm, name))
+    return keep_marks(norm, rest).train(norm.training)
 
 
 def _scaled(parameter: torch.Tensor, scale: torch.Tensor) -> nn.Parameter:

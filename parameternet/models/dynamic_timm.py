@@ -21,7 +21,7 @@ from ..surgery.dilate import dilate
 from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
 from ._builder import build_model
 
-__all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "labels"]
+__all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "labels", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,14 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
 
 def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
     """A state dict of the dense or the dynamic network -> one of the dynamic network."""
+    state_dict = renamed(state_dict, model, source)
+    return state_dict if _is_dynamic(state_dict) else upcycle_state_dict(state_dict, model)
+
+
+def renamed(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
+    """A state dict of the dense or the dynamic network under the names of `model`; dense kernels stay dense."""
     state_dict = by_order(state_dict, source.name)
-    if any(".routing." in name for name in state_dict):
+    if _is_dynamic(state_dict):
         return state_dict
     of_timm = getattr(sys.modules[source.entrypoint.__module__], "checkpoint_filter_fn", None)
     if of_timm:
@@ -167,7 +173,11 @@ def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source)
     dynamic = any(isinstance(module, DynamicConv) for module in model.modules())
     if dynamic and source.prepare and not set(state_dict) <= set(model.state_dict()):
         state_dict = _prepared(state_dict, source)
-    return upcycle_state_dict(state_dict, model)
+    return state_dict
+
+
+def _is_dynamic(state_dict: dict[str, Tensor]) -> bool:
+    return any(".routing." in name for name in state_dict)
 
 
 def by_order(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
-from ..layers.altered import alteration, keep_attributes
+from ..layers.altered import alteration
+from ..layers.replacing import replace_layer
 from ..layers.static import CollapsedConv, CollapsedConvSame
 from .modes import evaluating
 from .observe import Observation, observe
@@ -123,9 +124,7 @@ def collapse(
         model = deepcopy(model)
     for variation in variations:
         if variation.error <= tolerance and variation.left is None:
-            parent, _, child = variation.name.rpartition(".")
-            static = _static(model.get_submodule(variation.name), variation)
-            setattr(model.get_submodule(parent), child, static)
+            replace_layer(model, variation.name, _static(model.get_submodule(variation.name), variation))
     return model, variations
 
 
@@ -199,7 +198,7 @@ def _static(conv: Any, variation: Variation) -> nn.Conv2d:
                 static.bias.add_(part)
     if variation.handed and conv.routing is not None:
         static.routing = conv.routing  # callers may still ask it
-    return keep_attributes(conv, static.train(conv.training).requires_grad_(conv.weight.requires_grad))
+    return static.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 
 def _mixed(stacked: Tensor, coefficients: Tensor) -> Tensor:

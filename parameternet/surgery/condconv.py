@@ -8,7 +8,8 @@ from timm.layers import CondConv2d
 from torch import nn
 
 from ..layers import DynamicConv
-from ..layers.altered import alteration, keep_attributes
+from ..layers.altered import alteration
+from ..layers.replacing import replace_layer
 from .observe import observe
 from .survey import read_elsewhere, refuse_distributed, tied
 
@@ -48,8 +49,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ValueError(f"no CondConv2d of this {type(model).__name__} can be converted ({reasons})")
     for name, old in found:
         if left[name] is None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, keep_attributes(old, _converted(old)))
+            replace_layer(model, name, _converted(old))
     converted: Any = model
     converted.converting = left
     return model

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import DynamicConv, Router
 from ..layers.folding import fold_batch_norm, why_not
+from ..layers.replacing import replace_layer
 from .observe import Observation, meta_copy, observe
 from .survey import refuse_distributed, tied
 
@@ -91,8 +92,7 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
     for layer in layers:
         if layer.left is None and layer.conv is not None:
             conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
-            parent, _, child = layer.norm.rpartition(".")
-            setattr(model.get_submodule(parent), child, fold_batch_norm(conv, norm))
+            replace_layer(model, layer.norm, fold_batch_norm(conv, norm))
     fused: Any = model
     fused.fusing = Fusing(layers)
     return model

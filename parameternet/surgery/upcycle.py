@@ -13,7 +13,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, Router
-from ..layers.altered import alteration, keep_attributes
+from ..layers.altered import alteration
+from ..layers.replacing import replace_layer
 from ..layers.static import DepthwiseConv
 from .own_fuse import FuseDynamicFirst
 from .survey import Survey, refuse_distributed, survey
@@ -367,9 +368,8 @@ def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
         conv = model.get_submodule(layer.name)
         if layer.router not in routers:
             routers[layer.router] = _neutral_router(conv, done, start, layer.name)
-        parent, _, child = layer.name.rpartition(".")
         dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
-        setattr(model.get_submodule(parent), child, dynamic)
+        replace_layer(model, layer.name, dynamic)
     model.upcycling = done
     if callable(getattr(type(model), "fuse", None)):
         model.fuse = FuseDynamicFirst(model)
@@ -408,7 +408,7 @@ def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Gen
         if dense is not None:
             experts = split(dense, router, size, generator)
             setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
-    return keep_attributes(conv, dynamic).train(conv.training)
+    return dynamic.train(conv.training)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -54,6 +54,11 @@ def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
 def _features_of(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
+    if any(key == "checkpoint_path" for key, _ in options):
+        raise ValueError(
+            f"TimmBackbone: checkpoint_path is not read, since nothing checks what it holds; build the detector and "
+            f"load the weights of {name}, YOLO(yaml).load('model.safetensors')"
+        )
     errors = []
     for more in FREE_SIZES:
         given = {**more, **dict(options)}

@@ -4,11 +4,8 @@
 Checkpoints name these classes as `parameternet.yolo.<name>`, whatever file they stand in.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules import C2f, Conv
 from ultralytics.nn.modules.block import Bottleneck, C3k, C3k2
@@ -74,25 +71,13 @@ class DynamicConvBnAct(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold batch normalisation into every expert, in place; once more changes nothing."""
-        with _evaluating(self.conv, self.bn):
-            self.bn = fold_batch_norm(self.conv, self.bn)
+        self.bn = fold_batch_norm(self.conv, self.bn)
 
 
 def _autopad(k: Any, d: Any) -> tuple[int, int]:
     return tuple(
         (dilation * (kernel - 1) + 1) // 2 for kernel, dilation in zip(pair(_pair(k)), pair(_pair(d)), strict=True)
     )
-
-
-@contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    # Folding asks for evaluation mode, and Ultralytics folds in any.
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    yield
-    for module, training in zip(modules, modes, strict=True):
-        module.train(training)
 
 
 def _conv_layer(options: dict[str, Any]):
@@ -214,9 +199,7 @@ def make_bottlenecks_dynamic(module: nn.Module, options: dict[str, Any]) -> None
 
 def fold(model: nn.Module) -> None:
     """Fold batch normalisation of every layer of ours, in place, in training mode too; once more changes nothing."""
+    own = DynamicConvBnAct, layers.GhostModule, layers.GhostBottleneck, layers.ConvBnAct
     for module in model.modules():
-        if isinstance(module, DynamicConvBnAct):
+        if isinstance(module, own):
             module.reparameterize()
-        elif isinstance(module, layers.GhostModule | layers.GhostBottleneck | layers.ConvBnAct):
-            with _evaluating(*module.modules()), torch.no_grad():
-                module.reparameterize()

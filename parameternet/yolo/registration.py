@@ -217,13 +217,13 @@ def _fuse(original: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: A
 
 
 def _load(original: Callable[..., Any], self: nn.Module, weights: Any, verbose: bool = True) -> None:
-    source = weights["model"] if isinstance(weights, dict) else weights
+    source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
     prepared = transfer.prepare(self, source, verbose)
     original(self, weights if prepared is None else prepared, verbose)
 
 
 def _torch_safe_load(original: Callable[..., Any], weight: Any, *args: Any, **kwargs: Any) -> Any:
-    if str(weight).endswith(".safetensors"):
+    if transfer.is_ours(weight):
         return transfer.read(weight), weight
     return original(weight, *args, **kwargs)
 

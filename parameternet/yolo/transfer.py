@@ -5,21 +5,30 @@ YOLO("yolov8n-dynamicconv.yaml").load("yolov8n.pt")  # dense kernels, upcycled
 YOLO("yolov8n-dynamicconv.yaml").load("best.safetensors")  # a classifier's, into the backbone
 """
 
+import sys
 from collections import Counter
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import timm
+import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from ultralytics.utils import LOGGER
 
+from parameternet import weights
 from parameternet.layers import DynamicConv
+from parameternet.models import dynamic_timm
 from parameternet.surgery.upcycle import upcycle_state_dict
 
-from .backbone import TimmBackbone
+from .backbone import TimmBackbone, features_of
 
-__all__ = ["prepare", "read"]
+__all__ = ["is_ours", "prepare", "read"]
+
+
+class MissingWeights(weights.WeightsNotFound, FileNotFoundError):
+    """No such file: what Ultralytics raises for its own files, and what this package raises for weights."""
 
 
 class Weights(nn.Module):
@@ -34,32 +43,95 @@ class Weights(nn.Module):
         return dict(self.tensors)
 
 
-def read(file: str | Path) -> dict[str, Any]:
-    """A classifier's .safetensors file as a checkpoint of Ultralytics.
+def is_ours(weight: str | Path) -> bool:
+    """Is this a name of weights that Ultralytics does not know: a .safetensors file, or one of `read`'s names?"""
+    name = str(weight)
+    return (
+        name.lower().endswith(".safetensors") or name.startswith(("local-dir:", "hf-hub:")) or name in weights.known()
+    )
+
+
+def read(weight: str | Path) -> dict[str, Any]:
+    """A classifier's verified weights as a checkpoint of Ultralytics.
+
+    Args:
+        weight: A .safetensors file, a recorded checkpoint (`parameternet_50m.tin200`), `local-dir:FOLDER` or
+            `hf-hub:ORG/NAME[@REVISION]`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        safetensors.SafetensorError: it is damaged.
+        parameternet.weights.WeightsDamaged: it is not what it should be.
     """
-    return {"model": Weights(load_file(file)), "train_args": {}}
+    try:
+        return {"model": Weights(_tensors(str(weight))), "train_args": {}}
+    except weights.WeightsNotFound as error:
+        raise MissingWeights(str(error)) from error
+
+
+def _tensors(name: str) -> dict[str, Tensor]:
+    if name in weights.known():
+        return weights.read(weights.find(name), *weights.digests(name))
+    source, _, where = name.partition(":")
+    if source == "local-dir":
+        return weights.resolve({"source": source, "file": where})
+    if source == "hf-hub":
+        return weights.resolve({"source": source, "hf_hub_id": where})
+    return weights.read(name)
 
 
 def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Module | None:
     """A network whose state dict has `source`'s weights as `model` wants them; None if there is nothing to be changed.
 
-    Weights of a network of timm go to the `TimmBackbone` that is made of it, if there is one. Where
-    `model` has a dynamic convolution and `source` a dense one, the kernel is split among the experts so that they
-    compute the same. A bare `DynamicConv` has neither normalisation nor activation: it gets the kernel with the
-    normalisation's scale folded in, which is a start and not the same function.
+    Weights of a network of timm go to the `TimmBackbone` that is made of it, under whatever names a checkpoint of that
+    network may have. Where `model` has a dynamic convolution and `source` a dense one, the kernel is split among the
+    experts so that they compute the same. A bare `DynamicConv` has neither normalisation nor activation: it gets the
+    kernel with the normalisation's scale folded in, which is a start and not the same function.
+
+    Raises:
+        parameternet.weights.WeightsError: nothing of `source` fits the backbone of `model`.
     """
     own = source.float().state_dict()
-    state = _under_backbone(own, model)
+    place, state = _under_backbone(own, model)
     changed = upcycle_state_dict(_with_bare_kernels(state, model), model, neutral=True)
+    if isinstance(source, Weights) or any(isinstance(m, DynamicConv | TimmBackbone) for m in model.modules()):
+        _check_backbone(changed, model, source, place)
     if changed.keys() == own.keys():
         return None
     if verbose:
         _tell(changed, state, model)
     return _with(source, changed)
+
+
+def _check_backbone(state: dict[str, Tensor], model: nn.Module, source: nn.Module, place: str | None) -> None:
+    """Raise if a classifier's tensors are not all that the network at `place` has, or nothing fits the backbone."""
+    rows = len((getattr(model, "yaml", None) or {}).get("backbone", ()))
+    places = (f"{place}.",) if place else tuple(f"model.{row}." for row in range(rows))
+    mine = {n: v for n, v in model.state_dict().items() if n.startswith(places) and v.is_floating_point()}
+    fits = [name for name, value in mine.items() if name in state and state[name].shape == value.shape]
+    if not mine or (fits and not place) or len(fits) == len(mine):
+        return
+    backbone = next((m.spec["name"] for m in model.modules() if isinstance(m, TimmBackbone)), None)
+    where = getattr(source, "pt_path", None) or f"this {type(source).__name__}"
+    network = Path(str(model.yaml.get("yaml_file", "the network"))).name
+    cure = f"Load weights of {backbone}" if backbone else "Load a checkpoint of the same network or its static baseline"
+    raise weights.WeightsError(
+        f"{where} does not fit {network}, so nothing was loaded: {_misfits(state, mine)}. {cure}, or "
+        "build the detector on the network of these weights: YOLO('yolov8n-<its name in timm>.yaml')"
+    )
+
+
+def _misfits(state: dict[str, Tensor], mine: dict[str, Tensor]) -> str:
+    """What differs, with examples: shapes under the same names, and names."""
+    parts = []
+    reshaped = [name for name in mine if name in state and state[name].shape != mine[name].shape]
+    if reshaped:
+        there, here = (tuple(tensors[reshaped[0]].shape) for tensors in (state, mine))
+        parts.append(f"have other shapes: {len(reshaped)}, such as {reshaped[0]}, {there} there and {here} here")
+    missing = [name for name in mine if name not in state]
+    if missing:
+        given = sorted(name for name, value in state.items() if value.is_floating_point())
+        parts.append(f"are missing: {len(missing)}, such as {missing[0]}; there are {', '.join(given[:2])}, ...")
+    return f"of the backbone's {len(mine)} tensors, {' and '.join(parts)}"
 
 
 def _with(source: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
@@ -73,16 +145,46 @@ def _dynamic(model: nn.Module) -> list[tuple[str, DynamicConv]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, DynamicConv)]
 
 
-def _under_backbone(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors by the names that they have in `model`, if they are those of its `TimmBackbone`."""
-    spoken = {_plain(name): value for name, value in state.items()}
+def _under_backbone(state: dict[str, Tensor], model: nn.Module) -> tuple[str | None, dict[str, Tensor]]:
+    """A classifier's tensors by the names that they have in the `TimmBackbone` of `model`, and where that is.
+
+    Returns:
+        (place, tensors), or (None, `state`) where no name is one of the backbone's.
+    """
     for place, module in model.named_modules():
-        if isinstance(module, TimmBackbone):
-            wanted = module.net.state_dict()
-            fits = (_plain(n) in spoken and spoken[_plain(n)].shape == value.shape for n, value in wanted.items())
-            if all(fits):
-                return {f"{place}.net.{n}": spoken[_plain(n)] for n in wanted}
-    return state
+        if isinstance(module, TimmBackbone) and not any(name.startswith(f"{place}.net.") for name in state):
+            own = {_plain(name): name for name in module.net.state_dict()}
+            given = {_plain(name): value for name, value in _as_checkpoint(state, module).items()}
+            found = {f"{place}.net.{own[name]}": value for name, value in given.items() if name in own}
+            if any(value.is_floating_point() for value in found.values()):
+                return f"{place}.net", found
+    return None, state
+
+
+def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str, Tensor]:
+    """What timm makes of a checkpoint of the backbone's network: names of other releases, and input channels."""
+    name, options = backbone.spec["name"], {**backbone.spec}
+    options = {key: value for key, value in options.items() if key not in ("name", "pretrained", "out_indices")}
+    options = features_of(name, backbone.c1, options).options
+    with torch.device("meta"):
+        network = timm.create_model(name, in_chans=backbone.c1, **options)
+    try:
+        state = _filtered(state, network, name.partition(".")[0])
+    except (KeyError, RuntimeError, ValueError):  # it is of another network, which the names and shapes will tell
+        return state
+    stems = network.pretrained_cfg.get("first_conv") or ()
+    stems = [f"{stem}.weight" for stem in ([stems] if isinstance(stems, str) else stems)]
+    wide = {n: state[n] for n in stems if n in state and state[n].ndim == 4 and state[n].shape[1] == 3 != backbone.c1}
+    return state | {n: adapt_input_conv(backbone.c1, value) for n, value in wide.items()}
+
+
+def _filtered(state: dict[str, Tensor], network: nn.Module, architecture: str) -> dict[str, Tensor]:
+    source = dynamic_timm.SOURCES.get(architecture)
+    if source:
+        return dynamic_timm.renamed(state, network, source)
+    module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    prepare = getattr(module, "checkpoint_filter_fn", None)
+    return prepare(dict(state), network) if prepare else state
 
 
 def _plain(name: str) -> str:

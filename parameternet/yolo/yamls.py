@@ -4,9 +4,13 @@
 Nothing of Ultralytics' is copied, and each release is followed. The rules are files in configs/yolo.
 """
 
+import atexit
+import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,11 +53,28 @@ def find(file: str, stock: Callable[[str], Any]) -> str | None:
     if not path:
         return None
     made = variant(yaml.safe_load(Path(path).read_text("utf-8", errors="ignore")), suffix)
-    folder = Path(tempfile.gettempdir()) / "parameternet-yolo"
-    folder.mkdir(exist_ok=True)
-    target = folder / file
+    target = _folder() / file
     files.write_text(target, yaml.safe_dump(made, sort_keys=False, default_flow_style=None))
     return str(target)
+
+
+def _folder() -> Path:
+    """This user's folder for YAMLs, which nobody else can write to; checkpoints name the files in it."""
+    user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a folder of temporary files for each user
+    folder = Path(tempfile.gettempdir()) / ("parameternet-yolo" if user is None else f"parameternet-yolo-{user}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    private = user is None or (found.st_uid == user and not found.st_mode & 0o022)
+    return folder if stat.S_ISDIR(found.st_mode) and private else _folder_of_this_process()
+
+
+@lru_cache(maxsize=1)
+def _folder_of_this_process() -> Path:
+    # Somebody else was there first, and could put other networks in the place of ours.
+    folder = tempfile.TemporaryDirectory(prefix="parameternet-yolo-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def variant(stock: dict[str, Any], suffix: str) -> dict[str, Any]:

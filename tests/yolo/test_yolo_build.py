@@ -1,8 +1,11 @@
 """Networks by name are the stock ones with other layers: the same shapes, strides and heads."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +246,55 @@ def test_only_names_that_are_ours_are_made():
     assert yamls.find("yolov8-nonsense.yaml", stock) is None
     assert yamls.find("some/yolov8-dynamicconv.yaml", stock) is None
     assert yamls.find("yolov8-dynamicconv.yaml", stock).endswith("yolov8-dynamicconv.yaml")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yamls._folder_of_this_process.cache_clear()
+    return tmp_path
+
+
+def written(name="yolov8-dynamicconv.yaml"):
+    path = Path(yamls.find(name, lambda stock: tasks.check_yaml(stock, hard=False)))
+    assert yaml.safe_load(path.read_text())["backbone"][1][2] == "DynamicConv"
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users")
+@pytest.mark.parametrize("shared", ["parameternet-yolo", None])
+def test_yamls_of_two_users_do_not_meet(temporary, monkeypatch, shared):
+    first = written()
+    assert first.parent.stat().st_mode & 0o777 == 0o700 and written() == first
+    if shared:  # the folder of 0.1.0, which belongs to whoever came first
+        (temporary / shared).mkdir(mode=0o500)
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert written().parent != first.parent
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users")
+@pytest.mark.parametrize("trap", ["another user's", "writable by all", "link", "file"])
+def test_a_folder_that_others_can_write_to_is_not_used(temporary, monkeypatch, trap):
+    folder = temporary / f"parameternet-yolo-{os.getuid()}"
+    (temporary / "elsewhere").mkdir()
+    if trap == "link":
+        folder.symlink_to(temporary / "elsewhere")
+    elif trap == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+    if trap == "writable by all":
+        folder.chmod(0o777)
+    if trap == "another user's":
+        me = os.getuid()
+        folder.rename(temporary / f"parameternet-yolo-{me + 1}")
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    path = written()
+    assert path.parent.parent == temporary and path.parent != folder
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert not list((temporary / "elsewhere").iterdir())
+    assert written() == path
 
 
 def test_nothing_else_imports_it():
