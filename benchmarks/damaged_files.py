@@ -8,6 +8,8 @@ Each file is one checkpoint of ours with one damage, and goes three ways into a 
     recorded SHA-256   `timm.create_model("<architecture>.<tag>", pretrained=True)`: the file is one that we know
     digest only        `timm.create_model("local-dir:FOLDER", pretrained=True)`: all that is known is in the file
     timm               the same, by timm's own reader of folders
+    YOLO               `YOLO("yolov8n-parameternet_50m.yaml").load(FILE)`, where Ultralytics is installed
+    transformers       `AutoModelForImageClassification.from_pretrained(FOLDER)`, where transformers is installed
 
 *refused*: an error. *harmless*: no error, and every tensor is bit for bit the right one (a flipped bit in the file's
 remarks). *silently wrong*: no error, and wrong tensors. Exits 1 if one of our ways is ever silently wrong.
@@ -15,10 +17,12 @@ remarks). *silently wrong*: no error, and wrong tensors. Exits 1 if one of our w
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import warnings
@@ -112,10 +116,50 @@ def routes(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
     }
 
 
-def outcome(read: Callable[[], dict[str, Tensor]], model: nn.Module, right: dict[str, Tensor]) -> str:
-    try:
+def into(model: nn.Module, read: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """A reader that also loads what it read into a network, strictly."""
+
+    def load() -> dict[str, Tensor]:
         tensors = read()
         model.load_state_dict(tensors, strict=True)
+        return tensors
+
+    return load
+
+
+def other_libraries(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """Other libraries that are installed, each with what its network holds after it has read the file."""
+    found: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    if importlib.util.find_spec("ultralytics"):
+        from ultralytics import YOLO
+
+        import parameternet.yolo  # noqa: F401
+
+        detector = YOLO(f"yolov8n-{NAME.split('.')[0]}.yaml")
+
+        def into_detector() -> dict[str, Tensor]:
+            return detector.load(str(folder / weights.FILE_NAME)).model.model[0].state_dict()
+
+        found["YOLO"] = into_detector
+    if importlib.util.find_spec("transformers"):
+        from transformers import AutoModelForImageClassification
+        from transformers.utils import logging as messages
+
+        messages.disable_progress_bar()
+
+        def into_transformers() -> dict[str, Tensor]:
+            model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise ValueError("it tells of tensors that it drew at random")
+            return model.state_dict()
+
+        found["transformers"] = into_transformers
+    return found
+
+
+def outcome(read: Callable[[], dict[str, Tensor]], right: dict[str, Tensor]) -> str:
+    try:
+        tensors = read()
     except Exception:
         return "refused"
     return "harmless" if same(tensors, right) else "silently wrong"
@@ -126,9 +170,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and weights.tensors_digest(a) == weights.tensors_digest(b)
 
 
-def sweep(good: Path, model: nn.Module, files: int, seed: int = 0) -> dict[str, dict[str, Counter]]:
-    """Counts of outcomes: route -> damage -> outcome -> files. `good` is a checkpoint of `model`, whole."""
-    data, right = good.read_bytes(), weights.read(good)
+def sweep(
+    good: Path, model: nn.Module, files: int, seed: int = 0, others: bool = False
+) -> dict[str, dict[str, Counter]]:
+    """Counts of outcomes: route -> damage -> outcome -> files.
+
+    `good` is a checkpoint of `model`, whole; with `others` it is that of NAME, and other libraries read it, too.
+    """
+    data = good.read_bytes()
     recorded = {NAME: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
     counts = defaultdict(lambda: defaultdict(Counter))
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(weights, "known", lambda: recorded):
@@ -136,11 +185,17 @@ def sweep(good: Path, model: nn.Module, files: int, seed: int = 0) -> dict[str, 
         folder.mkdir()
         with mock.patch.dict(os.environ, PARAMETERNET_WEIGHTS=temporary), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a file whose digest is unreadable warns; what counts here is the outcome
+            (folder / weights.FILE_NAME).write_bytes(data)
+            if (good.parent / weights.CONFIG_NAME).is_file():
+                shutil.copy(good.parent / weights.CONFIG_NAME, folder)
+            readers = {route: into(model, read) for route, read in routes(folder).items()}
+            readers |= other_libraries(folder) if others else {}
+            right = {route: {name: t.clone() for name, t in read().items()} for route, read in readers.items()}
             for number, damage in enumerate(plan(files)):
                 draw = random.Random(f"{seed}-{number}")
                 (folder / weights.FILE_NAME).write_bytes(DAMAGES[damage][0](data, draw))
-                for route, read in routes(folder).items():
-                    counts[route][damage][outcome(read, model, right)] += 1
+                for route, read in readers.items():
+                    counts[route][damage][outcome(read, right[route])] += 1
     return counts
 
 
@@ -181,9 +236,10 @@ def main() -> int:
         trained = "" if NAME in weights.known() else ", random weights"
         print(f"{len(plan(arguments.files))} damaged files of {NAME} ({good.stat().st_size:,} bytes{trained})")
         print(f"torch {torch.__version__}, timm {timm.__version__}, seed {arguments.seed}\n")
-        counts = sweep(good, model, arguments.files, arguments.seed)
+        counts = sweep(good, model, arguments.files, arguments.seed, others=NAME in weights.known())
     print(table(counts))
-    return int(any(row["silently wrong"] for route in counts if route != "timm" for row in counts[route].values()))
+    ours = [rows for route, rows in counts.items() if route not in ("timm", "transformers")]
+    return int(any(row["silently wrong"] for rows in ours for row in rows.values()))
 
 
 if __name__ == "__main__":
