@@ -47,6 +47,8 @@ class _Written(nn.Module):
             routing_weights = self.routing(x)
         if self.pad_same:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+        if routing_weights.dtype != x.dtype:  # routers answer in at least 32 bits
+            routing_weights = routing_weights.to(x.dtype)
         y = self._convolve(x, routing_weights)
         if self.bias is not None:
             mixed = routing_weights @ self.bias.reshape(self.num_experts, self.out_channels)
@@ -177,7 +179,8 @@ def _positions(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
         conv.register_forward_hook(lambda conv, x, y, name=name: seen.__setitem__(name, y.shape[2] * y.shape[3]))
         for name, conv in _dynamic(model).items()
     ]
-    model(torch.zeros(1, *size))
+    first = next(model.parameters())
+    model(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
     for hook in hooks:
         hook.remove()
     return seen

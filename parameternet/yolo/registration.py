@@ -218,6 +218,7 @@ def _fuse(original: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: A
 
 def _load(original: Callable[..., Any], self: nn.Module, weights: Any, verbose: bool = True) -> None:
     source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
+    transfer.upcycle_like(self, source)
     prepared = transfer.prepare(self, source, verbose)
     original(self, weights if prepared is None else prepared, verbose)
 
@@ -238,11 +239,17 @@ def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
 def _export(original: Callable[..., Any], self: Exporter, *args: Any, **kwargs: Any) -> Any:
     """Write dynamic convolutions as the format's runtimes like them; see `parameternet.export.forms`."""
     if has_dynamic_convolutions(self.model):  # an export of one format may call another's
-        if self.args.format in COMPUTED and not self.args.dynamic and self.im.shape[0] == 1:
+        one_image = not self.args.dynamic and self.im.shape[0] == 1
+        if self.args.format in COMPUTED and one_image and not _is_quantised(self.args):
             write_computed(self.model, tuple(self.im.shape[1:]), mix_by_conv=self.args.format == "onnx")
         else:
             write_constant(self.model)
     return original(self, *args, **kwargs)
+
+
+def _is_quantised(args: Any) -> bool:
+    """Are kernels to become 8-bit integers? Only constant ones can."""
+    return bool(getattr(args, "int8", False)) or getattr(args, "quantize", None) not in (None, 16, 32)
 
 
 def _add_thop_rules() -> None:

@@ -20,11 +20,11 @@ from ultralytics.utils import LOGGER
 from parameternet import weights
 from parameternet.layers import DynamicConv
 from parameternet.models import dynamic_timm
-from parameternet.surgery.upcycle import upcycle_state_dict
+from parameternet.surgery.upcycle import rebuild, upcycle_state_dict
 
 from .backbone import TimmBackbone, features_of
 
-__all__ = ["is_ours", "prepare", "read"]
+__all__ = ["is_ours", "prepare", "read", "upcycle_like"]
 
 
 class MissingWeights(weights.WeightsNotFound, FileNotFoundError):
@@ -77,6 +77,19 @@ def _tensors(name: str) -> dict[str, Tensor]:
     if source == "hf-hub":
         return weights.resolve({"source": source, "hf_hub_id": where})
     return weights.read(name)
+
+
+def upcycle_like(model: nn.Module, source: nn.Module) -> None:
+    """Make those layers of `model` dynamic, in place, that are so in `source` because it was upcycled.
+
+    Ultralytics' trainer builds a network anew from its YAML, which does not know of them, and loads the weights.
+    """
+    done = getattr(source, "upcycling", None)
+    if done is None or getattr(model, "upcycling", None) is not None:
+        return
+    modules = dict(model.named_modules())
+    if all(isinstance(modules.get(layer.name), nn.Conv2d) for layer in done.converted):
+        rebuild(model, done.recipe())
 
 
 def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Module | None:
