@@ -242,7 +242,13 @@ class Trainer:
                 "same data"
             )
         if self.state and self.state["classes"] != self.classes:
-            raise CheckpointError(f"{self.folder} holds a run on other classes than those of {self.recipe.train}")
+            before, after = self.state["classes"] or [], self.classes or []
+            gone, new = ([c for c in before if c not in after], [c for c in after if c not in before])
+            what = f"gone {few(gone)}, new {few(new)}" if gone or new else "the same ones in another order"
+            raise CheckpointError(
+                f"{self.folder} holds a run on other classes than those of {self.recipe.train}: {what}. Restore them, "
+                "or choose another folder"
+            )
 
     def _compare_images(self) -> None:
         """Names and labels must be those of the other processes, and of the run when it began.

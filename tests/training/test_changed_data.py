@@ -75,6 +75,14 @@ def test_resuming_on_other_images_is_refused_and_the_difference_named(stopped, s
     assert (folder / "last.ckpt").read_bytes() == before
 
 
+def test_resuming_on_other_classes_is_refused_and_they_are_named(stopped):
+    made, folder, data = stopped
+    for split in ("train", "val"):
+        (data / split / "red").rename(data / split / "pink")
+    with pytest.raises(CheckpointError, match=r"other classes than those of .*train: gone red, new pink"):
+        run(made, folder)
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes(stopped):
     made, folder, _ = stopped
     state = load_last(folder)
