@@ -5,28 +5,27 @@
 'tabby'
 """
 
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from parameternet import weights
+from parameternet.data import images, sources
+from parameternet.data.errors import ImageError
 from parameternet.models import build_from_config, catalogue
 
 __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 
 DEFAULT_MODEL = "dynamic_efficientnet_lite0.in1k_upcycled"
-EXTENSIONS = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_DOWNLOAD = 64 << 20  # bytes; a photo is smaller, an endless answer is not
-NO_IMAGE = "not an image, or of a format that Pillow does not read"
 ImageLike = str | Path | Image.Image
 
 
@@ -182,74 +181,38 @@ class Predictor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _NoImage(ValueError):
-    """There is nothing to decode; the message is for the user as it stands."""
-
-
 def expand(item: ImageLike) -> list[ImageLike]:
     """The images that `item` stands for: those of a folder, sorted; itself if it is anything else."""
     if isinstance(item, Image.Image) or not Path(item).is_dir():
         return [item]
-    return sorted(_images_below(Path(item))) or [item]
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, n) for n in names if Path(n).suffix.lower() in EXTENSIONS and not n.startswith("."))
+    names = sources.Folder(Path(item)).names
+    return sorted(Path(item, name) for name in names if images.is_image_name(name)) or [item]
 
 
 def read_image(source: ImageLike) -> Image.Image:
-    """The image as a person sees it: turned as its EXIF says, transparency on white, RGB.
+    """Read an image as `parameternet.data.images` does: upright, transparency on white, RGB.
 
     Raises:
-        OSError, ValueError: and whatever else a decoder makes of broken bytes.
+        ImageError: it cannot be fetched, opened or decoded.
     """
-    image = source if isinstance(source, Image.Image) else Image.open(_file(source))
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scans of 16 bits keep their shades: Pillow's own conversion turns all above 255 white."""
-    shades = image.convert("F")
-    high = shades.getextrema()[1]
-    white = 65535 if high > 255 else 255 if high > 1 else 1
-    return shades.point(lambda shade: shade * (255 / white) + 0).convert("L")
+    if isinstance(source, Image.Image):
+        return images.as_seen(source, _describe(source))
+    name = str(source)
+    scheme, separator, _ = name.partition("://")
+    if separator and not Path(source).exists():
+        if scheme.lower() not in ("http", "https"):
+            raise ImageError(name, f"only http and https addresses are fetched, not {scheme}")
+        return images.decode(_fetch(name), name)
+    if Path(source).is_dir():
+        raise ImageError(name, f"no images in this folder ({' '.join(images.COMMON)} ...)")
+    return images.read(Path(source).expanduser(), name)
 
 
 def _try_to_read(source: ImageLike) -> tuple[Image.Image | None, str | None]:
     try:
         return read_image(source), None
-    except _NoImage as error:
-        return None, str(error)
-    except Image.UnidentifiedImageError:
-        return None, NO_IMAGE
-    except Image.DecompressionBombError as error:
-        return None, f"too large: {error}"
-    except FileNotFoundError:
-        return None, "no such file"
-    except Exception as error:  # decoders raise whatever they like on broken bytes, and the next image must go on
-        if isinstance(error.__context__, Image.UnidentifiedImageError):  # a reader of more formats gave up, too
-            return None, NO_IMAGE
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        return None, f"cannot be read: {reason}"
-
-
-def _file(source: str | Path) -> Path | io.BytesIO:
-    scheme, separator, _ = str(source).partition("://")
-    if separator and not Path(source).exists():
-        if scheme.lower() not in ("http", "https"):
-            raise _NoImage(f"only http and https addresses are fetched, not {scheme}")
-        return io.BytesIO(_fetch(str(source)))
-    if Path(source).is_dir():
-        raise _NoImage(f"no images in this folder ({' '.join(sorted(EXTENSIONS))})")
-    return Path(source).expanduser()
+    except ImageError as error:
+        return None, error.reason
 
 
 def _fetch(address: str) -> bytes:
@@ -261,12 +224,12 @@ def _fetch(address: str) -> bytes:
         with urllib.request.urlopen(request, timeout=20) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
     except urllib.error.HTTPError as error:
-        raise _NoImage(f"the server answered {error.code} {error.reason}") from error
+        raise ImageError(address, f"the server answered {error.code} {error.reason}") from error
     except OSError as error:  # no network, no such host, too slow
         reason = getattr(error, "reason", error)
-        raise _NoImage(f"no answer from there ({reason}); download it yourself and give the file") from error
+        raise ImageError(address, f"no answer from there ({reason}); download it yourself and give the file") from error
     if len(data) > MAX_DOWNLOAD:
-        raise _NoImage(f"larger than {MAX_DOWNLOAD >> 20} MiB")
+        raise ImageError(address, f"larger than {MAX_DOWNLOAD >> 20} MiB")
     return data
 
 

@@ -8,6 +8,7 @@
 
 import math
 import random
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from parameternet import files
+from parameternet.data import images
+from parameternet.data.errors import DataError, ImageError
+from parameternet.data.sources import Folder, Tar, Unreadable, arrange, is_tar, open_files
 from parameternet.layers import DynamicConv
-from parameternet.prediction import ImageLike, Predictor, expand
+from parameternet.prediction import ImageLike, Predictor
 from parameternet.surgery.collapse import listening
-from parameternet.training.sources import Source, Unreadable, open_dataset
 
 __all__ = ["LayerRouting", "Picture", "Routing", "Row", "draw", "dynamic_layers", "find_pictures", "measure"]
 
@@ -125,33 +128,39 @@ def find_pictures(given: Iterable[str | Path], per_class: int = 10) -> list[Pict
     singles: list[Picture] = []
     classes: dict[str, list[Picture]] = defaultdict(list)
     for item in given:
-        for picture in _in_tar(Path(item)) if _is_tar(Path(item)) else _in_folder(item):
+        for picture in _found(item):
             (singles if picture.group is None else classes[picture.group]).append(picture)
     return singles + [picture for members in classes.values() for picture in _some(members, per_class)]
 
 
-def _is_tar(path: Path) -> bool:
-    return path.suffix == ".tar" and path.is_file()
+def _found(given: str | Path) -> Iterator[Picture]:
+    """Pictures of a folder or tar, or `given` itself if it is neither."""
+    if not is_tar(given) and not Path(given).is_dir():
+        yield Picture(str(given), None, lambda: given)
+        return
+    try:
+        store = open_files(given)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"cannot read images from {given}: {error}. Expected a folder or a .tar of images") from error
+    listing = arrange(store)
+    if not listing.samples and not listing.outside:
+        if isinstance(store, Tar):
+            raise DataError(f"no images in {given}. Expected a folder or a .tar of images")
+        yield Picture(str(given), None, lambda: given)
+    classes = list(listing.class_to_idx)
+    for name, group in [(n, None) for n in listing.outside] + [(n, classes[label]) for n, label in listing.samples]:
+        yield Picture(f"{Path(given)}/{name}", group, lambda name=name: _get(store, name))
 
 
-def _in_folder(given: str | Path) -> Iterator[Picture]:
-    """Pictures of a folder, or `given` itself if it is none."""
-    for found in expand(given):
-        folder = Path(found).parent
-        below = Path(given) in folder.parents
-        yield Picture(str(found), folder.name if below else None, lambda found=found: found)
-
-
-def _in_tar(path: Path) -> Iterator[Picture]:
-    source = Source(open_dataset(str(path.absolute()), "train"), str(path))
-    for index in range(len(source)):
-        name = source.name(index)
-        yield Picture(f"{path}/{name}", Path(name).parent.name or None, lambda index=index: _read(source, index))
-
-
-def _read(source: Source, index: int) -> ImageLike | Unreadable:
-    found = source.read(index)
-    return found if isinstance(found, Unreadable) else found[0]
+def _get(store: Folder | Tar, name: str) -> ImageLike | Unreadable:
+    if isinstance(store, Folder):
+        return store.root / name
+    try:
+        with images.naming(name):
+            data = store.data(name)
+        return images.decode(data, name)
+    except ImageError as error:
+        return Unreadable(0, name, error.reason)
 
 
 def _some(pictures: list[Picture], number: int) -> list[Picture]:

@@ -13,11 +13,13 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from parameternet.data.labels import few
+from parameternet.data.sources import Source, Unreadable
 from parameternet.training.distributed import Place
 from parameternet.training.errors import DataError, RecipeError
 from parameternet.training.randomness import IMAGE, ORDER, mix, seed_cpu
 from parameternet.training.recipe import Recipe
-from parameternet.training.sources import Memory, Source, Unreadable
+from parameternet.training.sources import Memory
 
 _DRAWS = 5
 Report = Callable[[Unreadable], None]
@@ -230,19 +232,21 @@ def stream_loader(
 
 
 def check_classes(train: list[str] | None, val: list[str] | None) -> None:
-    """Training and validation must name the same classes, or labels mean different things.
+    """Training and validation must name the same classes in the same order, or labels mean different things.
 
     Raises:
-        DataError: with the classes that one of them lacks.
+        DataError: with the classes that one of them lacks, or the first label of two meanings.
     """
     if train is None or val is None or train == val:
         return
     missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if not missing and not extra:
+        label = next(i for i, names in enumerate(zip(train, val, strict=True)) if names[0] != names[1])
+        raise DataError(
+            f"training and validation data number their classes differently: label {label} is {few([train[label]])} "
+            f"in training and {few([val[label]])} in validation; give both the same class_map"
+        )
     raise DataError(
         f"training data has {len(train)} classes, validation data {len(val)}, and they must be the same: "
-        f"only in training {_few(missing)}, only in validation {_few(extra)}"
+        f"only in training {few(missing)}, only in validation {few(extra)}"
     )
-
-
-def _few(names: list[str]) -> str:
-    return f"{', '.join(names[:5]) or 'none'}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"

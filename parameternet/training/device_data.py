@@ -6,6 +6,7 @@ depend on (seed, epoch, index) alone, as everywhere here: runs resume exactly, f
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +17,12 @@ from PIL import Image, ImageOps
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
 
+from parameternet.data.sources import Source, Unreadable
 from parameternet.training.data import Report, TrainBatches, stop_workers
 from parameternet.training.errors import DataError, RecipeError
 from parameternet.training.randomness import IMAGE, mix
 from parameternet.training.recipe import Recipe
-from parameternet.training.sources import Source, Unreadable, decoded, free_memory
+from parameternet.training.sources import decoded, free_memory
 
 _TRIES = 10  # for a crop that fits, as torchvision's RandomResizedCrop has them
 _SAMPLED = ("nearest", "bilinear", "bicubic")  # interpolations of torch's grid_sample
@@ -29,6 +31,8 @@ _MIB = 1 << 20
 
 class DevicePixels:
     """All images of a source as bytes on a device: `pixels` (N, 3, H, W), `labels` (N,), `readable` (N,) on the CPU.
+
+    `digest` is the SHA-256 of pixels and labels.
 
     Args:
         source: read once, from the first image to the last.
@@ -44,18 +48,23 @@ class DevicePixels:
         self.pixels: Tensor | None = None
         self.labels = torch.zeros(len(source), dtype=torch.int64)
         self.readable = torch.zeros(len(source), dtype=torch.bool)
+        hashed = hashlib.sha256()
         for start, found in decoded(source):
             good = [(start + i, *item) for i, item in enumerate(found) if not isinstance(item, Unreadable)]
             for item in found:
                 if isinstance(item, Unreadable):
                     report(item)
             if good:
-                self._store(*zip(*good, strict=True))
+                self._store(*zip(*good, strict=True), hashed)
         if self.pixels is None:
             raise DataError(f"not one image of {source.where} could be read")
+        hashed.update(self.labels.numpy().tobytes() + self.readable.numpy().tobytes())
+        self.digest = hashed.hexdigest()
         self.labels = self.labels.to(device)
 
-    def _store(self, indices: tuple[int, ...], images: tuple[Image.Image, ...], labels: tuple[int, ...]) -> None:
+    def _store(
+        self, indices: tuple[int, ...], images: tuple[Image.Image, ...], labels: tuple[int, ...], hashed: Any
+    ) -> None:
         images = [image if self.side is None else _square(image, self.side) for image in images]
         if self.pixels is None:
             self.pixels = self._room(images[0].size)
@@ -66,6 +75,7 @@ class DevicePixels:
                 f"{other[0]} x {other[1]}: set cache_size, the side to which they are resized and cropped"
             )
         rows = torch.stack([_bytes(image) for image in images])
+        hashed.update(rows.numpy())
         self.pixels[torch.tensor(indices, device=self.device)] = rows.to(self.device)
         self.labels[list(indices)] = torch.tensor(labels)
         self.readable[list(indices)] = True

@@ -21,6 +21,8 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from parameternet import files
+from parameternet.data.labels import difference, few
+from parameternet.data.sources import Source, Unreadable, classes_of, digest_of, is_stream, notes_of, open_dataset
 from parameternet.training import build, checkpoint, distributed, history, teacher
 from parameternet.training.data import (
     Images,
@@ -47,7 +49,7 @@ from parameternet.training.hub_config import class_labels, data_config, hub_conf
 from parameternet.training.randomness import STEP, mix, seed_all
 from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
-from parameternet.training.sources import Memory, Source, Unreadable, classes_of, is_stream, open_dataset
+from parameternet.training.sources import Memory
 
 
 def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -166,6 +168,14 @@ class StopSignals:
         self.old = {}
 
 
+def _changes(old: str, new: str) -> str:
+    """What differs between two JSON texts of digests by field (train, val); empty if nothing does."""
+    before, after = json.loads(old), json.loads(new)
+    both = [field for field in before if before[field] and after.get(field)]
+    found = {field: difference(before[field], after[field]) for field in both}
+    return "; ".join(f"{field}: {what}" for field, what in found.items() if what)
+
+
 @dataclass
 class Progress:
     """Where a run is, and what it has seen. With the tensors, all that `last.ckpt` needs."""
@@ -212,6 +222,10 @@ class Trainer:
             val = None if r.val is None else open_dataset(r.val, "validation", batch_size=self._share)
         self.classes = classes_of(train)
         self._compare_classes()
+        self.images = {"train": digest_of(train), "val": digest_of(val)}
+        self._compare_images()
+        for text in [f"train: {note}" for note in notes_of(train)] + [f"val: {note}" for note in notes_of(val)]:
+            self.reporter.note(text)
         check_classes(self.classes, classes_of(val) if val else None)
         self.num_classes = self._count_classes()
         self.labels = self._labels()
@@ -228,7 +242,30 @@ class Trainer:
                 "same data"
             )
         if self.state and self.state["classes"] != self.classes:
-            raise CheckpointError(f"{self.folder} holds a run on other classes than those of {self.recipe.train}")
+            before, after = self.state["classes"] or [], self.classes or []
+            gone, new = ([c for c in before if c not in after], [c for c in after if c not in before])
+            what = f"gone {few(gone)}, new {few(new)}" if gone or new else "the same ones in another order"
+            raise CheckpointError(
+                f"{self.folder} holds a run on other classes than those of {self.recipe.train}: {what}. Restore them, "
+                "or choose another folder"
+            )
+
+    def _compare_images(self) -> None:
+        """Names and labels must be those of the other processes, and of the run when it began.
+
+        An image's place in an epoch and its augmentation go by its index, which other images would shift.
+        """
+        found = self.place.gather(json.dumps(self.images))
+        if odd := [rank for rank, images in enumerate(found) if images != found[0]]:
+            raise DataError(
+                f"processes 0 and {odd[0]} do not find the same images: {_changes(found[0], found[odd[0]])}. Give "
+                "every machine the same data"
+            )
+        saved = (self.state or {}).get("images")  # 0.1.0 saved none
+        if saved and (changed := _changes(saved, found[0])):
+            raise CheckpointError(
+                f"{self.folder} holds a run on other images: {changed}. Restore them, or choose another folder"
+            )
 
     def _labels(self) -> dict[str, Any]:
         names = self.recipe.class_names
@@ -248,6 +285,12 @@ class Trainer:
             raise DataError(
                 f"num_classes is {given}, but {self.recipe.train!r} has {found} classes: set it to {found} or "
                 "leave it out"
+            )
+        if (given or found) == 1:
+            only = f"one class, {few(self.classes)}" if self.classes else "one class"
+            raise DataError(
+                f"train: {self.recipe.train!r} has {only}, and a classifier needs two. Every folder directly below is "
+                "a class: give the folder in which the class folders lie"
             )
         return given or found
 
@@ -282,7 +325,7 @@ class Trainer:
         if is_stream(r.val):
             return stream_loader(dataset, r, batch, place.device, False, self.config)
         source = self._source(dataset, r.val)
-        loader = eval_loader(source, self.config, batch, r.workers, place, self._unreadable)
+        loader = eval_loader(source, self.config, batch, r.workers, place, self._unreadable_in_val)
         return Kept(loader, place.device) if r.cache == "device" else loader
 
     def _source(self, dataset: Any, spec: str | dict) -> Source | Memory:
@@ -375,6 +418,7 @@ class Trainer:
             "recipe": json.dumps(asdict(self.recipe)),
             "classes": self.classes,
             "labels": self.labels,
+            "images": json.dumps(self.images),
             "progress": json.dumps(asdict(self.progress)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -671,7 +715,10 @@ class Trainer:
             self.reporter.note(f"cannot write the history: {error}")
         self.reporter.epoch(row, best)
 
-    def _unreadable(self, item: Unreadable) -> None:
-        if item.name not in self.bad:
-            self.bad[item.name] = item.why
-            self.reporter.note(f"skipped an unreadable image: {item.name} ({item.why})")
+    def _unreadable_in_val(self, item: Unreadable) -> None:
+        self._unreadable(item, "val: ")  # training may hold an image of the same name
+
+    def _unreadable(self, item: Unreadable, prefix: str = "") -> None:
+        if prefix + item.name not in self.bad:
+            self.bad[prefix + item.name] = item.why
+            self.reporter.note(f"skipped an unreadable image: {prefix}{item.name} ({item.why})")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from parameternet.data.errors import DataError, TrainingError
 
-class TrainingError(Exception):
-    """Base of everything that training, validation and release raise on purpose."""
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "FolderInUse",
+    "Interrupted",
+    "RecipeError",
+    "TrainingError",
+    "nearest",
+]
 
 
 class RecipeError(TrainingError, ValueError):
     """A recipe that cannot be meant: unknown key, wrong type, value out of its range, contradicting fields."""
-
-
-class DataError(TrainingError, ValueError):
-    """Images or classes that are not what the recipe says."""
 
 
 class CheckpointError(TrainingError, ValueError):

@@ -1,93 +1,21 @@
-"""Where images come from: timm's readers, with unreadable images named instead of replaced."""
+"""Images of a source decoded once (`cache: ram`), and the room that there is for them."""
 
 from __future__ import annotations
 
 import os
-import struct
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import IterableImageDataset, create_dataset
-from timm.utils.misc import natural_key
+from PIL import Image
 
+from parameternet.data.sources import Source, Unreadable, open_dataset
 from parameternet.training.errors import DataError
 
-# What Pillow, tarfile and the file system raise on a damaged file.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    tarfile.TarError,
-    Image.DecompressionBombError,
-)
-_STREAMS = ("wds/", "tfds/", "hfids/")
+__all__ = ["Memory", "Source", "Unreadable", "decoded", "free_memory", "open_dataset"]
+
 _MIB = 1 << 20
-
-
-class Unreadable(NamedTuple):
-    """An image that could not be read: its place in the data, its name, and what went wrong."""
-
-    index: int
-    name: str
-    why: str
-
-
-class Source:
-    """Images by index over a dataset of timm. `read(i)` gives an RGB image and its label, or an `Unreadable`.
-
-    timm's own dataset answers a broken image with its neighbour, which may be of another class; this asks the reader
-    underneath instead.
-    """
-
-    def __init__(self, dataset: Any, where: str):
-        self.reader = getattr(dataset, "reader", None)
-        self.dataset, self.where = dataset, where
-        self.classes = classes_of(dataset)
-        self.tar = getattr(self.reader, "tar_state", None) if getattr(self.reader, "root_is_tar", False) else None
-        self.process = os.getpid()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        """The image's file name, as the reader knows it."""
-        return str(self.reader.filename(index)) if self.reader is not None else f"{self.where}[{index}]"
-
-    def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Image `index` (RGB) and its label, or what is wrong with it."""
-        self._own_tar()
-        try:
-            image, label = self.reader[index] if self.reader is not None else self.dataset[index]
-            if isinstance(image, Image.Image):
-                return image.convert("RGB"), int(label)
-            with image:
-                return Image.open(image).convert("RGB"), int(label)
-        except _DAMAGE as error:
-            return self._unreadable(index, error)
-        except Exception as error:
-            # Another package may try more formats after Pillow has given up, and then fail by whatever it lacks.
-            if isinstance(error.__context__, UnidentifiedImageError):
-                return self._unreadable(index, error.__context__)
-            raise
-
-    def _unreadable(self, index: int, error: BaseException) -> Unreadable:
-        return Unreadable(index, self.name(index), f"{type(error).__name__}: {error}")
-
-    def _own_tar(self) -> None:
-        # An open tar that forked workers share has one file position for all, and they would read each other's images.
-        if self.tar is not None and self.process != os.getpid():
-            self.process, self.tar.tf = os.getpid(), None
 
 
 class Memory:
@@ -141,8 +69,7 @@ class Memory:
 
 def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
     """Every image of a source, in slices: the index of the first, and what `read` gave. A pool of threads decodes."""
-    threads = 1 if source.tar is not None else os.cpu_count()  # an open tar has one file position
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), 1024):  # the pool would hold every decoded image at once
             yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
 
@@ -156,70 +83,3 @@ def free_memory(device: torch.device | None = None) -> int | None:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-
-
-def is_stream(spec: str | dict) -> bool:
-    """Whether the images can only be read in order (webdataset, TFDS, streamed Hub data sets)."""
-    name = spec.get("name", "") if isinstance(spec, dict) else spec
-    return name.startswith(_STREAMS)
-
-
-def open_dataset(spec: str | dict, split: str, **kwargs: Any) -> Any:
-    """timm's dataset for a recipe's `train` or `val`.
-
-    Args:
-        spec: a folder, a tar, `hfds/NAME[:split]`, `wds/FOLDER:split`, another prefix of timm's, or a dictionary of
-            arguments of `timm.data.create_dataset`.
-        split: used where the spec names none.
-        kwargs: passed on to streams (batch size, seed, whether training).
-
-    Raises:
-        DataError: nothing there, or no images in it.
-    """
-    arguments = _arguments(spec, split)
-    if is_stream(spec):
-        arguments |= kwargs
-    try:
-        dataset = _in_order(create_dataset(**arguments), arguments)
-    except (OSError, RuntimeError, AssertionError, ValueError, TypeError, ImportError, tarfile.TarError) as error:
-        raise DataError(f"cannot read images from {spec!r}: {error or type(error).__name__}. {_EXPECTED}") from error
-    if not isinstance(dataset, IterableImageDataset) and len(dataset) == 0:
-        raise DataError(f"no images in {spec!r}. {_EXPECTED}")
-    return dataset
-
-
-def _in_order(dataset: Any, arguments: dict[str, Any]) -> Any:
-    """The dataset with labels in one order: timm leaves that of names that differ only by case to the hash seed."""
-    names = classes_of(dataset) if getattr(dataset, "reader", None) is not None else None
-    if not names or arguments.get("name") or arguments.get("class_map"):
-        return dataset
-    order = sorted(names, key=lambda name: (natural_key(name), name))
-    if [natural_key(name) for name in order] != [natural_key(name) for name in names] or order == names:
-        return dataset
-    return create_dataset(**arguments, class_map={name: label for label, name in enumerate(order)})
-
-
-_EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"
-
-
-def _arguments(spec: str | dict, split: str) -> dict[str, Any]:
-    if isinstance(spec, dict):
-        return {"split": split, **spec}
-    prefix, slash, rest = spec.partition("/")
-    if slash and prefix in ("hfds", "hfids"):
-        name, _, named = rest.partition(":")
-        return {"name": f"{prefix}/{name}", "split": named or split}
-    if slash and prefix in ("wds", "tfds", "torch"):
-        root, _, named = rest.partition(":")
-        name = f"{prefix}/" if prefix == "wds" else f"{prefix}/{root}"
-        return {"name": name, "root": root if prefix == "wds" else None, "split": named or split}
-    if not Path(spec).exists():
-        raise DataError(f"{spec!r} does not exist. {_EXPECTED}")
-    return {"name": "", "root": spec, "search_split": False}
-
-
-def classes_of(dataset: Any) -> list[str] | None:
-    """Class names in the order of their labels, where the reader knows them."""
-    reader = getattr(dataset, "reader", dataset)
-    table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    return sorted(table, key=table.get) if table else None

@@ -6,6 +6,8 @@ arXiv:1503.02531). The teacher sees whole images, the student crops of them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from parameternet import weights
 from parameternet.layers import DynamicConv
+from parameternet.models import catalogue
 from parameternet.surgery import collapse, fuse
+from parameternet.training.checkpoint import weights_file
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
 from parameternet.training.errors import CheckpointError
@@ -35,7 +39,8 @@ def answers(
 ) -> Tensor:
     """The teacher's probabilities for every image of `data`, float16 (N, classes) on its device.
 
-    They are kept in the run folder, so that a run that goes on does not ask again.
+    They are kept in the run folder, so that a run that resumes does not ask again. They are taken from there only for
+    the same pixels and labels and, where its file still exists, the same teacher.
 
     Args:
         r: a recipe with a `teacher`.
@@ -46,7 +51,7 @@ def answers(
         CheckpointError, WeightsError: no such teacher, or damaged, or it answers with NaN.
         DataError: a teacher that does not know the classes.
     """
-    path, asked = folder / ANSWERS, {"teacher": r.teacher, "size": str(r.teacher_size), "images": str(len(data.labels))}
+    path, asked = folder / ANSWERS, _question(r, data, classes)
     if path.is_file() and asked.items() <= weights.metadata(path).items():
         return weights.read(path)["probabilities"].to(data.device)
     found = place.sum(_ask(r, data, classes, place, progress).float()).half()
@@ -59,6 +64,30 @@ def answers(
         folder.mkdir(parents=True, exist_ok=True)
         weights.save({"probabilities": found}, path, asked)
     return found.to(data.device)
+
+
+def _question(r: Recipe, data: DevicePixels, classes: list[str] | None) -> dict[str, str]:
+    """All that the answers depend on, by content."""
+    asked = {"teacher": str(r.teacher), "size": str(r.teacher_size), "images": data.digest}
+    asked["classes"] = json.dumps(classes)
+    if digest := _digest(str(r.teacher)):
+        asked["teacher_sha256"] = digest
+    return asked
+
+
+def _digest(teacher: str) -> str | None:
+    """SHA-256 of a teacher's weights and config; None where they are gone, or known by their name alone."""
+    name = catalogue.checkpoint(teacher) or teacher
+    if name in catalogue.checkpoints():
+        return " ".join(weights.digests(name)) if name in weights.known() else None
+    path = Path(teacher.removeprefix("local-dir:")).expanduser()
+    if not path.exists():
+        return None
+    file = weights_file(path)
+    found = hashlib.sha256(file.read_bytes())
+    if (config := file.with_name("config.json")).is_file():
+        found.update(config.read_bytes())
+    return found.hexdigest()
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet import weights
+from parameternet.data.sources import Source, Unreadable, is_stream, notes_of, open_dataset
 from parameternet.models import build_from_config, catalogue
 from parameternet.training import distributed
 from parameternet.training.checkpoint import read_weights, weights_file
@@ -23,7 +24,6 @@ from parameternet.training.errors import CheckpointError, DataError, DivergedErr
 from parameternet.training.evaluate import evaluate
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter
-from parameternet.training.sources import Source, Unreadable, is_stream, open_dataset
 
 AGREE = 0.1  # points of top-1 between a recorded figure and a measured one that machines may differ by
 
@@ -163,6 +163,8 @@ class _Loader:
         self.config = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
         dataset = open_dataset(data, "validation", batch_size=batch_size)
         source = Source(dataset, str(data))
+        for note in notes_of(dataset) if place.first else []:
+            reporter.note(f"{data}: {note}")
         self.labels = translation(source.classes, config, place)
         if is_stream(data):
             recipe = Recipe(workers=workers)

@@ -10,6 +10,7 @@ import torch
 from pictures import draw, pack
 from PIL import Image
 
+from parameternet.data.sources import Source, Unreadable, open_dataset
 from parameternet.training import DataError
 from parameternet.training.data import (
     EvalBatches,
@@ -22,7 +23,7 @@ from parameternet.training.data import (
     train_transforms,
 )
 from parameternet.training.distributed import Place
-from parameternet.training.sources import Memory, Source, Unreadable, open_dataset
+from parameternet.training.sources import Memory
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def test_classes_that_differ_only_by_case_have_one_order(tmp_path, packed):
         pack(where, tmp_path / "train.tar")
         where = tmp_path / "train.tar"
     code = (
-        "import sys; from parameternet.training.sources import Source, open_dataset\n"
+        "import sys; from parameternet.data.sources import Source, open_dataset\n"
         "s = Source(open_dataset(sys.argv[1], 'train'), '')\n"
         "print(s.classes, [(s.name(i), s.read(i)[1]) for i in range(len(s))])"
     )
@@ -184,7 +185,7 @@ def test_the_description_of_what_could_not_be_read(tmp_path):
     (tmp_path / "blue" / "blue_0.png").write_bytes(b"")
     found = source(tmp_path).read(0)
     assert isinstance(found, Unreadable)
-    assert "UnidentifiedImageError" in found.why
+    assert found == Unreadable(0, "blue/blue_0.png", "empty file")
 
 
 def test_a_tar_that_is_none_is_said(tmp_path):
