@@ -1,5 +1,7 @@
 """The forms of a DynamicConv against the layer itself, without any file."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,25 @@ def test_every_form_is_the_layer(case, fused, batch):
         for form in written:
             assert not any(isinstance(module, DynamicConv) for module in form.modules())
             torch.testing.assert_close(form(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forms_of_half_precision_layers(case, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(DynamicConv(**case)).eval().to(dtype)
+    size = (case["in_channels"], 13, 9)
+    x = torch.randn(1, *size).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        for form in (
+            forms.write_constant(copy.deepcopy(model)),
+            forms.write_computed(copy.deepcopy(model), size, False),
+            forms.write_computed(copy.deepcopy(model), size, True),
+        ):
+            y = form(x)
+            assert y.dtype == dtype
+            assert (y - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_a_layer_alone_is_replaced_too():

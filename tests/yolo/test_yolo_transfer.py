@@ -9,7 +9,8 @@ from lively import lively
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
-from parameternet import weights
+import parameternet
+from parameternet import DynamicConv, weights
 
 NAME = "parameternet_50m.tin200"
 # Today's names of the stem -> those of 0.1.0.
@@ -199,3 +200,18 @@ def test_unchecked_files_are_not_read_by_a_row():
     rows = [[-1, 1, "TimmBackbone", ["resnet18", {"checkpoint_path": "x.pth"}]], [0, 1, "TimmStage", [8]]]
     with pytest.raises(ValueError, match=r"checkpoint_path is not read.*load the weights of resnet18"):
         tasks.parse_model({"nc": 2, "scale": "n", "backbone": rows, "head": []}, 3, verbose=False)
+
+
+def test_training_an_upcycled_network_keeps_it_dynamic(data, tmp_path):
+    model = YOLO("yolov8n.yaml")
+    model.model = parameternet.upcycle(model.model.eval(), probe=torch.zeros(1, 3, 64, 64))
+    model.save(tmp_path / "upcycled.pt")
+    converted = {layer.name for layer in model.model.upcycling.converted}
+    again = YOLO(tmp_path / "upcycled.pt")
+    again.train(
+        data=str(data), project=str(tmp_path), name="run", imgsz=64, batch=4, workers=0, plots=False, epochs=1,
+        device="cpu", verbose=False, val=False,
+    )  # fmt: skip
+    dynamic = {name for name, module in again.model.named_modules() if isinstance(module, DynamicConv)}
+    # For other classes Ultralytics makes new last layers, one for each of three strides.
+    assert dynamic <= converted and len(dynamic) >= len(converted) - 3
