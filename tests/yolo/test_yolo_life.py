@@ -445,6 +445,7 @@ def test_a_classifier_of_ours_fills_the_backbone_of_a_detector():
         assert torch.allclose(detector.eval().model[:10](x), expected, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*carries no digest")  # the file is of another program
 @pytest.mark.parametrize("kind", ["yolov8n_c2f_dynamicconv", "parameternet_50m", "dynamic_ghostnetv2_100"])
 def test_a_file_of_a_classifier_fills_the_backbone_and_survives_training(data, tmp_path, kind):
     import timm
