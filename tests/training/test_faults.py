@@ -60,9 +60,9 @@ def _train_slowly(recipe, folder, ready):
 @pytest.fixture
 def busy(tmp_path, recipe):
     """A run folder, and a process in the middle of its run."""
-    fork = multiprocessing.get_context("fork")
-    ready, folder = fork.Event(), tmp_path / "runs" / "busy"
-    child = fork.Process(target=_train_slowly, args=(recipe(workers=1), folder, ready))
+    spawn = multiprocessing.get_context("spawn")  # autograd's threads do not survive a fork
+    ready, folder = spawn.Event(), tmp_path / "runs" / "busy"
+    child = spawn.Process(target=_train_slowly, args=(recipe(workers=1), folder, ready))
     child.start()
     assert ready.wait(120)
     yield folder, child
