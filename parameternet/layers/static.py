@@ -34,8 +34,8 @@ class DepthwiseConv(nn.Conv2d):
         padding: tuple[int, int]
         dilation: tuple[int, int]
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], **kwargs: Any) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, *args, **kwargs)
         one_each = self.groups == in_channels == out_channels
         if not one_each or isinstance(self.padding, str) or self.padding_mode != "zeros":
             raise ValueError(
@@ -126,8 +126,8 @@ class PooledConv(nn.Conv2d):
         ValueError: Another kernel size. There are neither strides nor padding nor groups.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int] = 1, **kwargs: Any):
-        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, *args, **kwargs)
         if (self.kernel_size, self.stride, self.padding, self.groups) != ((1, 1), (1, 1), (0, 0), 1):
             raise ValueError(
                 "a convolution of pooled maps has a kernel of 1 x 1 and neither strides nor padding nor groups; "

@@ -147,3 +147,9 @@ def test_a_static_block_takes_paddings_by_name(padding):
     block = ConvBnAct(4, 4, 5, pad_type=padding, conv_layer=partial(static_conv2d, groups=4)).train()
     block(torch.randn(2, 4, 8, 8)).sum().backward()
     assert block.conv.weight.grad.isfinite().all()
+
+
+def test_static_layers_take_positional_arguments_as_conv2d_does():
+    # peft builds adapters so: type(layer)(in, out, kernel_size, stride, padding, bias=False)
+    assert PooledConv(4, 6, (1, 1), (1, 1), (0, 0), bias=False).bias is None
+    assert DepthwiseConv(4, 4, 3, 2, 1, 1, 4).stride == (2, 2)
