@@ -216,7 +216,7 @@ def measure(predictor: Predictor, pictures: Sequence[Picture], batch_size: int =
         raise ValueError(_nothing_seen(unreadable))
     silent = [name for name, parts in coefficients.items() if not parts]
     if silent:
-        raise ValueError(f"no picture reached {', '.join(silent[:5])}: the network does not use every layer")
+        raise ValueError(f"no image reached {', '.join(silent[:5])}: the network does not use every layer")
     rows, places = _rows(seen, predictor.model.pretrained_cfg.get("label_descriptions") or {})
     layers = [_layer(name, torch.cat(parts), places, len(rows)) for name, parts in coefficients.items()]
     return Routing(predictor.name, rows, layers, unreadable)

@@ -173,7 +173,7 @@ def test_nothing_to_measure_is_an_error(tmp_path):
     ):
         routed(network, tmp_path / "none.png")
     network.spare = DynamicConv(3, 2)
-    with pytest.raises(ValueError, match="no picture reached spare"):
+    with pytest.raises(ValueError, match="no image reached spare"):
         routed(network, save(tmp_path / "a.png", RED))
     del network.spare
     network.conv = nn.Conv2d(3, 2, 1)

@@ -67,7 +67,7 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
             model(_images(batch).to(device))
     rows = {name: all_rows for name, parts in heard.items() if parts and len(all_rows := torch.cat(parts))}
     if not rows:
-        raise ValueError(f"no picture reached {', '.join([*convs][:5])}: data must hold at least one batch")
+        raise ValueError(f"no image reached {', '.join([*convs][:5])}: data must hold at least one batch")
     return [_variation(name, convs[name], found, name in handed, left.get(name)) for name, found in rows.items()]
 
 
