@@ -19,9 +19,9 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from parameternet import weights
+from parameternet.models import loading
 from parameternet.surgery import upcycle_state_dict
-from parameternet.training.checkpoint import read_weights
-from parameternet.training.errors import CheckpointError, RecipeError, nearest
+from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
 
@@ -69,8 +69,10 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
             raise
         raise RecipeError(_unbuilt(r, error)) from error
     if start and r.init and r.init != "pretrained":
+        with missing_model("init"):
+            state = loading.read_tensors(r.init)
         try:
-            load_for_finetuning(model, read_weights(r.init), r.init)
+            load_for_finetuning(model, state, r.init)
         except CheckpointError as error:
             raise CheckpointError(f"init: {error}") from error
     return model

@@ -20,7 +20,7 @@ from parameternet.layers import DynamicConv
 from parameternet.surgery import collapse, fuse
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
-from parameternet.training.errors import CheckpointError
+from parameternet.training.errors import CheckpointError, missing_model
 from parameternet.training.evaluate import autocast
 from parameternet.training.recipe import Recipe
 from parameternet.training.validate import load, translation
@@ -64,7 +64,8 @@ def answers(
 @torch.inference_mode()
 def _ask(r: Recipe, data: DevicePixels, classes: list[str] | None, place: Place, progress: Progress) -> Tensor:
     """This process's share of the images; the others' rows are zero."""
-    network, config = load(r.teacher)
+    with missing_model("teacher"):
+        network, config = load(r.teacher)
     columns = translation(classes, config, place)
     prepare = _Preparation(r, config, data.device)
     network = network.eval().to(data.device, memory_format=prepare.format)
