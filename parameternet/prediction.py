@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from parameternet.models import loading
+from parameternet.text import printable
 
 __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 
@@ -322,7 +323,7 @@ class _Page:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(self, x: int, y: int, words: str, colour: str, size: int, width: int | None = None) -> None:
-        font = ImageFont.load_default(size * SCALE)
+        words, font = printable(words), ImageFont.load_default(size * SCALE)
         if width and font.getlength(words) > width * SCALE:
             while words and font.getlength(words + "...") > width * SCALE:
                 words = words[:-1]

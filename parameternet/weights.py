@@ -266,6 +266,19 @@ CONFIG_KEYS = {
     "label_names": list,
     "label_descriptions": dict,
     "results": dict,
+    "upcycled_from": str,
+}
+RESULTS_KEYS = {
+    "top1": float,
+    "top5": float,
+    "top1_interval": float,
+    "loss": float,
+    "images": int,
+    "unreadable": int,
+    "parameters": int,
+    "macs": int,
+    "data": str,
+    "routing": dict,
 }
 PRETRAINED_CFG_KEYS = {
     "architecture": str,
@@ -279,6 +292,8 @@ PRETRAINED_CFG_KEYS = {
     "test_crop_pct": float,
     "crop_mode": str,
     "interpolation": str,
+    "license": str,
+    "hf_hub_id": str,
     "label_names": list,
     "label_descriptions": dict,
 }
@@ -298,6 +313,7 @@ def _check_config(where: str, found: Any) -> None:
         raise WeightsDamaged(f"{where} lacks {' and '.join(missing)}: expected the layout of timm's config.json")
     _check_values(where, found, CONFIG_KEYS)
     _check_values(where, found["pretrained_cfg"], PRETRAINED_CFG_KEYS, "pretrained_cfg.")
+    _check_values(where, found.get("results") or {}, RESULTS_KEYS, "results.")
 
 
 def _check_values(where: str, values: dict[str, Any], kinds: dict[str, type], prefix: str = "") -> None:
@@ -317,6 +333,10 @@ def _check_values(where: str, values: dict[str, Any], kinds: dict[str, type], pr
             )
 
 
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return f" among {', '.join(names)}", names.__contains__
+
+
 _SIZE = " with three numbers from 1 to 65536", lambda size: len(size) == 3 and all(1 <= n <= 65536 for n in size)
 _SHARES = " with a finite number a channel", lambda found: bool(found) and all(map(math.isfinite, found))
 _CROP = " above 0 and at most 10", lambda share: 0 < share <= 10
@@ -327,6 +347,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "test_input_size": _SIZE,
     "mean": _SHARES,
     "std": (" with a finite number above 0 a channel", lambda found: _SHARES[1](found) and min(found) > 0),
+    "interpolation": _one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": _one_of("center", "squash", "border"),
     "crop_pct": _CROP,
     "test_crop_pct": _CROP,
 }

@@ -168,9 +168,7 @@ def write_card(source: str | Path, reference: str | None = None) -> str:
     results = _results(config)
     table = _table(config, results, _weights_file(source))
     words = _words(name, config, results, recipe) | {
-        "results": "\n".join(
-            f"| {key} | {value} |" for key, value in _table(config, results, _weights_file(source)).items()
-        ),
+        "results": "\n".join(f"| {key} | {value} |" for key, value in table.items()),
         "usage": _usage(name, config, reference),
         "training": _training(recipe, history, *before) if recipe and history else _origin(config),
         "comparisons": "".join(_comparison(folder, name) for name in COMPARISONS),

@@ -17,7 +17,7 @@ from torch import nn
 from .. import weights
 from ..text import printable, without_local_paths
 
-__all__ = ["build_from_config", "build_model", "hub_layout", "model_arguments", "public_config"]
+__all__ = ["build_from_config", "build_model", "forget_tensors", "hub_layout", "model_arguments", "public_config"]
 
 # What timm takes beside a network's own arguments: where weights come from and how they are loaded. A config that came
 # with weights must not say so, or a file that nobody verified would take their place.
@@ -50,7 +50,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     overlay = {**overlay, "source": "", "state_dict": state_dict}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
     for module in model.modules():
-        _forget_tensors(module, cfg.source)
+        forget_tensors(module, cfg.source)
     return model
 
 
@@ -82,7 +82,7 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
         pretrained_cfg=cfg,
         **model_arguments({**config, "pretrained_cfg": cfg}),
     )
-    _forget_tensors(model, cfg.get("source"))
+    forget_tensors(model, cfg.get("source"))
     return model
 
 
@@ -154,7 +154,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
-def _forget_tensors(module: nn.Module, source: str | None) -> None:
+def forget_tensors(module: nn.Module, source: str | None) -> None:
     """The configuration outlives the loading; the tensors in it need not. The source says where they came from."""
     if (getattr(module, "pretrained_cfg", None) or {}).get("state_dict"):
         kept = {**module.pretrained_cfg, "state_dict": None, "source": source}

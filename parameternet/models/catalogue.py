@@ -17,7 +17,9 @@ def architectures() -> list[str]:
 
 def is_ours(architecture: str) -> bool:
     """Whether a network is one of this package, registered with timm."""
-    return timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("parameternet.")
+    return timm.is_model(architecture) and timm.model_entrypoint(architecture.partition(".")[0]).__module__.startswith(
+        "parameternet."
+    )
 
 
 def upcycled() -> list[str]:

@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet.models import loading
+from parameternet.text import printable
 from parameternet.training import distributed
 from parameternet.training.data import eval_loader, stop_workers, stream_loader
 from parameternet.training.distributed import Place
@@ -173,6 +174,7 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     if unknown:
         raise DataError(
             f"the data has {len(classes)} classes, the network {outputs}, and it does not know "
-            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: give the data that it was trained for"
+            f"{printable(', '.join(unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: give the data that it was "
+            "trained for"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)
