@@ -5,7 +5,6 @@
 'tabby'
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from parameternet import weights
 from parameternet.data import images, sources
 from parameternet.data.errors import ImageError
-from parameternet.models import build_from_config, catalogue
+from parameternet.models import loading
+from parameternet.text import printable
 
 __all__ = ["DEFAULT_MODEL", "Predictor", "Result", "draw", "load"]
 
@@ -53,47 +52,13 @@ def load(model: str | Path | None = None) -> nn.Module:
     """A network with verified weights, in evaluation mode; its `pretrained_cfg` holds preprocessing and class names.
 
     Args:
-        model: `architecture.tag` of ours (`architecture` alone: its first checkpoint), `hf-hub:ORG/NAME`,
-            a folder with model.safetensors and config.json (`local-dir:FOLDER` or just the folder), a run folder of
-            `parameternet train`, or a .safetensors file with its config inside or beside it. None: the default one.
+        model: As for `parameternet.models.loading.parse_source`, of this package. None: the default checkpoint.
 
     Raises:
         WeightsError: no such weights, or not the right ones.
         ValueError: weights of a network that is not of this package.
     """
-    name = str(model or DEFAULT_MODEL)
-    name = catalogue.checkpoint(name) or name
-    path = Path(name.removeprefix("local-dir:")).expanduser()
-    if name in catalogue.checkpoints():  # before a folder of that name, which nobody vouches for
-        return _build(catalogue.config(name), tag=name.partition(".")[2])
-    if name.startswith("hf-hub:"):
-        return _build(weights.config(name), source="hf-hub", hf_hub_id=name.removeprefix("hf-hub:"))
-    if (path / "best.safetensors").is_file():
-        path = path / "best.safetensors"
-    if path.suffix == ".safetensors":
-        return _build(_config_of(path), file=str(path))
-    if path.is_dir():
-        return _build(weights.config(f"local-dir:{path}"), source="local-dir", file=str(path))
-    if path.name != name:
-        raise weights.WeightsNotFound(f"no such folder or file: {path}")
-    raise weights.UnknownWeights(weights.unknown(name, catalogue.checkpoints()))
-
-
-def _config_of(path: Path) -> dict[str, Any]:
-    """The config that training wrote into a file of weights, or else the one beside it."""
-    words = weights.metadata(path).get("config")
-    return json.loads(words) if words else weights.config(f"local-dir:{path.parent}")
-
-
-def _build(config: dict[str, Any], **source: str) -> nn.Module:
-    architecture = config["architecture"]
-    if not timm.is_model(architecture) or not timm.model_entrypoint(architecture).__module__.startswith(
-        "parameternet."
-    ):
-        raise ValueError(
-            f"{architecture} is no network of this package, so its weights cannot be verified here: use timm"
-        )
-    return build_from_config(config, **source).eval()
+    return loading.load(model or DEFAULT_MODEL).model
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
@@ -321,7 +286,7 @@ class _Page:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(self, x: int, y: int, words: str, colour: str, size: int, width: int | None = None) -> None:
-        font = ImageFont.load_default(size * SCALE)
+        words, font = printable(words), ImageFont.load_default(size * SCALE)
         if width and font.getlength(words) > width * SCALE:
             while words and font.getlength(words + "...") > width * SCALE:
                 words = words[:-1]

@@ -26,6 +26,7 @@ from parameternet.data.sources import Folder, Tar, Unreadable, arrange, is_tar, 
 from parameternet.layers import DynamicConv
 from parameternet.prediction import ImageLike, Predictor
 from parameternet.surgery.collapse import listening
+from parameternet.text import printable
 
 __all__ = ["LayerRouting", "Picture", "Routing", "Row", "draw", "dynamic_layers", "find_pictures", "measure"]
 
@@ -430,6 +431,6 @@ def _label_size(inches: float) -> tuple[float, int]:
 
 def _cut(words: str) -> str:
     """Without its middle if it is long, as names of one camera differ at their ends; a dollar begins no formula."""
-    half = LONGEST_LABEL // 2 - 2
+    words, half = printable(words), LONGEST_LABEL // 2 - 2
     short = words if len(words) <= LONGEST_LABEL else f"{words[:half]}...{words[-half:]}"
     return short.replace("$", r"\$")

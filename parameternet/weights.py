@@ -17,11 +17,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ __all__ = [
     "WeightsError",
     "WeightsNotFound",
     "config",
+    "conversion",
     "digests",
     "find",
     "hub",
@@ -45,20 +47,27 @@ __all__ = [
     "hub_reason",
     "known",
     "local",
+    "locate",
     "metadata",
+    "no_weights_in",
     "packaged",
+    "parse_config",
     "places",
     "read",
+    "read_all",
+    "read_config",
     "resolve",
     "save",
     "shipped",
     "tensors_digest",
+    "text_digest",
     "unknown",
 ]
 
 FILE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 DIGEST = "tensors_sha256"
+CONFIG_DIGEST = "config_sha256"  # of the config in a file's header, which the digest of the tensors does not cover
 WRITER = "parameternet"
 _PICKLES = (b"PK\x03\x04", b"\x80")  # a torch.save archive, and a bare pickle of older versions
 
@@ -163,16 +172,26 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
         WeightsNotFound: it is in none of the places, which are listed.
         WeightsDamaged: a file that is not what it should be, with what was expected and what is there.
     """
+    if pretrained_cfg.get("state_dict"):
+        return dict(pretrained_cfg["state_dict"])
+    path, sha256 = locate(pretrained_cfg, cache_dir)
+    return read_all(path, *sha256)[0]
+
+
+def locate(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """The unverified file that `resolve` would read, and what its SHA-256 must be, one of several; none: unknown.
+
+    Raises:
+        UnknownWeights, WeightsNotFound: as for `resolve`.
+    """
     cfg = pretrained_cfg
     source, file = cfg.get("source"), cfg.get("file")
-    if cfg.get("state_dict"):
-        return dict(cfg["state_dict"])
     if source == "local-dir":
-        return read(_in_folder(Path(str(file))))
+        return _in_folder(Path(str(file))), ()
     if source == "hf-hub":
-        return _from_repository(cfg, cache_dir)
+        return _in_repository(cfg, cache_dir)
     if file:
-        return read(Path(file))
+        return Path(file).expanduser(), ()
     if cfg.get("url"):
         raise WeightsError(
             f"weights are not read from a plain address ({cfg['url']}): nothing there says what they should be. "
@@ -180,8 +199,7 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
         )
     if _is_foreign(cfg):
         return _foreign(cfg, cache_dir)
-    path, sha256 = _locate(_name(cfg), cache_dir)
-    return _load(path, *sha256)
+    return _locate(_name(cfg), cache_dir)
 
 
 def find(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -205,17 +223,37 @@ def config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
         WeightsNotFound: there is none.
         WeightsDamaged: it is not the JSON that it should be.
     """
-    path = _config_path(name, cache_dir)
+    return read_config(_config_path(name, cache_dir))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a `config.json`, checked.
+
+    Raises:
+        WeightsNotFound: there is none.
+        WeightsDamaged: it is not the JSON that it should be; the key is named.
+    """
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise WeightsNotFound(
             f"there is no {path}: it says what the weights beside it are for and names the classes. "
             "Copy the whole folder of a checkpoint, not only its weights"
         ) from None
-    except ValueError as error:
-        raise WeightsDamaged(f"{path} is not JSON ({error}): copy it again from where it came from") from None
-    _check_config(path, found)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: str | bytes, where: str) -> dict[str, Any]:
+    """A config in timm's Hub layout from JSON text, checked; `where` names the text in errors.
+
+    Raises:
+        WeightsDamaged: it is not the JSON that it should be; the key is named.
+    """
+    try:
+        found = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsDamaged(f"{where} is not JSON ({error}): copy it again from where it came from") from None
+    _check_config(where, found)
     return found
 
 
@@ -228,6 +266,19 @@ CONFIG_KEYS = {
     "label_names": list,
     "label_descriptions": dict,
     "results": dict,
+    "upcycled_from": str,
+}
+RESULTS_KEYS = {
+    "top1": float,
+    "top5": float,
+    "top1_interval": float,
+    "loss": float,
+    "images": int,
+    "unreadable": int,
+    "parameters": int,
+    "macs": int,
+    "data": str,
+    "routing": dict,
 }
 PRETRAINED_CFG_KEYS = {
     "architecture": str,
@@ -241,6 +292,8 @@ PRETRAINED_CFG_KEYS = {
     "test_crop_pct": float,
     "crop_mode": str,
     "interpolation": str,
+    "license": str,
+    "hf_hub_id": str,
     "label_names": list,
     "label_descriptions": dict,
 }
@@ -254,27 +307,51 @@ _ITEMS = {
 }
 
 
-def _check_config(path: Path, found: Any) -> None:
+def _check_config(where: str, found: Any) -> None:
     missing = [key for key in ("architecture", "pretrained_cfg") if not (isinstance(found, dict) and key in found)]
     if missing:
-        raise WeightsDamaged(f"{path} lacks {' and '.join(missing)}: expected the layout of timm's config.json")
-    _check_types(path, found, CONFIG_KEYS)
-    _check_types(path, found["pretrained_cfg"], PRETRAINED_CFG_KEYS, "pretrained_cfg.")
+        raise WeightsDamaged(f"{where} lacks {' and '.join(missing)}: expected the layout of timm's config.json")
+    _check_values(where, found, CONFIG_KEYS)
+    _check_values(where, found["pretrained_cfg"], PRETRAINED_CFG_KEYS, "pretrained_cfg.")
+    _check_values(where, found.get("results") or {}, RESULTS_KEYS, "results.")
 
 
-def _check_types(path: Path, values: dict[str, Any], kinds: dict[str, type], prefix: str = "") -> None:
+def _check_values(where: str, values: dict[str, Any], kinds: dict[str, type], prefix: str = "") -> None:
     for key, kind in kinds.items():
         value = values.get(key)
         required = not prefix and key in ("architecture", "pretrained_cfg")
         if value is None and not required:
             continue
-        if not _is_a(value, kind) or not all(_is_a(item, _ITEMS[key]) for item in _items(key, value)):
+        words, holds = _RANGES.get(key, ("", lambda _: True))
+        fits = _is_a(value, kind) and all(_is_a(item, _ITEMS[key]) for item in _items(key, value))
+        if not fits or not holds(value):
             expected = f"{kind.__name__} of {_ITEMS[key].__name__}" if key in _ITEMS else kind.__name__
             text = repr(value)
             raise WeightsDamaged(
-                f"{path}: {prefix}{key} must be a JSON {expected}, got {text[:60]}{'…' if len(text) > 60 else ''}. "
-                f"{_mend(path)}"
+                f"{where}: {prefix}{key} must be a JSON {expected}{words}, "
+                f"got {text[:60]}{'…' if len(text) > 60 else ''}. {_mend(Path(where))}"
             )
+
+
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return f" among {', '.join(names)}", names.__contains__
+
+
+_SIZE = " with three numbers from 1 to 65536", lambda size: len(size) == 3 and all(1 <= n <= 65536 for n in size)
+_SHARES = " with a finite number a channel", lambda found: bool(found) and all(map(math.isfinite, found))
+_CROP = " above 0 and at most 10", lambda share: 0 < share <= 10
+# What a value must be besides its type.
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_classes": (" from 0 to 10 million", lambda number: 0 <= number <= 10_000_000),
+    "input_size": _SIZE,
+    "test_input_size": _SIZE,
+    "mean": _SHARES,
+    "std": (" with a finite number above 0 a channel", lambda found: _SHARES[1](found) and min(found) > 0),
+    "interpolation": _one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": _one_of("center", "squash", "border"),
+    "crop_pct": _CROP,
+    "test_crop_pct": _CROP,
+}
 
 
 def _items(key: str, value: Any) -> list[Any]:
@@ -308,16 +385,16 @@ def _is_foreign(cfg: Mapping[str, Any]) -> bool:
     return bool(repository) and Path(repository).name != f"{cfg.get('architecture')}.{cfg.get('tag')}"
 
 
-def _foreign(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
+def _foreign(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> tuple[Path, tuple[str, ...]]:
     repository = cfg["hf_hub_id"].partition("@")[0]
     here = next((path for path in places(Path(repository).name) if path.is_file()), None)
     if here:
-        return read(here)
+        return here, ()
     path = packaged(repository)
     if path:
-        return _unpickle(path, PACKAGED[repository].sha256)
+        return path, (PACKAGED[repository].sha256,)
     try:
-        return _from_repository(cfg, cache_dir)
+        return _in_repository(cfg, cache_dir)
     except WeightsNotFound as error:
         if repository not in PACKAGED:
             raise
@@ -362,11 +439,9 @@ def packaged(repository: str) -> Path | None:
     return Path(spec.origin).parent / package.file if spec and spec.origin else None
 
 
-def _unpickle(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a recorded pickle. The only ones that are read: their content is known, and tensors alone load."""
-    data = _bytes(path)
-    _check_file(path, data, sha256)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def _is_recorded_pickle(sha256: Sequence[str]) -> bool:
+    """Whether the file must be one of `PACKAGED`: the only pickles that are read, as their content is known."""
+    return any(package.sha256 in sha256 for package in PACKAGED.values())
 
 
 def _name(cfg: Mapping[str, Any]) -> str:
@@ -421,11 +496,16 @@ def _in_folder(folder: Path) -> Path:
     path = folder.expanduser() / FILE_NAME
     if path.is_file():
         return path
+    raise no_weights_in(folder)
+
+
+def no_weights_in(folder: Path) -> WeightsNotFound:
+    """What to raise for a folder that should hold weights and does not."""
     if not folder.expanduser().is_dir():
-        raise WeightsNotFound(f"{folder} is not a folder: local-dir:FOLDER expects FOLDER/{FILE_NAME}")
+        return WeightsNotFound(f"{folder} is not a folder: local-dir:FOLDER expects FOLDER/{FILE_NAME}")
     others = sorted(p.name for p in folder.expanduser().iterdir() if p.suffix in {".pth", ".pt", ".bin", ".ckpt"})
-    hint = f"; only safetensors are read: {_conversion(folder / others[0])}" if others else ""
-    raise WeightsNotFound(f"{folder} holds no {FILE_NAME}{hint}")
+    hint = f"; only safetensors are read: {conversion(folder / others[0])}" if others else ""
+    return WeightsNotFound(f"{folder} holds no {FILE_NAME}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +527,7 @@ def read(path: str | Path, *sha256: str) -> dict[str, Tensor]:
         WeightsDamaged: not safetensors, cut short, or its content is not what `sha256` or its own digest says.
         WeightsError: another format, with the line that converts it.
     """
-    return _load(Path(path).expanduser(), *sha256)
+    return read_all(path, *sha256)[0]
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -462,6 +542,8 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[s
     """
     tensors = {name: _standalone(name, tensor) for name, tensor in state_dict.items()}
     words = {str(key): str(value) for key, value in (metadata or {}).items()}
+    if "config" in words:
+        words[CONFIG_DIGEST] = text_digest(words["config"])
     words |= {"format": "pt", "writer": WRITER, DIGEST: tensors_digest(tensors)}
     write_bytes(path, _serialise(tensors, words))
 
@@ -474,6 +556,18 @@ def metadata(path: str | Path) -> dict[str, str]:
     """
     path = Path(path).expanduser()
     return _parse(path, _bytes(path))[1]
+
+
+def read_all(path: str | Path, *sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, as `read` gives them, and the words in its header, of the same bytes."""
+    path = Path(path).expanduser()
+    data = _bytes(path)
+    _check_file(path, data, *sha256)
+    if _is_recorded_pickle(sha256):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
+    tensors, words = _parse(path, data)
+    _check_tensors(path, tensors, words, warn=not sha256)
+    return tensors, words
 
 
 def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
@@ -489,6 +583,11 @@ def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
         bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         digest.update(bytes_of)
     return digest.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _standalone(name: str, tensor: Any) -> Tensor:
@@ -525,14 +624,6 @@ def _bytes(path: Path) -> bytes:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _load(path: Path, *sha256: str) -> dict[str, Tensor]:
-    data = _bytes(path)
-    _check_file(path, data, *sha256)
-    tensors, metadata = _parse(path, data)
-    _check_tensors(path, tensors, metadata, warn=not sha256)
-    return tensors
-
-
 def _check_file(path: Path, data: bytes, *sha256: str) -> None:
     got = hashlib.sha256(data).hexdigest()
     if sha256 and got not in sha256:
@@ -551,7 +642,7 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if data.startswith(_PICKLES) and data[8:9] != b"{":
             raise WeightsError(
-                f"{path} is a pickle, which can run code; only safetensors are read: {_conversion(path)}"
+                f"{path} is a pickle, which can run code; only safetensors are read: {conversion(path)}"
             ) from None
         raise WeightsDamaged(
             f"{path} ({len(data):,} bytes) is not a whole safetensors file: {error}. {_mend(path)}"
@@ -577,7 +668,8 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         )
 
 
-def _conversion(path: Path) -> str:
+def conversion(path: Path) -> str:
+    """The line that makes safetensors of a pickle of PyTorch."""
     target = path.with_suffix(".safetensors") if path.suffix else path.with_name(FILE_NAME)
     return (
         f"""convert it with  {Path(sys.executable).name} -c "import torch; from parameternet import weights; """
@@ -655,14 +747,14 @@ def _without_tokens(text: str, token: str | None) -> str:
     return re.sub(r"Bearer [^'\"]+|hf_[A-Za-z0-9]{20,}", "hf_***", text)
 
 
-def _from_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
+def _in_repository(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> tuple[Path, tuple[str, ...]]:
     repository, _, revision = cfg["hf_hub_id"].partition("@")
     organisation, _, name = repository.rpartition("/")
     ours = organisation == hub() and not revision
     path, sha256 = _fetch(repository, cfg.get("hf_hub_filename") or FILE_NAME, revision or None, cache_dir)
     if ours and name in known():
-        return _load(path, *digests(name))
-    return _load(path, *filter(None, (sha256,)))
+        return path, digests(name)
+    return path, (sha256,) if sha256 else ()
 
 
 def _cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:

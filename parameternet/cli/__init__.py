@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from parameternet import __version__
+from parameternet.text import printable_lines
 
 __all__ = ["EXTRAS", "main"]
 
@@ -85,10 +86,10 @@ def _as_sentence(error: Exception, ctx: click.Context) -> click.ClickException:
     from parameternet.weights import UnknownWeights
 
     if isinstance(error, UnknownWeights):
-        return click.UsageError(str(error), ctx)
+        return click.UsageError(printable_lines(str(error)), ctx)
     if isinstance(error, ModuleNotFoundError):
         return click.ClickException(f"this {_missing(error)}")
-    return click.ClickException(str(error) or type(error).__name__)
+    return click.ClickException(printable_lines(str(error)) or type(error).__name__)
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -107,4 +108,4 @@ def _missing(error: ModuleNotFoundError) -> str:
 def main(ctx: click.Context, debug: bool) -> None:
     """Networks with dynamic convolutions: list, describe, use, train and check them."""
     ctx.with_resource(warnings.catch_warnings())
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {printable_lines(str(message))}", err=True)

@@ -1,7 +1,6 @@
 """Names of networks, and networks without weights: what `list` and `info` have in common."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import nn
 
 from parameternet import weights
-from parameternet.models import catalogue
+from parameternet.models import catalogue, loading
 from parameternet.models._builder import model_arguments
+from parameternet.models.loading import Source
 
 __all__ = ["build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
 
@@ -38,14 +38,16 @@ def resolve(name: str) -> str:
     )
 
 
-def config(name: str) -> dict[str, Any]:
-    """The config.json of a checkpoint that is on this machine; of others, what the registry says."""
-    if name in catalogue.upcycled():
-        return catalogue.config(name)
-    path = weights.local(name) if name in weights.known() else None
-    beside = path.with_name(weights.CONFIG_NAME) if path else None
-    if beside and beside.is_file():
-        return json.loads(beside.read_text("utf-8"))
+def config(source: Source) -> dict[str, Any]:
+    """The config of a model; of a recorded checkpoint that is not on this machine, what the registry says."""
+    if source.kind == "architecture" or source.name in weights.known():
+        path = weights.local(source.name) if source.name in weights.known() else None
+        beside = path.with_name(weights.CONFIG_NAME) if path else None
+        return weights.read_config(beside) if beside and beside.is_file() else _registered(source.name)
+    return loading.read_config(source)
+
+
+def _registered(name: str) -> dict[str, Any]:
     architecture = name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(name if name in timm.list_pretrained(architecture) else architecture)
     return {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
@@ -68,8 +70,15 @@ def top1(described: dict[str, Any]) -> float | None:
     return (described.get("results") or {}).get("top1")
 
 
-def whereabouts(name: str) -> str | None:
+def whereabouts(source: Source) -> str | None:
     """Where the weights are: a path, a package, or the Hub; None for a network that has none."""
+    name = source.name
+    if source.kind == "file":
+        return _short(source.path)
+    if source.kind == "hub":
+        return f"Hub: {name}"
+    if source.kind == "dense":
+        return f"Hub: {timm.get_pretrained_cfg(name).hf_hub_id}"
     if name in catalogue.upcycled():
         repository = catalogue.config(name)["upcycled_from"]
         return (

@@ -7,15 +7,23 @@ from typing import Any
 
 import click
 
-__all__ = ["count", "print_json", "print_table"]
+from parameternet.text import escape_json, printable, printable_lines
+
+__all__ = ["count", "echo", "print_json", "print_table"]
+
+
+def echo(text: str = "", err: bool = False, nl: bool = True) -> None:
+    """Print text that may hold names from elsewhere: whatever could steer a terminal is escaped."""
+    click.echo(printable_lines(text), err=err, nl=nl)
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(escape_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Rows under headers; `right` names the columns of numbers. Nothing is cut off where the output is piped."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(headers, rows, right)
     else:

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from parameternet import training, weights
+from parameternet.cli._output import echo
+from parameternet.text import printable, printable_lines
 
 __all__ = ["Terminal", "speaks_plainly"]
 
@@ -21,12 +23,12 @@ def speaks_plainly(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except training.Interrupted as stop:
-            click.echo(str(stop), err=True)
+            echo(str(stop), err=True)
             sys.exit(128 + stop.signum)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except (training.TrainingError, weights.WeightsError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable_lines(str(error))) from error
 
     return wrapped
 
@@ -79,7 +81,7 @@ class Terminal(training.Reporter):
         )
 
     def note(self, text: str) -> None:
-        self._say(text, err=True)
+        self._say(printable(text), err=True)  # names of files, which must not break the line
 
     def close(self) -> None:
         self._clear()
@@ -101,4 +103,4 @@ class Terminal(training.Reporter):
     def _say(self, text: str, err: bool = False) -> None:
         if self.bar is not None:
             self.bar.clear()
-        click.echo(text, err=err)
+        echo(text, err=err)

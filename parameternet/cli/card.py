@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet import files
+from parameternet.cli._output import echo
 from parameternet.hub import write_card
 
 
@@ -12,12 +13,12 @@ from parameternet.hub import write_card
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The file.  [default: print it]")
 def card(checkpoint: str, output: Path | None) -> None:
-    """Write the card of CHECKPOINT, a name or a folder, from its config and measured results.
+    """Write the card of CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) from its config and measured results.
 
     Its header is in the Hub's form; `parameternet publish` writes one by itself.
     """
     text = write_card(checkpoint)
     if output is None:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         files.write_text(output, text)

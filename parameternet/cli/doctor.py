@@ -13,7 +13,7 @@ import click
 
 from parameternet import __version__, weights
 from parameternet.cli import EXTRAS
-from parameternet.cli._output import print_json, print_table
+from parameternet.cli._output import echo, print_json, print_table
 from parameternet.models import catalogue
 
 # distribution -> the oldest release that this package is tested with
@@ -160,26 +160,26 @@ def _damaged(checkpoints: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
 
 def _show(report: dict[str, Any]) -> None:
     print_table(("package", "version"), [(name, version or "missing") for name, version in report["versions"].items()])
-    click.echo()
+    echo()
     print_table(("device", "what"), [(device["device"], _device_in_words(device)) for device in report["devices"]])
-    click.echo()
+    echo()
     rows = [(e["extra"], "missing " + ", ".join(e["missing"]) if e["missing"] else "complete",
              e["install"] if e["missing"] else "") for e in report["extras"]]  # fmt: skip
     print_table(("extra", "state", "to install it"), rows)
-    click.echo("\nWeights are looked for in this order:")
+    echo("\nWeights are looked for in this order:")
     where = report["places"]
     for place in [*where["folders"], f"{where['hub_cache']} (copies from the Hub)", where["hub"]]:
-        click.echo(f"  {place}")
-    click.echo("".join(f"  {name}={value}\n" for name, value in where["environment"].items()))
+        echo(f"  {place}")
+    echo("".join(f"  {name}={value}\n" for name, value in where["environment"].items()))
     rows = [(c["name"], c["state"], c["path"] or "downloaded when it is first used") for c in report["checkpoints"]]
     print_table(("checkpoint", "state", "where"), rows or [("none recorded yet", "", "")])
     _show_problems(report["problems"])
 
 
 def _show_problems(problems: list[dict[str, str]]) -> None:
-    click.echo("\n" + ("Broken:" if problems else "All is well."))
+    echo("\n" + ("Broken:" if problems else "All is well."))
     for found in problems:
-        click.echo(f"  {found['problem']}\n    {found['mend']}")
+        echo(f"  {found['problem']}\n    {found['mend']}")
 
 
 def _device_in_words(device: dict[str, Any]) -> str:

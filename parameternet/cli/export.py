@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from parameternet.cli import _networks
-from parameternet.cli._output import print_table
+from parameternet.cli._output import echo, print_table
 from parameternet.export import FORMATS, FORMS, Exported
 from parameternet.export import export as write
 from parameternet.models import catalogue
@@ -72,6 +72,6 @@ def _show(made: Exported) -> None:
     batch = "any batch" if made.batch is None else f"batch {made.batch}"
     size = ", any height and width" if made.dynamic_size else ""
     files = " and ".join(str(file) for file in made.files)
-    click.echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB")
+    echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB")
     rows = [(where, f"{value:.1e}") for where, value in made.differences.items()]
     print_table(("the file run at", "largest relative difference"), rows, right=("largest relative difference",))

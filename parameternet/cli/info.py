@@ -8,10 +8,12 @@ import click
 import timm
 from torch import nn
 
-from parameternet import DynamicConv, Router
+from parameternet import DynamicConv, Router, weights
 from parameternet.cli import _networks
-from parameternet.cli._output import count, print_json, print_table
+from parameternet.cli._output import count, echo, print_json, print_table
 from parameternet.flops import count_flops
+from parameternet.models import catalogue
+from parameternet.models.loading import Source, parse_source
 
 
 @click.command()
@@ -20,32 +22,45 @@ from parameternet.flops import count_flops
 def info(name: str, as_json: bool) -> None:
     """Stages, features, experts of NAME, and where its parameters and MACs are.
 
-    NAME is an architecture (parameternet_50m) or a checkpoint (parameternet_50m.tin200).
+    NAME is an architecture (parameternet_150m), a checkpoint (parameternet_50m.tin200), a folder or run folder, a
+    .safetensors file, local-dir:DIR, hf-hub:ORG/NAME, or a network of timm.
     """
-    facts = describe(_networks.resolve(name))
+    facts = describe(name)
     print_json(facts) if as_json else _show(facts)
 
 
 def describe(name: str) -> dict[str, Any]:
     """Everything that the command says, as plain data."""
-    config = _networks.config(name)
+    source = _source(name)
+    config = _networks.config(source)
     model, size = _networks.build(config), _networks.input_size(config)
     flops = count_flops(model, size)
     return {
         "name": name,
-        "description": inspect.getdoc(timm.model_entrypoint(name.partition(".")[0])) or "",
+        "description": inspect.getdoc(timm.model_entrypoint(config["architecture"].partition(".")[0])) or "",
         "input_size": size,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "head_hidden_size": model.head_hidden_size,
         "top1": _networks.top1(config),
-        "weights": _networks.whereabouts(name),
+        "weights": _networks.whereabouts(source),
         "stages": stages(model, size),
         "experts": experts(model),
         "parameters": parameters(model),
         "macs": flops.as_dict(),
         "not_counted": dict(flops.not_counted),
     }
+
+
+def _source(name: str) -> Source:
+    """What `name` names. An architecture alone is described as the registry has it, without a checkpoint's classes."""
+    if name in catalogue.architectures():
+        return Source(name, "architecture", name)
+    try:
+        return parse_source(name)
+    except weights.UnknownWeights:
+        _networks.resolve(name)  # says which networks are near
+        raise
 
 
 def stages(model: nn.Module, size: tuple[int, int, int]) -> list[dict[str, Any]]:
@@ -97,7 +112,7 @@ def _kind(module: nn.Module) -> str:
 def _show(facts: dict[str, Any]) -> None:
     channels, height, width = facts["input_size"]
     mixed = facts["experts"]
-    click.echo(f"{facts['name']}: {facts['description']}\n")
+    echo(f"{facts['name']}: {facts['description']}\n")
     rows = [
         ("input", f"{channels} x {height} x {width}"),
         ("classes", str(facts["num_classes"])),
@@ -106,7 +121,7 @@ def _show(facts: dict[str, Any]) -> None:
         ("top-1", "-" if facts["top1"] is None else f"{facts['top1']:.2f} %"),
         ("weights", facts["weights"] or "none"),
     ]
-    click.echo("\n".join(f"{key:10}{value}" for key, value in rows) + "\n")
+    echo("\n".join(f"{key:10}{value}" for key, value in rows) + "\n")
     print_table(
         ("stage", "module", "stride", "resolution", "channels"),
         [
@@ -115,11 +130,11 @@ def _show(facts: dict[str, Any]) -> None:
         ],
         right=("stage", "stride", "resolution", "channels"),
     )
-    click.echo()
+    echo()
     _show_split("parameters", facts["parameters"])
-    click.echo()
+    echo()
     _show_split("MACs an image", facts["macs"])
-    click.echo(f"\nnot counted: {', '.join(f'{kind} x {calls}' for kind, calls in facts['not_counted'].items())}")
+    echo(f"\nnot counted: {', '.join(f'{kind} x {calls}' for kind, calls in facts['not_counted'].items())}")
 
 
 def _experts_in_words(mixed: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ import click
 from parameternet.cli import _networks
 from parameternet.cli._output import count, print_json, print_table
 from parameternet.flops import count_flops
+from parameternet.models import catalogue
+from parameternet.models.loading import Source, parse_source
 
 
 @click.command("list")
@@ -32,7 +34,8 @@ def list(pattern: str, as_json: bool) -> None:
 
 
 def _row(name: str) -> dict[str, Any]:
-    config = _networks.config(name)
+    source = parse_source(name) if name in catalogue.checkpoints() else Source(name, "architecture", name)
+    config = _networks.config(source)
     model, size = _networks.build(config), _networks.input_size(config)
     return {
         "name": name.partition(".")[0],
@@ -41,7 +44,7 @@ def _row(name: str) -> dict[str, Any]:
         "macs": count_flops(model, size).total,
         "input_size": size,
         "top1": _networks.top1(config),
-        "weights": _networks.whereabouts(name),
+        "weights": _networks.whereabouts(source),
     }
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from parameternet.cli._output import print_json
 from parameternet.files import write_bytes
 from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw
+from parameternet.text import printable
 
 
 def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
@@ -28,7 +29,7 @@ def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> P
     metavar="NAME",
     default=DEFAULT_MODEL,
     show_default=True,
-    help="A checkpoint, a folder or run folder, hf-hub:ORG/NAME.",
+    help="A checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.",
 )
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes to name.")
 @click.option("--save", type=click.Path(path_type=Path), callback=_picture_path, help="Draw a picture of the result.")
@@ -63,11 +64,11 @@ def _plain(result: Result) -> dict[str, Any]:
 def _show(results: list[Result]) -> None:
     for result in results:
         if result.error:
-            click.echo(f"{result.path}: {result.error}", err=True)
+            click.echo(printable(f"{result.path}: {result.error}"), err=True)
             continue
-        click.echo(result.path)
+        click.echo(printable(result.path))
         for label, probability in zip(result.labels, result.probabilities, strict=True):
-            click.echo(f"  {probability:6.1%}  {_bar(probability)}{label}")
+            click.echo(f"  {probability:6.1%}  {_bar(probability)}{printable(label)}")
 
 
 def _bar(probability: float) -> str:

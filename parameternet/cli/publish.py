@@ -3,7 +3,7 @@
 import click
 
 from parameternet import hub
-from parameternet.cli._output import print_table
+from parameternet.cli._output import echo, print_table
 
 
 @click.command()
@@ -14,7 +14,7 @@ from parameternet.cli._output import print_table
 @click.option("--dry-run", is_flag=True, help="Show what would go, and send nothing.")
 @click.option("--yes", is_flag=True, help="Replace other weights without asking.")
 def publish(checkpoint: str, repository: str, revision: str | None, private: bool, dry_run: bool, yes: bool) -> None:
-    """Put CHECKPOINT, a name or a folder, on the Hub: card, config, weights and recipe in one commit.
+    """Put CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) on the Hub in one commit: card, config, weights, recipe.
 
     Files that are there already do not go again. Log in first: hf auth login, or HF_TOKEN.
     """
@@ -26,4 +26,4 @@ def publish(checkpoint: str, repository: str, revision: str | None, private: boo
     if planned.replaces_weights and not yes:
         click.confirm(f"{repository} holds other weights. Replace them?", abort=True)
     done = hub.publish(checkpoint, repository, revision, overwrite=planned.replaces_weights, private=private)
-    click.echo(done.commit or "Nothing to commit: all of it is there already.")
+    echo(done.commit or "Nothing to commit: all of it is there already.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet import training
+from parameternet.cli._output import echo
 from parameternet.cli._run import Terminal, speaks_plainly
 
 
@@ -30,8 +31,8 @@ def release(run: Path, name: str, data: str, **options) -> None:
         found = training.release(run, name, data, reporter=terminal, **options)
     finally:
         terminal.close()
-    click.echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f}  top5 {found['top5']:.2f}")
-    click.echo(f"sha256 {found['sha256']}, {found['bytes']:,} bytes -> {found['folder']}")
+    echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f}  top5 {found['top5']:.2f}")
+    echo(f"sha256 {found['sha256']}, {found['bytes']:,} bytes -> {found['folder']}")
 
 
 if __name__ == "__main__":

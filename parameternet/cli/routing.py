@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from parameternet.cli._output import print_json, print_table
+from parameternet.cli._output import echo, print_json, print_table
 from parameternet.prediction import Predictor
 from parameternet.routing import LayerRouting, Routing, draw, dynamic_layers, find_pictures, measure
+from parameternet.text import printable
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
 HEADERS = ("layer", "experts", "picture entropy", "overall entropy", "experts in use", "active")
@@ -42,8 +43,9 @@ def routing(
 ) -> None:
     """Show which experts of NAME the pictures of IMAGES use, as a table and a heat map.
 
-    NAME is a checkpoint, a folder or run folder, or hf-hub:ORG/NAME. IMAGES are files, folders, or .tar files; in a
-    folder or .tar with one sub-folder a class, the rows of the heat map are the classes.
+    NAME is a checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. IMAGES are
+    files, folders, or .tar files; in a folder or .tar with one sub-folder a class, the rows of the heat map are the
+    classes.
 
     Entropies go from 0 (one expert alone) to 1 (all alike): that of one picture's shares, on average, and that of the
     mean shares. Experts in use is the effective number; active are those with a mean share of at least 1 / (10 E).
@@ -55,9 +57,9 @@ def routing(
     found = measure(predictor, find_pictures(images, per_class), batch_size)
     print_json(_plain(found)) if as_json else _show(found)
     for path, why in found.unreadable:
-        click.echo(f"{path}: {why}", err=True)
+        echo(printable(f"{path}: {why}"), err=True)
     draw(found, output)
-    click.echo(f"picture: {output}", err=True)
+    echo(f"picture: {output}", err=True)
     if found.unreadable:
         sys.exit(1)
 

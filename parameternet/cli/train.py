@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet import training
+from parameternet.cli._output import echo
 from parameternet.cli._run import Terminal, speaks_plainly
 from parameternet.training.recipe import allowed
 
@@ -13,7 +14,7 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
     for name, default, doc in training.Recipe.fields():
-        click.echo(f"{name}: {default!r}\n    {doc}\n    {allowed(name)}")
+        echo(f"{name}: {default!r}\n    {doc}\n    {allowed(name)}")
     context.exit()
 
 
@@ -41,7 +42,7 @@ def train(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None
     )
     best = result["best"]
     if best["top1"] is not None:
-        click.echo(f"best: top1 {best['top1']:.2f}  top5 {best['top5']:.2f}  epoch {best['epoch']}")
+        echo(f"best: top1 {best['top1']:.2f}  top5 {best['top5']:.2f}  epoch {best['epoch']}")
 
 
 if __name__ == "__main__":

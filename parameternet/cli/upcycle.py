@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from torch import nn
 
-from parameternet.cli._output import count, print_table
+from parameternet.cli._output import count, echo, print_table
 from parameternet.models.upcycled import upcycle_checkpoint
 from parameternet.surgery.compare import Comparison
 from parameternet.surgery.upcycle import KINDS, NOISE
@@ -33,13 +33,13 @@ from parameternet.surgery.upcycle import KINDS, NOISE
 def upcycle(source: str, output: Path, experts: int, kinds: tuple[str, ...], layers: bool, **options) -> None:
     """Make a dynamic network of a dense one: the same function, more experts to train on with.
 
-    SOURCE is a network of timm (resnet18.a1_in1k), hf-hub:ORG/NAME, a folder in the Hub's layout, or a .safetensors
-    file. DIR is then loaded by timm.create_model("local-dir:DIR", pretrained=True), by `parameternet predict --model
-    DIR`, and so on.
+    SOURCE is a network of timm (resnet18.a1_in1k), hf-hub:ORG/NAME, local-dir:DIR, a run folder, a folder in the Hub's
+    layout, or a .safetensors file. DIR is then loaded by timm.create_model("local-dir:DIR", pretrained=True), by
+    `parameternet predict --model DIR`, and so on.
     """
     dynamic, compared = upcycle_checkpoint(source, output, num_experts=experts, kinds=kinds or KINDS, **options)
     _show(dynamic, compared, layers)
-    click.echo(f"\n{output}: model.safetensors, config.json")
+    echo(f"\n{output}: model.safetensors, config.json")
 
 
 def _show(dynamic: nn.Module, compared: Comparison, layers: bool) -> None:
@@ -51,11 +51,11 @@ def _show(dynamic: nn.Module, compared: Comparison, layers: bool) -> None:
         left = Counter(layer.left for layer in upcycling.layers if layer.left)
         rows = [("dynamic", str(len(upcycling.converted))), *((why, str(number)) for why, number in left.items())]
         print_table(("convolutions", "number"), rows, right=("number",))
-    click.echo()
+    echo()
     before, after = compared.flops
     rows = [
         ("parameters", count(compared.parameters[0]), count(compared.parameters[1])),
         ("MACs an image", count(before.total), count(after.total)),
     ]
     print_table(("", "dense", "dynamic"), rows, right=("dense", "dynamic"))
-    click.echo(f"\nlargest difference of outputs, relative to the largest output: {compared.difference:.1e}")
+    echo(f"\nlargest difference of outputs, relative to the largest output: {compared.difference:.1e}")

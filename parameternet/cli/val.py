@@ -5,7 +5,7 @@ import sys
 import click
 
 from parameternet import training
-from parameternet.cli._output import print_json
+from parameternet.cli._output import echo, print_json
 from parameternet.cli._run import Terminal, speaks_plainly
 
 
@@ -21,7 +21,7 @@ from parameternet.cli._run import Terminal, speaks_plainly
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @speaks_plainly
 def val(model: str, data: str, as_json: bool, **measuring) -> None:
-    """Measure MODEL: a name, a run folder, a weights folder or a .safetensors file.
+    """Measure MODEL: a name, a run folder, a weights folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.
 
     Exits with 1 where the checkpoint records another top-1 for these images (more than 0.1 points away).
     """
@@ -41,11 +41,11 @@ def _show(found: dict) -> None:
     verdict = {None: "", True: ": agrees", False: ": DISAGREES"}[found["agrees"]]
     recorded = "none for these images" if found["recorded"] is None else f"{found['recorded']:.2f}"
     skipped = f", {len(found['unreadable'])} unreadable" if found["unreadable"] else ""
-    click.echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f} (95 %, {found['images']:,} images{skipped})")
-    click.echo(f"top5 {found['top5']:.2f}   loss {found['loss']:.4f}")
-    click.echo(f"recorded {recorded}{verdict}")
+    echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f} (95 %, {found['images']:,} images{skipped})")
+    echo(f"top5 {found['top5']:.2f}   loss {found['loss']:.4f}")
+    echo(f"recorded {recorded}{verdict}")
     size = found["input_size"][-1]
-    click.echo(f"{size} px, {found['device']}, {found['threads']} threads, {found['seconds']:.1f} s")
+    echo(f"{size} px, {found['device']}, {found['threads']} threads, {found['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

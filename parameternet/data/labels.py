@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from parameternet.data.errors import DataError
 from parameternet.data.images import is_image_name
+from parameternet.text import printable
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("val", "valid", "validation", "eval", "evaluation")
@@ -32,12 +33,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 def class_order(names: Iterable[str]) -> list[str]:
     """Class names in the order of their labels."""
     return sorted(set(names), key=natural_key)
-
-
-def printable(name: str) -> str:
-    """A name that any terminal can show: bytes that are no UTF-8 and control characters are escaped."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def few(names: Sequence[str], limit: int = 5) -> str:

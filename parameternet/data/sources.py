@@ -16,6 +16,7 @@ from timm.data.readers.reader import Reader
 
 from parameternet.data import images, labels
 from parameternet.data.errors import DataError, ImageError
+from parameternet.text import printable
 
 _STREAMS = ("wds/", "tfds/", "hfids/")
 _EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"
@@ -194,7 +195,7 @@ class FileReader(Reader):
     def _check(self) -> None:
         if self.files.unlisted:
             folder, why = self.files.unlisted[0]
-            raise DataError(f"cannot look into the folder {labels.printable(folder)} of {self.root}: {why}")
+            raise DataError(f"cannot look into the folder {printable(folder)} of {self.root}: {why}")
         if not self.samples:
             raise DataError("; ".join(["no images in class folders", *self.notes]))
         # `train/cat/1.jpg` beside `val/cat/1.jpg`: the whole data set instead of one of its splits
@@ -248,7 +249,7 @@ class Source:
     def name(self, index: int) -> str:
         """The image's file name, as the reader knows it."""
         found = self.reader.filename(index) if self.reader is not None else None
-        return f"{self.where}[{index}]" if found is None else labels.printable(str(found))
+        return f"{self.where}[{index}]" if found is None else printable(str(found))
 
     def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
         """Image `index` (RGB) and its label, or what is wrong with it.

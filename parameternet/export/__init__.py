@@ -26,7 +26,7 @@ from parameternet.export.forms import FORMS
 from parameternet.export.metadata import describe, read_metadata
 from parameternet.export.plan import Plan
 from parameternet.files import atomic_write
-from parameternet.prediction import load
+from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
 __all__ = ["FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
@@ -66,7 +66,7 @@ def export(
     the network.
 
     Args:
-        model: What `parameternet.prediction.load` takes, or any network, also one that was upcycled.
+        model: As for `parameternet.models.loading.parse_source`, or any network, also one that was upcycled.
         path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
         format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin.
         form: 'computed' kernels, or 'constant' ones for TensorRT and mobile runtimes (see `forms.py`).
@@ -108,7 +108,7 @@ def _writer(format: str) -> ModuleType:
 
 def _prepared(model: nn.Module | str | Path) -> nn.Module:
     """A copy for inference on the CPU in 32-bit floats."""
-    network = deepcopy(model) if isinstance(model, nn.Module) else load(model)
+    network = deepcopy(model) if isinstance(model, nn.Module) else load(model).model
     return network.eval().cpu().float().requires_grad_(False)
 
 

@@ -24,6 +24,21 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
     with quiet():
         traced = torch.jit.trace(model, torch.zeros(plan.batch or 2, *plan.size), check_trace=False)
         torch.jit.freeze(traced).save(str(path), _extra_files={FILE_NAME: json.dumps(plan.facts)})
+    _drop_source_lines(path)
+
+
+def _drop_source_lines(path: Path) -> None:
+    """Take out of an archive which line of which file on this machine each operation came from."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = {name: reader.get_record(name) for name in reader.get_all_records()}
+    del reader
+    beside = path.with_name(f"{path.name}.new")
+    writer = torch._C.PyTorchFileWriter(str(beside))
+    for name, data in records.items():
+        if not name.endswith(".debug_pkl") and not name.startswith(".data/") and name not in ("version", "byteorder"):
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    beside.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

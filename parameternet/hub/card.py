@@ -15,8 +15,9 @@ from timm.models import is_model_pretrained
 
 from parameternet import weights
 from parameternet.flops import count_flops
-from parameternet.models import catalogue
-from parameternet.models._builder import model_arguments
+from parameternet.models import catalogue, loading
+from parameternet.models._builder import model_arguments, public_config
+from parameternet.text import printable_lines, without_local_paths
 
 __all__ = ["describe", "write_card"]
 
@@ -152,8 +153,8 @@ def write_card(source: str | Path, reference: str | None = None) -> str:
     """The card of a checkpoint in Markdown, under a header that the Hub reads.
 
     Args:
-        source: `architecture.tag`, or a folder in the Hub's layout: config.json, and what there is of recipe.yaml,
-            history.csv and model.safetensors.
+        source: As for `parameternet.models.loading.parse_source`. A folder is described with what there is of
+            recipe.yaml and history.csv in it.
         reference: What its examples load the checkpoint by, in timm's form: `hf-hub:ORG/NAME`. None: its name, where
             the registry knows it, or else its folder.
 
@@ -163,37 +164,60 @@ def write_card(source: str | Path, reference: str | None = None) -> str:
     name, config, folder = describe(source)
     recipe, history = _recipe(folder), _history(folder)
     before = _recipe(folder, "init_"), _history(folder, "init_")
-    reference = reference or (name if is_model_pretrained(name) else f"local-dir:{name}")
+    reference = reference or _reference(source, name)
     results = _results(config)
+    table = _table(config, results, _weights_file(source))
     words = _words(name, config, results, recipe) | {
-        "results": "\n".join(f"| {key} | {value} |" for key, value in _table(config, results, folder).items()),
+        "results": "\n".join(f"| {key} | {value} |" for key, value in table.items()),
         "usage": _usage(name, config, reference),
         "training": _training(recipe, history, *before) if recipe and history else _origin(config),
         "comparisons": "".join(_comparison(folder, name) for name in COMPARISONS),
     }
     header = _header(name, config, results, recipe)
-    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n{_CARD.format_map(words)}"))
+    return printable_lines(str(ModelCard(f"---\n{header.to_yaml()}\n---\n{_CARD.format_map(words)}")))
 
 
 def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
-    """(name, config, folder) of a checkpoint that is given by name or folder; no folder if its weights have none.
+    """(name, config, folder) of a checkpoint; no folder if it is none that holds one checkpoint alone.
 
     Raises:
         WeightsNotFound, WeightsDamaged: as `write_card`.
     """
-    folder = Path(source) if Path(source).is_dir() else None
-    config = weights.config(f"local-dir:{folder}") if folder else catalogue.config(str(source))
+    found = loading.parse_source(source)
+    loading.refuse_dense(found)
+    if found.kind == "architecture":
+        raise weights.UnknownWeights(weights.unknown(found.name, catalogue.checkpoints()))
+    config = public_config(loading.read_config(found))
     cfg, architecture = config["pretrained_cfg"], config["architecture"]
     config = {"num_classes": cfg.get("num_classes", 1000), **config}
-    if folder is None:
-        return str(source), config, weights.find(str(source)).parent if source in weights.known() else None
+    if found.kind == "checkpoint":
+        return found.name, config, weights.find(found.name).parent if found.name in weights.known() else None
     says_little = not cfg.get("tag") or architecture == "dynamic_timm"  # which may be any network
-    return folder.resolve().name if says_little else f"{architecture}.{cfg['tag']}", config, folder
+    tagged = f"{architecture}.{cfg.get('tag')}"
+    if found.kind == "hub":
+        return found.name.partition("@")[0].rpartition("/")[2] if says_little else tagged, config, None
+    folder = found.path.parent if found.path.name in (weights.FILE_NAME, loading.BEST) else None
+    name = found.path.resolve().parent.name if folder else found.path.stem
+    return name if says_little else tagged, config, folder
+
+
+def _reference(source: str | Path, name: str) -> str:
+    """What examples load a checkpoint by."""
+    found = loading.parse_source(source)
+    if found.kind == "hub":
+        return f"hf-hub:{found.name}"
+    return name if is_model_pretrained(name) else f"local-dir:{name}"
+
+
+def _weights_file(source: str | Path) -> Path | None:
+    """The weights file of a checkpoint that has one on this machine."""
+    found = loading.parse_source(source)
+    return weights.local(found.name) if found.name in weights.known() else found.path
 
 
 def _recipe(folder: Path | None, prefix: str = "") -> dict[str, Any]:
     path = folder and folder / f"{prefix}recipe.yaml"
-    return yaml.safe_load(path.read_text("utf-8")) if path and path.is_file() else {}
+    return without_local_paths(yaml.safe_load(path.read_text("utf-8"))) if path and path.is_file() else {}
 
 
 def _history(folder: Path | None, prefix: str = "") -> list[dict[str, str]]:
@@ -354,7 +378,7 @@ def _paper(config: dict[str, Any], data: str | None) -> str:
     return f"{theirs}; this one was trained on {data}. "
 
 
-def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None) -> dict[str, str]:
+def _table(config: dict[str, Any], results: dict[str, Any], file: Path | None) -> dict[str, str]:
     data = _data_config(config)
     spread = f" ± {results['top1_interval']:.2f} (95 %)" if "top1_interval" in results else ""
     bad = f"; {results['unreadable']} could not be read" if results.get("unreadable") else ""
@@ -365,7 +389,7 @@ def _table(config: dict[str, Any], results: dict[str, Any], folder: Path | None)
         "input": f"{data['input_size'][-1]} px, {data['interpolation']}, crop {data['crop_pct']:g}",
         "parameters": f"{results['parameters']:,}",
         "FLOPs (multiply-adds)": f"{results['macs'] / 1e6:.1f} M an image",
-        "file": _file(folder / weights.FILE_NAME) if folder else None,
+        "file": _file(file) if file else None,
     }
     return {key: value for key, value in rows.items() if value}
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from torch import Tensor
 
 from parameternet import weights
 from parameternet.hub.card import COMPARISONS, describe, write_card
+from parameternet.models import loading
+from parameternet.models._builder import public_config
+from parameternet.text import without_local_paths
 
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
 
@@ -71,7 +78,7 @@ def publish(
     committed. A README.md that somebody wrote by hand goes as it is; otherwise the card is written for `repo_id`.
 
     Args:
-        source: `architecture.tag` of a recorded checkpoint, or a folder in the Hub's layout.
+        source: As for `parameternet.models.loading.parse_source`. Paths of this machine are taken out of what goes.
         repo_id: `ORG/NAME`.
         revision: The branch, made from main if there is none; None: main.
         dry_run: Only look what would go; needs no right to write.
@@ -114,26 +121,62 @@ def publish(
 
 def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
     """The files that go, path -> content. What is verified is what goes: each is read once."""
-    name, _, folder = describe(source)
-    if folder is None:
+    name, config, folder = describe(source)
+    found = loading.parse_source(source)
+    if found.kind == "checkpoint" and folder is None:
         raise PublishError(
             f"{name} has no weights of its own: they are read from another repository of the Hub. "
             "`parameternet upcycle` makes a folder of them, which can be published"
         )
-    paths = [folder / file for file in (weights.CONFIG_NAME, weights.FILE_NAME, *_ALONG)]
-    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    if weights.FILE_NAME not in files:
-        raise weights.WeightsNotFound(f"{folder} holds no {weights.FILE_NAME}: nothing to publish")
-    ours = name == str(source) or repo_id == f"{weights.hub()}/{name}"
-    recorded = weights.known().get(name, {}).get("sha256") if ours else None
-    for sha256 in filter(None, (recorded, hashlib.sha256(files[weights.FILE_NAME]).hexdigest())):
-        weights.read(folder / weights.FILE_NAME, sha256)
+    path, sha256 = loading.weights_file(found)
+    files = {weights.CONFIG_NAME: _config(path, config), weights.FILE_NAME: path.read_bytes()}
+    along = [folder / file for file in _ALONG] if folder else []
+    files |= {path.name: _public_recipe(path) if path.suffix == ".yaml" else path.read_bytes() for path in along
+              if path.is_file()}  # fmt: skip
+    ours = found.kind == "checkpoint" or repo_id == f"{weights.hub()}/{name}"
+    recorded = (weights.known().get(name, {}).get("sha256"),) if ours else sha256
+    for digest in filter(None, (*recorded, hashlib.sha256(files[weights.FILE_NAME]).hexdigest())):
+        tensors, words = weights.read_all(path, digest)
+    files[weights.FILE_NAME] = _public_weights(files[weights.FILE_NAME], tensors, words)
     return {CARD: _card(source, folder, repo_id).encode(), **files}
 
 
-def _card(source: str | Path, folder: Path, repo_id: str) -> str:
-    path = folder / CARD
-    by_hand = path.read_text("utf-8") if path.is_file() else None
+def _config(file: Path, config: dict[str, Any]) -> bytes:
+    """The config.json next to the weights as it is, if there is one and it names no path of this machine."""
+    path = file.with_name(weights.CONFIG_NAME)
+    if path.is_file():
+        data = path.read_bytes()
+        found = weights.parse_config(data, str(path))
+        config = public_config(found)
+        if config == found:
+            return data
+    return json.dumps(config, indent=2, ensure_ascii=False).encode()
+
+
+def _public_recipe(path: Path) -> bytes:
+    data = path.read_bytes()
+    recipe = yaml.safe_load(data)
+    cleaned = without_local_paths(recipe)
+    return data if cleaned == recipe else yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True).encode()
+
+
+def _public_weights(data: bytes, tensors: dict[str, Tensor], words: dict[str, str]) -> bytes:
+    """The weights file as it is, or written anew where its header names a path of this machine."""
+    cleaned = {key: without_local_paths(value) for key, value in words.items() if key != "config"}
+    if "config" in words:
+        config = weights.parse_config(words["config"], "the config in the header of the weights")
+        public = public_config(config)
+        cleaned["config"] = words["config"] if public == config else json.dumps(public)
+    if cleaned == words:
+        return data
+    with tempfile.TemporaryDirectory() as private:
+        weights.save(tensors, Path(private) / weights.FILE_NAME, cleaned)
+        return (Path(private) / weights.FILE_NAME).read_bytes()
+
+
+def _card(source: str | Path, folder: Path | None, repo_id: str) -> str:
+    path = folder and folder / CARD
+    by_hand = path.read_text("utf-8") if path and path.is_file() else None
     if by_hand and by_hand not in (write_card(source), write_card(folder)):
         return by_hand
     return write_card(source, f"hf-hub:{repo_id}")

@@ -1,5 +1,6 @@
 """timm's builder, with checkpoints that are verified before they reach a network."""
 
+import dataclasses
 import inspect
 import json
 import tempfile
@@ -8,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import weights
+from ..text import printable, without_local_paths
 
-__all__ = ["build_from_config", "build_model", "hub_layout", "model_arguments"]
+__all__ = ["build_from_config", "build_model", "forget_tensors", "hub_layout", "model_arguments", "public_config"]
 
 # What timm takes beside a network's own arguments: where weights come from and how they are loaded. A config that came
 # with weights must not say so, or a file that nobody verified would take their place.
@@ -24,7 +26,10 @@ LOADING = {
     for function in (timm.create_model, build_model_with_cfg)
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-}
+} | {"features_only", "out_indices", "feature_cls"}
+# Of what a config says about its weights, where they are is not for it to say.
+PLACES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACES
 
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -37,12 +42,15 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get("pretrained_cfg"), pretrained_cfg_overlay=overlay)
-    if not overlay.get("state_dict"):
-        state_dict = weights.resolve(cfg.to_dict(), kwargs.get("cache_dir"))
-        overlay = {**overlay, "source": "", "state_dict": state_dict}
+    if cfg.source == "local-dir" and cfg.file:
+        model_arguments(weights.config(f"local-dir:{cfg.file}"))  # timm has read it, and checks nothing
+    elif cfg.source == "hf-hub" and cfg.hf_hub_id:
+        model_arguments(weights.config(f"hf-hub:{cfg.hf_hub_id}", kwargs.get("cache_dir")))
+    state_dict = overlay.get("state_dict") or weights.resolve(cfg.to_dict(), kwargs.get("cache_dir"))
+    overlay = {**overlay, "source": "", "state_dict": state_dict}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
     for module in model.modules():
-        _forget_tensors(module, cfg.source)
+        forget_tensors(module, cfg.source)
     return model
 
 
@@ -51,19 +59,30 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
 
     Args:
         config: `architecture`, `pretrained_cfg` and, where they matter, `model_args`, `num_classes`, `label_names` and
-            `label_descriptions`; the latter three end in the network's `pretrained_cfg`.
+            `label_descriptions`; the latter three end in the network's `pretrained_cfg`. What it says of places where
+            weights may be is passed over.
         source: Where the weights are, as `weights.resolve` reads it: `state_dict=` verified tensors, `file=`,
             `source=` and `hf_hub_id=`, or `tag=`.
+
+    Raises:
+        WeightsDamaged: the config names no registered network, or asks for what is no argument of a network.
     """
+    architecture = config["architecture"]
+    if not timm.is_model(architecture):  # timm would take hf-hub:ORG/NAME and local-dir:DIR for one
+        raise weights.WeightsDamaged(
+            f"the config names the architecture {printable(architecture)!r}, which timm does not know: expected one of "
+            "timm.list_models(). Update timm or this package, or get the config again"
+        )
     kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
-    cfg = {**config["pretrained_cfg"], **kept, **source, "architecture": config["architecture"]}
+    described = {key: value for key, value in config["pretrained_cfg"].items() if key in DESCRIBING}
+    cfg = {**described, **kept, **source, "architecture": architecture}
     model = timm.create_model(
-        config["architecture"],
+        architecture,
         pretrained=True,
         pretrained_cfg=cfg,
         **model_arguments({**config, "pretrained_cfg": cfg}),
     )
-    _forget_tensors(model, cfg.get("source"))
+    forget_tensors(model, cfg.get("source"))
     return model
 
 
@@ -71,7 +90,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The number of classes and the `model_args` of a config in timm's Hub layout: what its network is built with.
 
     Raises:
-        WeightsDamaged: the config would have timm load something, as `checkpoint_path` does.
+        WeightsDamaged: the config would have timm load something, as `checkpoint_path` does, or contradicts itself.
     """
     arguments = dict(config.get("model_args") or {})
     foreign = sorted(LOADING & set(arguments))
@@ -82,7 +101,32 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     # An architecture's own default may differ from the checkpoint's classes.
     classes = config.get("num_classes", config["pretrained_cfg"].get("num_classes", 1000))
+    if classes != arguments.get("num_classes", classes):
+        raise weights.WeightsDamaged(
+            f"num_classes is {classes} in config.json, but {arguments['num_classes']!r} in its model_args: remove the "
+            "one that is wrong"
+        )
+    source = arguments.get("source")
+    if config.get("architecture") == "dynamic_timm" and source is not None and not _is_registered(source):
+        raise weights.WeightsDamaged(
+            f"config.json asks for the network {printable(str(source))!r} in model_args.source: expected one of "
+            "timm.list_models()"
+        )
     return {"num_classes": classes, **arguments}
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without paths of this machine; names of classes stay as they are."""
+    labels = ("label_names", "label_descriptions")
+    cleaned = {key: value if key in labels else without_local_paths(value) for key, value in config.items()}
+    cfg = config.get("pretrained_cfg") or {}
+    if "pretrained_cfg" in cleaned:
+        cleaned["pretrained_cfg"] |= {key: cfg[key] for key in labels if key in cfg}
+    return cleaned
+
+
+def _is_registered(name: Any) -> bool:
+    return isinstance(name, str) and timm.is_model(name)
 
 
 def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -> dict[str, Any]:
@@ -95,7 +139,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
     """
     with tempfile.TemporaryDirectory() as private:
         path = Path(private) / weights.CONFIG_NAME
-        save_config_for_hf(model, path, model_config=config, model_args=dict(model_args))
+        save_config_for_hf(model, path, model_config=config, model_args=without_local_paths(dict(model_args)))
         written = json.loads(path.read_text("utf-8"))
     # Older releases of timm take the architecture from the network, whatever they are told.
     written |= {"architecture": config.get("architecture", written["architecture"])}
@@ -103,12 +147,14 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
     cfg = written["pretrained_cfg"]
     for name in ("input_size", "crop_pct"):
         cfg[name] = cfg.pop(f"test_{name}", None) or cfg.get(name)
+    for name in PLACES & set(cfg):
+        del cfg[name]
     # transformers passes the number of classes itself, and computes in the dtype of the file unless it is told one.
     written["model_args"] = {n: v for n, v in written.get("model_args", {}).items() if n != "num_classes"}
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
-def _forget_tensors(module: nn.Module, source: str | None) -> None:
+def forget_tensors(module: nn.Module, source: str | None) -> None:
     """The configuration outlives the loading; the tensors in it need not. The source says where they came from."""
     if (getattr(module, "pretrained_cfg", None) or {}).get("state_dict"):
         kept = {**module.pretrained_cfg, "state_dict": None, "source": source}

@@ -7,12 +7,19 @@ import timm
 from .. import weights
 from . import dynamic_timm
 
-__all__ = ["architectures", "checkpoint", "checkpoints", "config", "upcycled"]
+__all__ = ["architectures", "checkpoint", "checkpoints", "config", "is_ours", "upcycled"]
 
 
 def architectures() -> list[str]:
     """Every network of this package that timm knows."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("parameternet.")]
+    return [name for name in timm.list_models() if is_ours(name)]
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether a network is one of this package, registered with timm."""
+    return timm.is_model(architecture) and timm.model_entrypoint(architecture.partition(".")[0]).__module__.startswith(
+        "parameternet."
+    )
 
 
 def upcycled() -> list[str]:

@@ -19,9 +19,10 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from parameternet import weights
+from parameternet.models import catalogue, loading
+from parameternet.models._builder import forget_tensors
 from parameternet.surgery import upcycle_state_dict
-from parameternet.training.checkpoint import read_weights
-from parameternet.training.errors import CheckpointError, RecipeError, nearest
+from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
 
@@ -60,17 +61,24 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
     arguments = dict(num_classes=num_classes, drop_rate=r.drop_rate, **r.model_kwargs)
     if r.drop_path_rate:
         arguments["drop_path_rate"] = r.drop_path_rate
+    pretrained = start and r.init == "pretrained"
+    if pretrained and not catalogue.is_ours(r.model):  # timm would read whatever it finds
+        with missing_model("init"):
+            arguments["pretrained_cfg_overlay"] = {"state_dict": loading.read_tensors(r.model), "source": ""}
     try:
-        model = timm.create_model(r.model, pretrained=start and r.init == "pretrained", **arguments)
+        model = timm.create_model(r.model, pretrained=pretrained, **arguments)
     except (weights.WeightsError, OSError):
         raise
     except Exception as error:  # a constructor may fail by anything on values that it was not written for
         if not r.model_kwargs and not isinstance(error, TypeError):
             raise
         raise RecipeError(_unbuilt(r, error)) from error
+    forget_tensors(model, None)
     if start and r.init and r.init != "pretrained":
+        with missing_model("init"):
+            state = loading.read_tensors(r.init)
         try:
-            load_for_finetuning(model, read_weights(r.init), r.init)
+            load_for_finetuning(model, state, r.init)
         except CheckpointError as error:
             raise CheckpointError(f"init: {error}") from error
     return model

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from parameternet import files, weights
+from parameternet.models.loading import BEST
 from parameternet.training.errors import CheckpointError, FolderInUse
 
-LAST, BEST = "last.ckpt", "best.safetensors"
+__all__ = ["BEST", "LAST", "claimed", "load_last", "save_last", "save_weights"]
+
+LAST = "last.ckpt"
 _MAGIC = b"parameternet-last-1 "  # then 64 hexadecimal digits and a newline: the SHA-256 of what follows
 _HEADER = len(_MAGIC) + 65
 
@@ -58,11 +61,6 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -
     weights.save(state, path, {"config": json.dumps(config)})
 
 
-def read_weights(where: str | Path) -> dict[str, Tensor]:
-    """Tensors of a run folder, a weights folder or a safetensors file; only safetensors are read."""
-    return weights.read(weights_file(where))
-
-
 @contextmanager
 def claimed(lock: Path, what: str, timeout: float = 0.0) -> Iterator[None]:
     """Hold a lock file for the length of the block; see `files.lock`.
@@ -76,19 +74,3 @@ def claimed(lock: Path, what: str, timeout: float = 0.0) -> Iterator[None]:
         except files.Locked as error:
             raise FolderInUse(str(error)) from error
         yield
-
-
-def weights_file(where: str | Path) -> Path:
-    """The safetensors file that a path means.
-
-    Raises:
-        CheckpointError: nothing there, or another kind of file.
-    """
-    path = Path(where)
-    choices = [path / BEST, path / "model.safetensors"] if path.is_dir() else [path]
-    for choice in choices:
-        if choice.is_file() and choice.suffix == ".safetensors":
-            return choice
-    if path.is_file():
-        raise CheckpointError(f"{path} is not a .safetensors file, and no other kind is read: it could run code")
-    raise CheckpointError(f"no weights at {path}: expected a run folder, a weights folder or a .safetensors file")

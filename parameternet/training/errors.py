@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+from parameternet import weights
 from parameternet.data.errors import DataError, TrainingError
 
 __all__ = [
@@ -25,6 +27,27 @@ class RecipeError(TrainingError, ValueError):
 
 class CheckpointError(TrainingError, ValueError):
     """A checkpoint that is missing, damaged or of another network."""
+
+
+class MissingModel(CheckpointError, weights.WeightsNotFound):
+    """A model that is named and is not there: both kinds, as callers catch either."""
+
+
+@contextmanager
+def missing_model(field: str = "") -> Iterator[None]:
+    """Raise what says that there is no such model as `MissingModel`, with a recipe's field in front.
+
+    Raises:
+        MissingModel: no such name, folder, file or config, or a file of another format.
+        WeightsDamaged: as it came.
+    """
+    prefix = f"{field}: " if field else ""
+    try:
+        yield
+    except weights.WeightsDamaged as error:
+        raise weights.WeightsDamaged(f"{prefix}{error}") from error
+    except weights.WeightsError as error:
+        raise MissingModel(f"{prefix}{error}") from error
 
 
 class FolderInUse(TrainingError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from parameternet.text import printable
 from parameternet.training.errors import DataError
 from parameternet.training.recipe import Recipe
 
@@ -50,7 +51,7 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     if classes and sorted(ids) != sorted(classes):
         odd = sorted(set(classes) - set(ids))
         raise DataError(
-            f"class_names {path} lacks classes of the data: {', '.join(odd[:5])}; its first column must be "
+            f"class_names {path} lacks classes of the data: {printable(', '.join(odd[:5]))}; its first column must be "
             "the names of the class folders"
         )
     return {"label_names": classes or ids, "label_descriptions": dict(lines)}

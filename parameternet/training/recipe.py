@@ -107,7 +107,10 @@ class Recipe:
         None, "file with one class a line: `id<TAB>words`, or words alone", _TEXT, free=True
     )
     init: str | None = _field(
-        None, "start from: 'pretrained', a run folder, a weights folder or a .safetensors; null: random", _TEXT
+        None,
+        "start from: 'pretrained' (the network's own weights), or any model: a name, a run folder, a weights folder, a "
+        ".safetensors file, local-dir:DIR, hf-hub:ORG/NAME; null: random",
+        _TEXT,
     )
     freeze: list[str] = _field(
         [], "parts that are not trained: names or patterns, e.g. [conv_stem, 'blocks.[0-2]']", _TEXT
@@ -171,8 +174,8 @@ class Recipe:
     mixup_off_epoch: int = _field(0, "no mixup and cutmix from this epoch on; 0: never off", _NOT_NEGATIVE)
     teacher: str | None = _field(
         None,
-        "checkpoint that knows the data's classes: its answers to the whole images are mixed into the labels; needs "
-        "cache: device",
+        "model that knows the data's classes, named as for init: its answers to the whole images are mixed into the "
+        "labels; needs cache: device",
         _TEXT,
     )
     teacher_share: float = _field(

@@ -17,12 +17,14 @@ from torch import Tensor
 from parameternet import files, weights
 from parameternet.hub import write_card
 from parameternet.layers import DynamicConv
+from parameternet.models import loading
 from parameternet.models._builder import hub_layout
-from parameternet.training.checkpoint import BEST, claimed, read_weights
+from parameternet.text import without_local_paths
+from parameternet.training.checkpoint import BEST, claimed
 from parameternet.training.errors import CheckpointError
 from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
-from parameternet.training.validate import load, read_config, validate
+from parameternet.training.validate import validate
 
 ROUTING = "routing.png"
 RECORDS = Path(weights.__file__).with_name("weights.json")
@@ -65,7 +67,7 @@ def release(
     """
     run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
     recipe = _recipe(run, data_name, data_terms)
-    _check_name(name, read_config(run)["architecture"])
+    _check_name(name, loading.read_config(run)["architecture"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with claimed(folder.with_name(f".{name}.lock"), f"the checkpoint {folder}"):
         fresh = folder.with_name(f".{name}.new")  # the old checkpoint stays until the new one is whole
@@ -94,11 +96,8 @@ def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
     if not (run / BEST).is_file() or not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
     recipe = saved_recipe((run / "recipe.yaml").read_text("utf-8"))
-    # where the data lay on the training machine is nobody's business
-    for field in ("train", "val", "class_names", "init", "teacher"):
-        value = getattr(recipe, field)
-        if isinstance(value, str) and Path(value).is_absolute():
-            setattr(recipe, field, Path(value).name)
+    for field in dataclasses.fields(recipe):
+        setattr(recipe, field.name, without_local_paths(getattr(recipe, field.name)))
     recipe.data_name, recipe.data_terms = data_name or recipe.data_name, data_terms or recipe.data_terms
     return recipe
 
@@ -125,12 +124,11 @@ def half(state: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
 
 
 def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[str, Any]:
-    network, config = load(run)
+    network, config, _ = loading.load(run, dense=True)
     buffers = {buffer for buffer, _ in network.named_buffers()}
-    weights.save(half(read_weights(run), keep=buffers), folder / weights.FILE_NAME, {"name": name})
+    weights.save(half(loading.read_tensors(run), keep=buffers), folder / weights.FILE_NAME, {"name": name})
     cfg = {**config["pretrained_cfg"], "tag": name.partition(".")[2], "license": recipe.license}
     labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
-    network.pretrained_cfg.pop("state_dict", None)
     written = hub_layout(network, config.get("model_args") or {}, **labels, pretrained_cfg=cfg)
     files.write_json(folder / weights.CONFIG_NAME, written)
     return written
@@ -139,7 +137,7 @@ def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[s
 def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:
     from parameternet.flops import count_flops
 
-    return count_flops(load(folder)[0], input_size).total
+    return count_flops(loading.load(folder, dense=True).model, input_size).total
 
 
 def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | None:
@@ -152,10 +150,10 @@ def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | 
     from parameternet import routing
     from parameternet.prediction import Predictor
 
-    dynamic = any(isinstance(module, DynamicConv) for module in load(folder)[0].modules())
+    dynamic = any(isinstance(module, DynamicConv) for module in loading.load(folder, dense=True).model.modules())
     if not dynamic or not isinstance(data, str) or not Path(data).exists():
         return None
-    predictor = Predictor(str(folder), "cpu")
+    predictor = Predictor(folder, "cpu")
     found = dataclasses.replace(routing.measure(predictor, routing.find_pictures([data])), model=name)
     routing.draw(found, folder / ROUTING)
     most = max(found.layers, key=lambda layer: layer.overall_entropy - layer.picture_entropy)
@@ -178,10 +176,23 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
     for document in ("history.csv", "curves.png"):
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
-    before = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
-    if before and (Path(before) / BEST).is_file():  # the run that it started from is a part of how it came about
-        files.write_text(folder / "init_recipe.yaml", _recipe(Path(before), None, None).to_yaml())
-        shutil.copyfile(Path(before) / "history.csv", folder / "init_history.csv")
+    before = _init_run(run)
+    if before:  # the run that it started from is a part of how it came about
+        files.write_text(folder / "init_recipe.yaml", _recipe(before, None, None).to_yaml())
+        shutil.copyfile(before / "history.csv", folder / "init_history.csv")
+
+
+def _init_run(run: Path) -> Path | None:
+    """The folder of the run that this one started from, where it is one and still there."""
+    init = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
+    if not init or init == "pretrained":
+        return None
+    try:
+        file = loading.parse_source(init).path
+    except weights.WeightsError:
+        return None
+    is_run = file and file.name == BEST and (file.parent / "recipe.yaml").is_file()
+    return file.parent if is_run and (file.parent / "history.csv").is_file() else None
 
 
 def _replace(folder: Path, fresh: Path) -> None:

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from parameternet import weights
 from parameternet.layers import DynamicConv
-from parameternet.models import catalogue
+from parameternet.models import loading
 from parameternet.surgery import collapse, fuse
-from parameternet.training.checkpoint import weights_file
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
-from parameternet.training.errors import CheckpointError
+from parameternet.training.errors import CheckpointError, missing_model
 from parameternet.training.evaluate import autocast
 from parameternet.training.recipe import Recipe
 from parameternet.training.validate import load, translation
@@ -77,15 +76,16 @@ def _question(r: Recipe, data: DevicePixels, classes: list[str] | None) -> dict[
 
 def _digest(teacher: str) -> str | None:
     """SHA-256 of a teacher's weights and config; None where they are gone, or known by their name alone."""
-    name = catalogue.checkpoint(teacher) or teacher
-    if name in catalogue.checkpoints():
-        return " ".join(weights.digests(name)) if name in weights.known() else None
-    path = Path(teacher.removeprefix("local-dir:")).expanduser()
-    if not path.exists():
+    try:
+        source = loading.parse_source(teacher)
+    except weights.WeightsError:
         return None
-    file = weights_file(path)
-    found = hashlib.sha256(file.read_bytes())
-    if (config := file.with_name("config.json")).is_file():
+    if source.name in weights.known():
+        return " ".join(weights.digests(source.name))
+    if source.path is None:
+        return None
+    found = hashlib.sha256(source.path.read_bytes())
+    if (config := source.path.with_name(weights.CONFIG_NAME)).is_file():
         found.update(config.read_bytes())
     return found.hexdigest()
 
@@ -93,7 +93,8 @@ def _digest(teacher: str) -> str | None:
 @torch.inference_mode()
 def _ask(r: Recipe, data: DevicePixels, classes: list[str] | None, place: Place, progress: Progress) -> Tensor:
     """This process's share of the images; the others' rows are zero."""
-    network, config = load(r.teacher)
+    with missing_model("teacher"):
+        network, config = load(r.teacher)
     columns = translation(classes, config, place)
     prepare = _Preparation(r, config, data.device)
     network = network.eval().to(data.device, memory_format=prepare.format)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from parameternet import weights
 from parameternet.data.sources import Source, Unreadable, is_stream, notes_of, open_dataset
-from parameternet.models import build_from_config, catalogue
+from parameternet.models import loading
+from parameternet.text import printable
 from parameternet.training import distributed
-from parameternet.training.checkpoint import read_weights, weights_file
 from parameternet.training.data import eval_loader, stop_workers, stream_loader
 from parameternet.training.distributed import Place
-from parameternet.training.errors import CheckpointError, DataError, DivergedError, nearest
+from parameternet.training.errors import DataError, DivergedError, missing_model
 from parameternet.training.evaluate import evaluate
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter
@@ -43,8 +40,8 @@ def validate(
     """Measure a network on labelled images. Started by torchrun, the processes share the images.
 
     Args:
-        model: a timm name (its pretrained weights), a run folder, a weights folder in the Hub's layout
-            (config.json, model.safetensors), or a .safetensors file that training wrote.
+        model: as for `parameternet.models.loading.parse_source`: a name, a run folder, a weights folder, a
+            .safetensors file, `local-dir:DIR`, `hf-hub:ORG/NAME`; networks of timm too.
         data: as a recipe's `val`: a folder, a tar, `hfds/...`, `wds/...`.
         batch_size: images a step and process.
         workers: processes that read, for each process that computes.
@@ -116,41 +113,15 @@ def _compare(results: dict[str, Any], found: dict[str, float]) -> dict[str, Any]
 
 
 def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with its weights, and its config in timm's Hub form.
+    """A network with its weights, and its config in timm's Hub form; networks of timm too.
 
     Raises:
         CheckpointError: neither a place nor a name that timm knows.
         WeightsError: weights that are missing or damaged.
     """
-    if Path(model).exists():
-        return _from_place(Path(model))
-    name = str(model)
-    if not timm.is_model(name):
-        close = nearest(name.split(".")[0], timm.list_models())
-        raise CheckpointError(f"{name!r} is neither a folder, nor a file, nor the name of a model{close}")
-    name = catalogue.checkpoint(name) or name  # an architecture alone means its first checkpoint, which has class names
-    network = timm.create_model(name, pretrained=True)
-    config = catalogue.config(name) if name in catalogue.checkpoints() else {}
-    return network, {"architecture": name.split(".")[0], "pretrained_cfg": network.pretrained_cfg, **config}
-
-
-def _from_place(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    config, file = read_config(path), weights_file(path)
-    return build_from_config(config, state_dict=read_weights(file)), config
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The config beside a weights file (config.json), or the one that training wrote into it.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    file = weights_file(path)
-    beside = file.with_name("config.json")
-    text = beside.read_text("utf-8") if beside.is_file() else weights.metadata(file).get("config")
-    if text is None:
-        raise CheckpointError(f"{file} does not say which network it is of: config.json must lie beside it")
-    return json.loads(text)
+    with missing_model():
+        found = loading.load(model, dense=True)
+    return found.model, found.config
 
 
 class _Loader:
@@ -205,6 +176,7 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     if unknown:
         raise DataError(
             f"the data has {len(classes)} classes, the network {outputs}, and it does not know "
-            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}: give the data that it was trained for"
+            f"{printable(', '.join(unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: give the data that it was "
+            "trained for"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)

@@ -11,6 +11,7 @@ from trained import trained
 
 from parameternet import files, weights
 from parameternet.layers import DynamicConv
+from parameternet.models.loading import load
 from parameternet.models.upcycled import load_dense, upcycle_checkpoint
 from parameternet.prediction import Predictor
 
@@ -93,7 +94,8 @@ def test_weights_and_config_of_two_writers_do_not_mix(file, tmp_path):
 
 
 def test_a_name_of_timm_takes_the_weights_from_where_they_are():
-    model = load_dense("tf_efficientnet_lite0")
+    with pytest.warns(DeprecationWarning, match="use parameternet.models.loading.load"):
+        model = load_dense("tf_efficientnet_lite0")
     assert model.pretrained_cfg["label_descriptions"]["n02123045"] == "tabby, tabby cat"
     package = torch.load(weights.packaged("timm/tf_efficientnet_lite0.in1k"), weights_only=True)
     assert torch.equal(model.conv_stem.weight, package["_conv_stem.weight"])
@@ -102,17 +104,17 @@ def test_a_name_of_timm_takes_the_weights_from_where_they_are():
 @pytest.mark.parametrize(
     ("source", "architecture", "error", "message"),
     [
-        ("no_such_net", None, ValueError, "no folder, no .safetensors file, no hf-hub:ORG/NAME and no network of timm"),
-        ("resnet18d_x", None, ValueError, "no network of timm"),
+        ("no_such_net", None, weights.UnknownWeights, "is neither a folder, nor a file, nor the name of a model"),
+        ("resnet18d_x", None, weights.UnknownWeights, "closest: resnet18d"),
         ("ghostnet_050", None, weights.WeightsNotFound, "timm has no weights of ghostnet_050"),
-        ("FILE", None, ValueError, "does not say which network it is of, and there is no config.json"),
+        ("FILE", None, weights.WeightsNotFound, r"does not say which network it is of.* there is no .*config\.json"),
         ("FILE", "resnet19", ValueError, "timm knows no 'resnet19'"),
         ("none.safetensors", "resnet18", weights.WeightsNotFound, "no such file"),
     ],
 )
 def test_errors_say_what_is_missing(file, source, architecture, error, message):
     with pytest.raises(error, match=message):
-        load_dense(str(file) if source == "FILE" else source, architecture)
+        load(str(file) if source == "FILE" else source, dense=True, architecture=architecture)
 
 
 def test_a_damaged_file_is_refused(file, tmp_path):

@@ -56,7 +56,7 @@ def test_a_wrong_record_is_told(trained, pictures, tmp_path):
     config = json.loads(weights.metadata(trained / "best.safetensors")["config"])
     config["results"]["top1"] = config["results"]["top1"] / 2 + 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copyfile(trained / "best.safetensors", tmp_path / "model.safetensors")
+    weights.save(weights.read(trained / "best.safetensors"), tmp_path / "model.safetensors")
     assert validate(tmp_path, str(pictures / "val"), workers=0)["agrees"] is False
     assert validate(tmp_path, str(pictures / "train"), workers=0)["agrees"] is None  # other images: no claim
 

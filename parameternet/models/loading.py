@@ -1,0 +1,376 @@
+"""From text to a model: the one way in for every command, every field of a recipe and every call from Python.
+
+>>> load("parameternet_50m.tin200").config["num_classes"]
+200
+
+The same text means the same model wherever it is written and whatever lies in the current folder. Bytes are held
+against every digest that there is before a tensor reaches a network, and a config reaches it through a list of what it
+may say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from torch import Tensor, nn
+
+from .. import weights
+from ..text import printable
+from . import catalogue, dynamic_timm
+from ._builder import build_from_config, model_arguments
+
+__all__ = [
+    "LoadedModel",
+    "Source",
+    "load",
+    "parse_source",
+    "read_config",
+    "read_tensors",
+    "refuse_dense",
+    "weights_file",
+]
+
+BEST = "best.safetensors"  # of a run folder
+KINDS = (
+    "a checkpoint (parameternet_50m.tin200), an architecture that has one, a run folder, a folder with "
+    f"{weights.FILE_NAME} and {weights.CONFIG_NAME}, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME[@REV]"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is.
+
+    kind: 'checkpoint' (recorded, or timm's weights upcycled), 'dense' (timm's own), 'architecture' (registered,
+        without weights), 'hub', or 'file' (the weights of a folder, of a run, or by themselves).
+    name: The full name of a checkpoint or architecture, or ORG/NAME[@REV]; of a file, its path.
+    path: The weights file of kind 'file'.
+    """
+
+    text: str
+    kind: str
+    name: str
+    path: Path | None = None
+
+    @property
+    def architecture(self) -> str | None:
+        """The registered architecture, if the name says it."""
+        return self.name.partition(".")[0] if self.kind in ("checkpoint", "dense", "architecture") else None
+
+    @property
+    def path_name(self) -> str | None:
+        """The name of the folder or file as it was given, without where it lies; None for other kinds."""
+        given = self.text.removeprefix("local-dir:")
+        return Path(given).expanduser().absolute().name if self.kind == "file" else None
+
+
+class LoadedModel(NamedTuple):
+    """A network in evaluation mode, its config in timm's Hub layout, and whether a digest vouches for its weights."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    verified: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to a place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_source(text: str | Path | Source) -> Source:
+    """What `text` names. Names with weights come before folders and files; `./NAME` is always a path.
+
+    Args:
+        text: A checkpoint `architecture.tag`, of this package or of timm; an architecture (its first checkpoint); a run
+            folder; a folder with model.safetensors and config.json; a .safetensors file; `local-dir:DIR`;
+            `hf-hub:ORG/NAME[@REV]`. A `Path` is always a path.
+
+    Raises:
+        UnknownWeights: no such name, with what was tried and the nearest names.
+        WeightsNotFound: no such file, or a folder without weights.
+        WeightsError: a file of another format.
+    """
+    if isinstance(text, Source):
+        return text
+    if isinstance(text, Path):
+        return _place(str(text), text)
+    for prefix in ("hf-hub:", "hf_hub:"):
+        if text.startswith(prefix):
+            return _repository(text, text.removeprefix(prefix))
+    if text.startswith("local-dir:"):
+        return _place(text, Path(text.removeprefix("local-dir:")))
+    return _registered(text) or _place(text, Path(text))
+
+
+def _repository(text: str, name: str) -> Source:
+    if name.partition("@")[0].count("/") != 1:
+        raise weights.WeightsNotFound(f"a repository of the Hub reads hf-hub:ORG/NAME[@REV], got {printable(text)}")
+    return Source(text, "hub", name)
+
+
+def _registered(text: str) -> Source | None:
+    name = catalogue.checkpoint(text) or text
+    if name in catalogue.checkpoints():
+        return Source(text, "checkpoint", name)
+    if _is_timms(text):
+        return Source(text, "dense", text)
+    if text in catalogue.architectures() and not Path(text).exists():
+        return Source(text, "architecture", text)
+    return None
+
+
+def _is_timms(name: str) -> bool:
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture) or catalogue.is_ours(architecture):
+        return False
+    return name == architecture or name in timm.list_pretrained(architecture)
+
+
+def _place(text: str, path: Path) -> Source:
+    path = path.expanduser()
+    if not path.exists():
+        raise _nowhere(text, path)
+    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            raise weights.WeightsError(_other_format(path))
+        return Source(text, "file", str(path), path)
+    for name in (BEST, weights.FILE_NAME):
+        if (path / name).is_file():
+            return Source(text, "file", str(path), path / name)
+    weights.read_config(path / weights.CONFIG_NAME)  # of a folder with nothing in it, say that first
+    raise weights.no_weights_in(path)
+
+
+def _nowhere(text: str, path: Path) -> weights.WeightsNotFound:
+    shown = printable(text)
+    if text.startswith("local-dir:") or path.name != text or path.suffix == ".safetensors":
+        what = "file" if path.suffix == ".safetensors" else "folder or file"
+        return weights.WeightsNotFound(
+            f"no such {what}: {printable(str(path))}. {shown!r} is neither a folder, nor a file, nor a registered "
+            f"name; a model is {KINDS}"
+        )
+    names = [*catalogue.checkpoints(), *timm.list_models()]
+    near = difflib.get_close_matches(text, names, n=2) or difflib.get_close_matches(text.partition(".")[0], names, n=2)
+    return weights.UnknownWeights(
+        f"{shown!r} is neither a folder, nor a file, nor the name of a model, and no weights are recorded for {shown}"
+        + (f"; closest: {', '.join(near)}" if near else "")
+        + f". A model is {KINDS}; `parameternet list` shows the names"
+    )
+
+
+def _other_format(path: Path) -> str:
+    return (
+        f"{printable(str(path))} is not a .safetensors file, and no other kind is read: it could run code. "
+        f"If it is a checkpoint of PyTorch, {weights.conversion(path)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a place to a config and tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(source: str | Path | Source, *, dense: bool = False, architecture: str | None = None) -> LoadedModel:
+    """Load a network with verified weights, in evaluation mode.
+
+    Args:
+        source: As for `parse_source`.
+        dense: Take timm's own networks too, not only those of this package.
+        architecture: timm's name of the network, for a file that has no config.
+
+    Returns:
+        The network, its config and whether a digest vouches for the weights: the recorded one, the Hub's, or the one
+        that `weights.save` writes into a file.
+
+    Raises:
+        UnknownWeights, WeightsNotFound: there is no such model; the message says what was tried.
+        WeightsDamaged: bytes or a config that are not what they should be, or that disagree with one another.
+        ValueError: a network of timm where `dense` is False.
+    """
+    source = parse_source(source)
+    if not dense:
+        refuse_dense(source)
+    tensors, words, verified = _read(source)
+    config = _config(source, words, tensors, architecture)
+    if not dense and not catalogue.is_ours(config["architecture"]):
+        raise ValueError(f"{printable(config['architecture'])} is no network of this package: use timm for it")
+    tensors = dynamic_timm.by_order(tensors, config["architecture"]) if source.kind == "dense" else tensors
+    return LoadedModel(_build(source, config, tensors).eval(), config, verified)
+
+
+def refuse_dense(source: Source) -> None:
+    """Refuse the name of a network of timm, for what takes those of this package alone.
+
+    Raises:
+        UnknownWeights: it is one.
+    """
+    if source.kind == "dense":
+        raise weights.UnknownWeights(
+            f"no weights are recorded for {source.name} in this package: it is a dense network of timm. "
+            f"`parameternet upcycle {source.name} -o DIR` makes a dynamic one of it"
+        )
+
+
+def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
+    """The weights file of a source, downloaded if it has to be, and what its SHA-256 must be, one of several; none:
+    unknown. Read it with `weights.read_all`, which checks both.
+
+    Raises:
+        UnknownWeights, WeightsNotFound: as `load`.
+    """
+    return weights.locate(_location(source))
+
+
+def read_tensors(source: str | Path | Source) -> dict[str, Tensor]:
+    """The verified tensors of a model, under the names that they have there.
+
+    Raises:
+        UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
+    """
+    source = parse_source(source)
+    tensors = _read(source)[0]
+    return dynamic_timm.by_order(tensors, source.architecture) if source.kind == "dense" else tensors
+
+
+def read_config(source: str | Path | Source) -> dict[str, Any]:
+    """The config of a model in timm's Hub layout, without building it; the weights of a file are verified.
+
+    A file's own metadata comes before the config.json next to it.
+
+    Raises:
+        UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
+    """
+    source = parse_source(source)
+    words = weights.read_all(source.path)[1] if source.kind == "file" else {}
+    return _config(source, words)
+
+
+def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """Tensors, the words in the file's header, and whether a digest vouches for the tensors."""
+    path, sha256 = weights_file(source)
+    tensors, words = weights.read_all(path, *sha256)
+    return tensors, words, bool(sha256) or weights.DIGEST in words
+
+
+def _location(source: Source) -> Mapping[str, Any]:
+    """Where the weights are, as `weights.locate` reads it."""
+    if source.kind == "architecture":
+        raise weights.UnknownWeights(weights.unknown(source.name, catalogue.checkpoints()))
+    if source.kind == "file":
+        return {"file": str(source.path)}
+    if source.kind == "hub":
+        return {"source": "hf-hub", "hf_hub_id": source.name}
+    if source.name in weights.known():
+        architecture, _, tag = source.name.partition(".")
+        return {"architecture": architecture, "tag": tag}
+    return {"hf_hub_id": _config(source, {})["pretrained_cfg"]["hf_hub_id"]}
+
+
+def _config(
+    source: Source, words: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None, named: str | None = None
+) -> dict[str, Any]:
+    """The config of a source: the file's own metadata, then `config.json`.
+
+    Raises:
+        WeightsDamaged: both are there and disagree, or one is not what it should be.
+        WeightsNotFound: neither is there.
+    """
+    if source.kind == "checkpoint":
+        found = catalogue.config(source.name)
+        cfg = {**found["pretrained_cfg"], "tag": source.name.partition(".")[2]}
+        beside, place = {**found, "pretrained_cfg": cfg}, f"the config.json of {source.name}"
+    elif source.kind == "hub":
+        beside, place = weights.config(f"hf-hub:{source.name}"), f"the config.json of {source.text}"
+    elif source.kind == "file":
+        path = source.path.with_name(weights.CONFIG_NAME)
+        beside, place = weights.read_config(path) if path.is_file() else None, str(path)
+    else:
+        return _of_timm(source.name)
+    own, header = _embedded(source, words), f"the header of {source.path or source.text}"
+    if own and beside:
+        _check_agree(own, beside, header, place)
+    config = own or beside
+    if named and config:
+        _check_agree({**config, "architecture": named}, config, "the architecture that was given", header)
+    if named and not config:
+        return _of_architecture(source, named, tensors or {})
+    if config is None:
+        raise weights.WeightsNotFound(
+            f"{source.path} does not say which network it is of: {weights.CONFIG_NAME} must lie beside it, there is no "
+            f"{place}, and its header holds no config. For upcycle, --architecture names one of timm.list_models()"
+        )
+    return config
+
+
+def _embedded(source: Source, words: Mapping[str, str]) -> dict[str, Any] | None:
+    """The config in a file's header, held against its digest where there is one."""
+    if "config" not in words:
+        return None
+    where = f"the config in the header of {source.path or source.text}"
+    recorded = words.get(weights.CONFIG_DIGEST)
+    if recorded and recorded != weights.text_digest(words["config"]):
+        raise weights.WeightsDamaged(f"{where} is not the one that was saved: its digest differs. Get the file again")
+    return weights.parse_config(words["config"], where)
+
+
+def _check_agree(own: dict[str, Any], beside: dict[str, Any], header: str, place: str) -> None:
+    facts: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "architecture": lambda config: config["architecture"],
+        "num_classes": lambda config: config.get("num_classes") or config["pretrained_cfg"].get("num_classes"),
+        "label_names": lambda config: config.get("label_names") or config["pretrained_cfg"].get("label_names"),
+    }
+    for key, get in facts.items():
+        one, other = get(own), get(beside)
+        if one is not None and other is not None and one != other:
+            raise weights.WeightsDamaged(
+                f"{key} is {_short(one)} in {header}, but {_short(other)} in {place}: they are of different models. "
+                "Remove the one that is wrong"
+            )
+
+
+def _short(value: Any) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _of_timm(name: str) -> dict[str, Any]:
+    """What timm's registry says of one of its own networks or of an architecture of ours, as a config."""
+    architecture = name.partition(".")[0]
+    cfg = timm.get_pretrained_cfg(name)
+    cfg = cfg.to_dict() if cfg else {}
+    if not catalogue.is_ours(architecture) and not cfg.get("hf_hub_id"):
+        raise weights.WeightsNotFound(f"timm has no weights of {name} on the Hub; give a file or a folder of your own")
+    config = {"architecture": architecture, "pretrained_cfg": {**cfg, "url": ""}}
+    if "num_classes" in cfg:
+        config["num_classes"] = cfg["num_classes"]
+    of_imagenet = cfg.get("num_classes") == 1000 and "in1k" in (cfg.get("tag") or "")
+    return {**config, **(dynamic_timm.labels() if of_imagenet else {})}
+
+
+def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A config for a file that has none, of the network that the caller names."""
+    if not timm.is_model(name):
+        raise ValueError(f"{source.path} does not say which network it is of, and timm knows no {name!r}")
+    cfg = timm.get_pretrained_cfg(name)
+    cfg = cfg.to_dict() if cfg else {}
+    classifier = f"{cfg.get('classifier')}.weight"
+    classes = len(tensors[classifier]) if classifier in tensors else cfg.get("num_classes", 1000)
+    return {"architecture": name, "num_classes": classes, "pretrained_cfg": {**cfg, "num_classes": classes}}
+
+
+def _build(source: Source, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    try:
+        return build_from_config(config, state_dict=tensors)
+    except (weights.WeightsError, OSError, ImportError):
+        raise
+    except Exception as error:  # a network may fail by anything on arguments that it was not written for
+        arguments = _short(model_arguments(config))
+        raise weights.WeightsDamaged(
+            f"the config and the weights of {printable(source.text)} do not fit: {config['architecture']} with "
+            f"{arguments} cannot be built and loaded ({type(error).__name__}: {printable(str(error))[:300]})"
+        ) from error
