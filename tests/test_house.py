@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "parameternet"
 # A room imports from lower floors and from its own, never from higher ones.
 FLOORS = {
-    "files": 0, "text": 0, "deprecation": 0, "layers": 1, "weights": 1, "models": 2, "flops": 2, "surgery": 2, "data": 2, "export": 3,
+    "files": 0, "text": 0, "deprecation": 0, "layers": 1, "weights": 1,
+    "models": 2, "flops": 2, "surgery": 2, "data": 2, "export": 3,
     "hub": 3, "training": 3, "prediction": 3, "routing": 3, "cli": 4, "yolo": 4, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorboard"}
