@@ -81,7 +81,7 @@ class OnCondConv2d(nn.Module):
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__()
-        self.cond = cond_conv(conv, CondConv2d if conv.shift is None else ShiftedCondConv2d)
+        self.cond = cond_conv(conv, CondConv2d if conv.output_bias is None else ShiftedCondConv2d)
         self.routing = conv.routing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def cond_conv(conv: DynamicConv, kind: type[nn.Module]) -> nn.Module:
         num_experts=conv.num_experts,
     )  # fmt: skip
     layer.weight = nn.Parameter(conv.weight.detach().reshape(conv.num_experts, -1).clone())
-    if conv.shift is not None:
-        layer.shift = nn.Parameter(conv.shift.detach().clone())
+    if conv.output_bias is not None:
+        layer.output_bias = nn.Parameter(conv.output_bias.detach().clone())
     return layer
 
 
@@ -114,7 +114,7 @@ class ShiftedCondConv2d(CondConv2d):
         y = F.conv2d(
             x.reshape(1, batch * channels, height, width),
             kernels,
-            self.shift.repeat(batch),
+            self.output_bias.repeat(batch),
             self.stride,
             self.padding,
             self.dilation,
@@ -132,8 +132,8 @@ class Naive(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.conv
-        geometry = {"stride": c.stride, "padding": c.padding, "dilation": c.dilation, "groups": c.groups}
-        return naive_dynamic_conv2d(x, c.weight, c.routing(x).to(c.weight.dtype), c.bias, **geometry)
+        conv_params = {"stride": c.stride, "padding": c.padding, "dilation": c.dilation, "groups": c.groups}
+        return naive_dynamic_conv2d(x, c.weight, c.routing(x).to(c.weight.dtype), c.bias, **conv_params)
 
 
 # layers ---------------------------------------------------------------------------------------------------------------

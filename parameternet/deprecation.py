@@ -1,11 +1,12 @@
 """Old names that keep working for one release, with a `DeprecationWarning` that says the new one."""
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["moved"]
+__all__ = ["moved", "renamed", "renamed_arguments"]
 
 
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -27,3 +28,32 @@ def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(place), attribute)
 
     return __getattr__
+
+
+def renamed(old: str, new: str) -> property:
+    """A read-only attribute that warns and returns the attribute `new`."""
+
+    def get(self: Any) -> Any:
+        warnings.warn(f"{type(self).__name__}.{old} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(get, doc=f"Deprecated, use `{new}`.")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function take its former keyword arguments, with a warning: `@renamed_arguments(old="new")`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"got both {new} and its former name {old}: give {new} alone")
+                warnings.warn(f"the argument {old} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

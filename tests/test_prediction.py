@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from parameternet import prediction, weights
-from parameternet.prediction import Predictor, Result, draw, read_image
+from parameternet.prediction import Predictor, Result, draw, drawing, read_image
 
 PHOTOS = Path(__file__).parent / "photos"
 ORIENTATION = 0x0112
@@ -269,7 +269,7 @@ def test_addresses_are_fetched(predictor, address):
 
 
 def test_endless_answers_are_cut_off(predictor, address, monkeypatch):
-    monkeypatch.setattr(prediction, "MAX_DOWNLOAD", 1000)
+    monkeypatch.setattr(prediction.predictor, "MAX_DOWNLOAD", 1000)
     assert "larger than" in predictor.predict(f"{address}/cat.jpg")[0].error
 
 
@@ -292,14 +292,14 @@ def test_addresses_that_are_not_fetched(predictor, source, message):
 
 def blue(picture):
     """Width of the first class's bar, in points."""
-    colour = np.array([int(prediction.FIRST_BAR[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.asarray(picture) == colour).all(-1).sum(1).max()) / prediction.SCALE
+    colour = np.array([int(drawing.FIRST_BAR[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.asarray(picture) == colour).all(-1).sum(1).max()) / drawing.SCALE
 
 
 def test_bars_are_as_long_as_probabilities():
     for probability in (1.0, 0.5, 0.25):
         picture = draw([Result("a.jpg", ["tabby", "teapot"], [probability, 0.1], [0, 1], image=noise())])
-        assert blue(picture) == pytest.approx(prediction.BARS * probability, abs=2)
+        assert blue(picture) == pytest.approx(drawing.BARS * probability, abs=2)
 
 
 def test_every_kind_of_result_fits_on_the_picture(predictor, tmp_path):
@@ -307,7 +307,7 @@ def test_every_kind_of_result_fits_on_the_picture(predictor, tmp_path):
     one, all_of_them = draw(results[:1]), draw(results, "parameternet_50m.tin200")
     assert all_of_them.width == one.width
     assert all_of_them.height > 3 * one.height
-    assert max(results[0].image.size) <= prediction.SCALE * prediction.PHOTO
+    assert max(results[0].image.size) <= drawing.SCALE * drawing.PHOTO
     first_column = np.asarray(all_of_them)[:, -1]
     assert (first_column == 255).all(), "text runs over the edge"
     assert draw(results, limit=2).height < all_of_them.height

@@ -12,7 +12,7 @@ from torch import nn
 
 from parameternet.layers import DynamicConv
 from parameternet.prediction import Predictor
-from parameternet.routing import LayerRouting, Routing, Row, draw, find_pictures, measure
+from parameternet.routing import LayerRouting, Routing, Row, draw, find_images, measure
 from parameternet.training import DataError
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (51, 102, 153)
@@ -44,7 +44,7 @@ def save(path, colour):
 
 
 def routed(network, folder, **options):
-    return measure(Predictor(network, "cpu"), find_pictures([folder]), **options)
+    return measure(Predictor(network, "cpu"), find_images([folder]), **options)
 
 
 def only_layer(network, folder):
@@ -57,7 +57,7 @@ WEIGHT = [[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 3.0]]
 BIAS = [0.1, 0.0, -0.4]
 
 
-def coefficients_of(colour, routing):
+def routing_weights_of(colour, routing):
     logits = [
         sum(w * c / 255 for w, c in zip(row, colour, strict=True)) + b for row, b in zip(WEIGHT, BIAS, strict=True)
     ]
@@ -81,34 +81,34 @@ def test_figures_are_those_of_hand_arithmetic(tmp_path, routing):
         for index, colour in enumerate(colours):
             save(tmp_path / name / f"{index}.png", colour)
     layer = only_layer(Tiny(WEIGHT, BIAS, routing), tmp_path)
-    coefficients = [[coefficients_of(c, routing) for c in colours] for colours in classes.values()]
-    shares = [[[c / sum(picture) for c in picture] for picture in rows] for rows in coefficients]
+    routing_weights = [[routing_weights_of(c, routing) for c in colours] for colours in classes.values()]
+    shares = [[[c / sum(picture) for c in picture] for picture in rows] for rows in routing_weights]
     each = [picture for rows in shares for picture in rows]
-    assert layer.name == "conv" and layer.num_experts == 3 and layer.pictures == 3
-    assert layer.coefficients.dtype == layer.shares.dtype == torch.float64
-    assert np.allclose(layer.coefficients, [mean(rows) for rows in coefficients], atol=1e-6)
+    assert layer.name == "conv" and layer.num_experts == 3 and layer.images == 3
+    assert layer.routing_weights.dtype == layer.shares.dtype == torch.float64
+    assert np.allclose(layer.routing_weights, [mean(rows) for rows in routing_weights], atol=1e-6)
     assert np.allclose(layer.shares, [mean(rows) for rows in shares], atol=1e-6)
     assert np.allclose(layer.mean_shares, mean(each), atol=1e-6)
-    assert layer.picture_entropy == pytest.approx(mean([[entropy(p)] for p in each])[0] / math.log(3), abs=1e-6)
+    assert layer.image_entropy == pytest.approx(mean([[entropy(p)] for p in each])[0] / math.log(3), abs=1e-6)
     assert layer.overall_entropy == pytest.approx(entropy(mean(each)) / math.log(3), abs=1e-6)
     assert layer.experts_in_use == pytest.approx(math.exp(entropy(mean(each))), abs=1e-5)
-    assert layer.picture_entropy < layer.overall_entropy < 1
+    assert layer.image_entropy < layer.overall_entropy < 1
 
 
 @pytest.mark.parametrize("routing", ["sigmoid", "softmax"])
 def test_a_uniform_router_uses_all_experts(tmp_path, routing):
     save(tmp_path / "a.png", GREY)
     layer = only_layer(Tiny([[0.0] * 3] * 5, [0.0] * 5, routing), tmp_path)
-    assert layer.picture_entropy == pytest.approx(1) and layer.overall_entropy == pytest.approx(1)
+    assert layer.image_entropy == pytest.approx(1) and layer.overall_entropy == pytest.approx(1)
     assert layer.experts_in_use == pytest.approx(5) and layer.active_experts == 5
-    assert np.allclose(layer.coefficients, 0.5 if routing == "sigmoid" else 0.2)
+    assert np.allclose(layer.routing_weights, 0.5 if routing == "sigmoid" else 0.2)
 
 
 def test_a_router_that_always_takes_one_expert_uses_one(tmp_path):
     for name, colour in {"a": RED, "b": BLUE}.items():
         save(tmp_path / f"{name}.png", colour)
     layer = only_layer(Tiny([[0.0] * 3] * 4, [500.0, 0.0, 0.0, 0.0]), tmp_path)
-    assert layer.picture_entropy == layer.overall_entropy == 0
+    assert layer.image_entropy == layer.overall_entropy == 0
     assert layer.experts_in_use == 1 and layer.active_experts == 1
     assert layer.shares.tolist() == [[1, 0, 0, 0]] * 2
 
@@ -116,13 +116,13 @@ def test_a_router_that_always_takes_one_expert_uses_one(tmp_path):
 def test_one_expert_alone_has_no_entropy(tmp_path):
     save(tmp_path / "a.png", RED)
     layer = only_layer(Tiny([[1.0] * 3], [0.0], "sigmoid"), tmp_path)
-    assert (layer.picture_entropy, layer.overall_entropy, layer.experts_in_use, layer.active_experts) == (0, 0, 1, 1)
+    assert (layer.image_entropy, layer.overall_entropy, layer.experts_in_use, layer.active_experts) == (0, 0, 1, 1)
 
 
-def test_coefficients_that_are_all_0_favour_nobody(tmp_path):
+def test_routing_weights_that_are_all_0_favour_nobody(tmp_path):
     save(tmp_path / "a.png", RED)
     layer = only_layer(Tiny([[0.0] * 3] * 4, [-500.0] * 4, "sigmoid"), tmp_path)
-    assert layer.coefficients.tolist() == [[0.0] * 4] and layer.shares.tolist() == [[0.25] * 4]
+    assert layer.routing_weights.tolist() == [[0.0] * 4] and layer.shares.tolist() == [[0.25] * 4]
 
 
 def test_classes_that_are_routed_apart_differ_in_shares_and_not_in_their_pictures(tmp_path):
@@ -131,9 +131,9 @@ def test_classes_that_are_routed_apart_differ_in_shares_and_not_in_their_picture
         save(tmp_path / "blue" / f"{index}.png", BLUE)
     found = routed(Tiny([[500.0, 0.0, 0.0], [0.0, 0.0, 500.0]], [0.0, 0.0]), tmp_path, batch_size=3)
     layer = found.layers[0]
-    assert found.rows == [Row("blue", "blue", 2, True), Row("n1", "fire engine", 2, True)] and found.pictures == 4
+    assert found.rows == [Row("blue", "blue", 2, True), Row("n1", "fire engine", 2, True)] and found.images == 4
     assert layer.shares.tolist() == [[0, 1], [1, 0]]
-    assert layer.picture_entropy == 0 and layer.overall_entropy == pytest.approx(1)
+    assert layer.image_entropy == 0 and layer.overall_entropy == pytest.approx(1)
     assert layer.experts_in_use == pytest.approx(2)
 
 
@@ -152,7 +152,7 @@ def test_a_layer_that_stands_in_two_places_counts_each_picture_once(tmp_path):
     for name, colour in {"a": RED, "b": GREEN}.items():
         save(tmp_path / f"{name}.png", colour)
     layer = only_layer(Twice([[500.0, 0.0, 0.0], [0.0, 400.0, 400.0]], [0.0, 0.0]), tmp_path)
-    assert layer.pictures == 2 and layer.shares.tolist() == [[0.5, 0.5], [0, 1]]
+    assert layer.images == 2 and layer.shares.tolist() == [[0.5, 0.5], [0, 1]]
 
 
 def test_damaged_pictures_are_named_and_the_others_keep_their_rows(tmp_path):
@@ -199,7 +199,7 @@ def test_a_tar_gives_what_its_folder_gives(tmp_path):
     of_folder, of_tar = (routed(Tiny(WEIGHT, BIAS), path) for path in (tmp_path / "folder", tar))
     assert [row[1:] for row in of_folder.rows] == [("single.png", 1, False), ("fire engine", 2, True), ("n2", 1, True)]
     assert [row[1:] for row in of_tar.rows] == [row[1:] for row in of_folder.rows]
-    assert torch.equal(of_tar.layers[0].coefficients, of_folder.layers[0].coefficients)
+    assert torch.equal(of_tar.layers[0].routing_weights, of_folder.layers[0].routing_weights)
 
 
 def test_damage_inside_a_tar_is_named_and_the_others_keep_their_rows(tmp_path):
@@ -221,16 +221,16 @@ def test_a_tar_without_pictures_is_an_error(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises((ValueError, DataError), match=r"a\.tar.* [Ee]xpected a "):
-        find_pictures([path])
+        find_images([path])
 
 
 def test_a_class_gives_a_fixed_choice_that_others_do_not_change(tmp_path):
     for index in range(30):
         save(tmp_path / "n1" / f"{index:02}.png", RED)
-    alone = [picture.name for picture in find_pictures([tmp_path], per_class=4)]
+    alone = [picture.name for picture in find_images([tmp_path], per_class=4)]
     for index in range(3):
         save(tmp_path / "a" / f"{index}.png", RED)
-    both = find_pictures([str(tmp_path)], per_class=4)
+    both = find_images([str(tmp_path)], per_class=4)
     assert len(alone) == 4 and alone == sorted(alone) and alone != [str(p) for p in sorted(tmp_path.glob("n1/*"))[:4]]
     assert [picture.name for picture in both if picture.group == "n1"] == alone
     assert [Path(picture.name).name for picture in both if picture.group == "a"] == ["0.png", "1.png", "2.png"]
@@ -238,7 +238,7 @@ def test_a_class_gives_a_fixed_choice_that_others_do_not_change(tmp_path):
 
 def test_pictures_without_class_are_all_taken_and_namesakes_told_apart(tmp_path):
     given = [save(tmp_path / folder / "cat.png", RED) for folder in "abc"] + [save(tmp_path / "dog.png", BLUE)]
-    pictures = find_pictures(given, per_class=1)
+    pictures = find_images(given, per_class=1)
     found = measure(Predictor(Tiny(WEIGHT, BIAS), "cpu"), pictures)
     assert [row.label for row in found.rows] == ["a/cat.png", "b/cat.png", "c/cat.png", "dog.png"]
 

@@ -1,4 +1,4 @@
-"""`parameternet predict`: what is on images."""
+"""`parameternet predict`: classify images."""
 
 import io
 import sys
@@ -14,9 +14,9 @@ from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw
 from parameternet.text import printable
 
 
-def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
     if path and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise click.BadParameter(f"{path} names no format of pictures: let it end in .png, .jpg or .webp")
+        raise click.BadParameter(f"unsupported image format {path}; use .png, .jpg or .webp")
     if path and not path.parent.is_dir():
         raise click.BadParameter(f"the folder {path.parent} does not exist")
     return path
@@ -31,16 +31,16 @@ def _picture_path(_: click.Context, __: click.Parameter, path: Path | None) -> P
     show_default=True,
     help="A checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.",
 )
-@click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes to name.")
-@click.option("--save", type=click.Path(path_type=Path), callback=_picture_path, help="Draw a picture of the result.")
+@click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes per image.")
+@click.option("--save", type=click.Path(path_type=Path), callback=_image_path, help="Draw images with their classes.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     images: tuple[str, ...], model: str, topk: int, save: Path | None, device: str | None, as_json: bool
 ) -> None:
-    """Say what is on each IMAGE: a file, a folder, or an http(s) address.
+    """Classify each IMAGE: a file, a folder, or an http(s) address.
 
-    Images that cannot be read are named and the others go on; the exit code is 1 then.
+    Images that cannot be read are listed and skipped, and the exit code is 1.
     """
     predictor = Predictor(model, device)
     results = predictor.predict(images, topk, keep_images=save is not None)
@@ -50,7 +50,7 @@ def predict(
         _show(results)
     if save:
         _save(draw(results, predictor.name), save)
-        click.echo(f"picture: {save}", err=True)
+        click.echo(f"saved {save}", err=True)
     if any(result.error for result in results):
         sys.exit(1)
 
@@ -79,7 +79,7 @@ def _bar(probability: float) -> str:
     return click.style(f"{bar:20}", fg="blue") + "  "
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, Image.registered_extensions()[path.suffix.lower()])
+    image.save(buffer, Image.registered_extensions()[path.suffix.lower()])
     write_bytes(path, buffer.getvalue())

@@ -40,7 +40,7 @@ class _Written(nn.Module):
         self.routing, self.num_experts, self.out_channels = conv.routing, conv.num_experts, conv.out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.pad_same, self.padding, self.groups = conv.pad_same, conv.padding, conv.groups
-        self.bias, self.shift = conv.bias, conv.shift
+        self.bias, self.output_bias = conv.bias, conv.output_bias
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         if routing_weights is None:
@@ -80,7 +80,7 @@ class _OneImage(_Written):
         else:
             kernel = routing_weights @ self.weight
         kernel = kernel.reshape(self.shape)
-        return F.conv2d(x, kernel, self.shift, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, kernel, self.output_bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _GatedSum(_Written):
@@ -93,20 +93,21 @@ class _GatedSum(_Written):
         self.groups = conv.groups + self.surplus
         kernels = [_with_empty_kernels(kernel, self.surplus) for kernel in conv.expert_kernels()]
         self.kernels = nn.ParameterList([nn.Parameter(kernel, requires_grad=False) for kernel in kernels])
-        if conv.shift is not None:
-            self.shift = nn.Parameter(_with_empty_kernels(conv.shift.detach(), self.surplus), requires_grad=False)
+        if conv.output_bias is not None:
+            bias = _with_empty_kernels(conv.output_bias.detach(), self.surplus)
+            self.output_bias = nn.Parameter(bias, requires_grad=False)
 
     def _convolve(self, x: Tensor, routing_weights: Tensor) -> Tensor:
         if self.surplus:
             x = F.pad(x, [0, 0, 0, 0, 0, self.surplus])
         gates = routing_weights[:, :, None, None].split(1, dim=1)
-        y = self._expert(x * gates[0], self.kernels[0], self.shift)
+        y = self._expert(x * gates[0], self.kernels[0], self.output_bias)
         for expert in range(1, self.num_experts):
             y = y + self._expert(x * gates[expert], self.kernels[expert], None)
         return y[:, : self.out_channels] if self.surplus else y
 
-    def _expert(self, x: Tensor, kernel: Tensor, shift: Tensor | None) -> Tensor:
-        return F.conv2d(x, kernel, shift, self.stride, self.padding, self.dilation, self.groups)
+    def _expert(self, x: Tensor, kernel: Tensor, output_bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, kernel, output_bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def _with_empty_kernels(tensor: Tensor, number: int) -> Tensor:

@@ -4,7 +4,7 @@ from torch import nn
 
 __all__ = ["alteration", "replaced_method"]
 
-PARTS = ("weight", "bias", "shift")
+PARTS = ("weight", "bias", "output_bias")
 
 
 def alteration(module: nn.Module) -> str | None:

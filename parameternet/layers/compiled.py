@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gradients import mixed_gradients
-from .strategies import Geometry, is_channels_last
+from .strategies import ConvParams, is_channels_last
 
 __all__ = ["compiles_for_python", "make_operator", "records_a_graph"]
 
@@ -32,25 +32,25 @@ def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Register `parameternet::convolve`, and return a function that calls it.
 
     Args:
-        compute: `(x, weight, routing_weights, shift, geometry, strategy) -> y`, what the operator does when it is
-            called.
+        compute: `(x, weight, routing_weights, output_bias, conv_params, strategy) -> y`, what the operator does when
+            it is called.
 
     Returns:
-        `(x, weight, routing_weights, geometry, strategy, shift) -> y`, for tensors of one dtype.
+        `(x, weight, routing_weights, conv_params, strategy, output_bias) -> y`, for tensors of one dtype.
     """
 
     def operator(
         x: Tensor,
         weight: Tensor,
         routing_weights: Tensor,
-        shift: Tensor | None,
+        output_bias: Tensor | None,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
         strategy: str | None,
     ) -> Tensor:
-        y = compute(x, weight, routing_weights, shift, Geometry.of(stride, padding, dilation, groups), strategy)
+        y = compute(x, weight, routing_weights, output_bias, ConvParams.of(stride, padding, dilation, groups), strategy)
         return y.contiguous(memory_format=_format(x))
 
     registered = torch.library.custom_op("parameternet::convolve", operator, mutates_args=())
@@ -61,11 +61,11 @@ def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         x: Tensor,
         weight: Tensor,
         routing_weights: Tensor,
-        geometry: Geometry,
+        conv_params: ConvParams,
         strategy: str | None,
-        shift: Tensor | None,
+        output_bias: Tensor | None,
     ) -> Tensor:
-        return torch.ops.parameternet.convolve(x, weight, routing_weights, shift, *geometry, strategy)
+        return torch.ops.parameternet.convolve(x, weight, routing_weights, output_bias, *conv_params, strategy)
 
     return call
 
@@ -75,7 +75,7 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def _fake(x, weight, routing_weights, shift, stride, padding, dilation, groups, strategy) -> Tensor:
+def _fake(x, weight, routing_weights, output_bias, stride, padding, dilation, groups, strategy) -> Tensor:
     """Shape and layout of the output, without computing it."""
     sides = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
@@ -96,8 +96,8 @@ def _convolve_backward(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry.of(stride, padding, dilation, groups)
-    grads = mixed_gradients(x, weight, routing_weights, grad, geometry, (True, True, True))
+    conv_params = ConvParams.of(stride, padding, dilation, groups)
+    grads = mixed_gradients(x, weight, routing_weights, grad, conv_params, (True, True, True))
     grad_x, grad_weight, grad_routing = (g.contiguous() for g in grads if g is not None)
     return grad_x, grad_weight, grad_routing
 
@@ -108,12 +108,12 @@ def _(grad, x, weight, routing_weights, stride, padding, dilation, groups):
 
 
 def _keep(ctx, inputs, output):
-    x, weight, routing_weights, shift, *geometry, _ = inputs
+    x, weight, routing_weights, output_bias, *conv_params, _ = inputs
     ctx.save_for_backward(x, weight, routing_weights)
-    ctx.geometry, ctx.shifted = geometry, shift is not None
+    ctx.conv_params, ctx.has_output_bias = conv_params, output_bias is not None
 
 
 def _backward(ctx, grad):
-    grads = torch.ops.parameternet.convolve_backward(grad, *ctx.saved_tensors, *ctx.geometry)
-    grad_shift = grad.sum((0, 2, 3)) if ctx.shifted else None
-    return *grads, grad_shift, None, None, None, None, None
+    grads = torch.ops.parameternet.convolve_backward(grad, *ctx.saved_tensors, *ctx.conv_params)
+    grad_output_bias = grad.sum((0, 2, 3)) if ctx.has_output_bias else None
+    return *grads, grad_output_bias, None, None, None, None, None

@@ -15,7 +15,7 @@ from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, make_operator, records_a_graph
 from .gradients import MixedConvolution, gains_by_float32_gradients, gains_by_own_gradient
 from .strategies import (
-    Geometry,
+    ConvParams,
     batched_matmul,
     batched_matmul_in_parts,
     gated_inputs,
@@ -31,14 +31,14 @@ from .strategies import (
 
 __all__ = ["STRATEGIES", "Strategy", "check_strategy", "choose_strategy", "convolve"]
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, ConvParams], Tensor]
 
 
 @dataclass(frozen=True)
 class Strategy:
     """A way to compute y_b = (sum_e alpha_be W_e) * x_b.
 
-    forward: `(x, weight, routing_weights, shift, geometry) -> y`, in differentiable operations that can be recorded.
+    forward: `(x, weight, routing_weights, output_bias, conv_params) -> y` in differentiable operations that trace.
     forward_inference: The same where neither gradients nor a graph are needed.
     takes: 'all', 'pointwise' or 'depthwise' convolutions; `check_strategy` says which those are.
     keeps_kernels: Backward needs the mixed kernels of all samples, or mixes them again.
@@ -138,27 +138,28 @@ def convolve(
     weight: Tensor,
     routing_weights: Tensor,
     bias: Tensor | None,
-    geometry: Geometry,
+    conv_params: ConvParams,
     strategy: str | None,
-    shift: Tensor | None,
+    output_bias: Tensor | None,
 ) -> Tensor:
     """`dynamic_conv2d` for tensors whose shapes are known to fit; a strategy that was asked for is still checked."""
     if strategy is not None:
-        check_strategy(strategy, weight, geometry.padding, geometry.groups, routing_weights.shape[1])
+        check_strategy(strategy, weight, conv_params.padding, conv_params.groups, routing_weights.shape[1])
     if torch.jit.is_scripting():
         routing_weights = routing_weights.to(weight.dtype)
-        y = _convolve_scripted(x, weight, routing_weights, geometry, strategy, shift)
+        y = _convolve_scripted(x, weight, routing_weights, conv_params, strategy, output_bias)
     else:
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.dtype != torch.float64:
             with without_autocast(x.device.type):
-                return convolve(x.to(dtype), weight.to(dtype), routing_weights, bias, geometry, strategy, shift)
+                x, weight = x.to(dtype), weight.to(dtype)
+                return convolve(x, weight, routing_weights, bias, conv_params, strategy, output_bias)
         # Comparing is cheaper than a cast that changes nothing, and at batch 1 such things add up.
         if routing_weights.dtype != weight.dtype:
             routing_weights = routing_weights.to(weight.dtype)
-        if shift is not None and shift.dtype != weight.dtype:
-            shift = shift.to(weight.dtype)
-        y = _convolve(x, weight, routing_weights, geometry, strategy, shift)
+        if output_bias is not None and output_bias.dtype != weight.dtype:
+            output_bias = output_bias.to(weight.dtype)
+        y = _convolve(x, weight, routing_weights, conv_params, strategy, output_bias)
     if bias is not None:
         y = y + mix(bias.to(weight.dtype), routing_weights)[:, :, None, None]
     return y
@@ -166,57 +167,69 @@ def convolve(
 
 @torch.jit.unused
 def _convolve(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    conv_params: ConvParams,
+    strategy: str | None,
+    output_bias: Tensor | None,
 ) -> Tensor:
     """Run on the path that the call is on: compiled operator, recorded graph, with gradients, or without."""
     if x.shape[0] == 0:
-        return _convolve_nothing(x, weight, routing_weights, geometry, shift)
+        return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     recorded = records_a_graph()
     if recorded and compiles_for_python():
-        return convolve_compiled(x, weight, routing_weights, geometry, strategy, shift)
+        return convolve_compiled(x, weight, routing_weights, conv_params, strategy, output_bias)
     if strategy is None:
-        stride, padding, _, groups = geometry
+        stride, padding, _, groups = conv_params
         strategy = choose_strategy(x, weight, routing_weights, stride, padding, groups, recorded)
     chosen = STRATEGIES[strategy]
     if recorded:
-        return chosen.forward(x, weight, routing_weights, shift, geometry)
+        return chosen.forward(x, weight, routing_weights, output_bias, conv_params)
     if not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (x, weight, routing_weights, shift)
+        t is not None and t.requires_grad for t in (x, weight, routing_weights, output_bias)
     ):
-        return chosen.forward_inference(x, weight, routing_weights, shift, geometry)
-    if not chosen.keeps_kernels or not _gains_by_mixing_again(x, weight, routing_weights, geometry.groups):
-        return chosen.forward(x, weight, routing_weights, shift, geometry)
-    y = MixedConvolution.apply(x, weight, routing_weights, geometry, chosen.forward, chosen.forward_inference)
-    return y if shift is None else y + shift[:, None, None]
+        return chosen.forward_inference(x, weight, routing_weights, output_bias, conv_params)
+    if not chosen.keeps_kernels or not _gains_by_mixing_again(x, weight, routing_weights, conv_params.groups):
+        return chosen.forward(x, weight, routing_weights, output_bias, conv_params)
+    y = MixedConvolution.apply(x, weight, routing_weights, conv_params, chosen.forward, chosen.forward_inference)
+    return y if output_bias is None else y + output_bias[:, None, None]
 
 
 def _convolve_scripted(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, strategy: str | None, shift: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    conv_params: ConvParams,
+    strategy: str | None,
+    output_bias: Tensor | None,
 ) -> Tensor:
     """The table once more as a chain, for TorchScript."""
     if x.shape[0] == 0:
-        return _convolve_nothing(x, weight, routing_weights, geometry, shift)
+        return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     if strategy is None:
         strategy = choose_strategy(
-            x, weight, routing_weights, geometry.stride, geometry.padding, geometry.groups, False
+            x, weight, routing_weights, conv_params.stride, conv_params.padding, conv_params.groups, False
         )
     if strategy == "grouped":
-        return grouped(x, weight, routing_weights, shift, geometry)
+        return grouped(x, weight, routing_weights, output_bias, conv_params)
     if strategy == "batched_matmul":
-        return batched_matmul(x, weight, routing_weights, shift, geometry)
+        return batched_matmul(x, weight, routing_weights, output_bias, conv_params)
     if strategy == "gated_inputs":
-        return gated_inputs(x, weight, routing_weights, shift, geometry)
+        return gated_inputs(x, weight, routing_weights, output_bias, conv_params)
     if strategy == "shifted":
-        return shifted(x, weight, routing_weights, shift, geometry)
-    return wide(x, weight, routing_weights, shift, geometry)
+        return shifted(x, weight, routing_weights, output_bias, conv_params)
+    return wide(x, weight, routing_weights, output_bias, conv_params)
 
 
 def _convolve_nothing(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, shift: Tensor | None
+    x: Tensor, weight: Tensor, routing_weights: Tensor, conv_params: ConvParams, output_bias: Tensor | None
 ) -> Tensor:
     """The empty output of an empty batch. Everything takes part, so that every gradient is zero and none is missing."""
     kernel = weight[: weight.shape[0] // routing_weights.shape[1]]
-    y = F.conv2d(x, kernel, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    y = F.conv2d(
+        x, kernel, output_bias, conv_params.stride, conv_params.padding, conv_params.dilation, conv_params.groups
+    )
     return y * routing_weights.sum(1).reshape(-1, 1, 1, 1)
 
 
@@ -232,12 +245,19 @@ def _gains_by_mixing_again(x: Tensor, weight: Tensor, routing_weights: Tensor, g
 
 
 def _compute(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, shift: Tensor | None, geometry: Geometry, strategy: str | None
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    output_bias: Tensor | None,
+    conv_params: ConvParams,
+    strategy: str | None,
 ) -> Tensor:
     """What the compiled operator does when it is called: choose for the shapes that came, and compute."""
     if strategy is None:
-        strategy = choose_strategy(x, weight, routing_weights, geometry.stride, geometry.padding, geometry.groups)
-    return STRATEGIES[strategy].forward_inference(x, weight, routing_weights, shift, geometry)
+        strategy = choose_strategy(
+            x, weight, routing_weights, conv_params.stride, conv_params.padding, conv_params.groups
+        )
+    return STRATEGIES[strategy].forward_inference(x, weight, routing_weights, output_bias, conv_params)
 
 
 convolve_compiled = make_operator(_compute)

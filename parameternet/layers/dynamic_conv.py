@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..deprecation import renamed
 from .autocast import autocast_dtype, without_autocast
 from .dispatch import check_strategy, convolve
 from .functional import pair
-from .strategies import Geometry
+from .strategies import ConvParams
 
 __all__ = ["DynamicConv", "Router", "set_temperature"]
 
@@ -154,8 +155,8 @@ class DynamicConv(nn.Module):
     """Convolution whose kernel is mixed for each sample from `num_experts` kernels.
 
     Input (B, in_channels, H, W) -> output (B, out_channels, H', W'). `weight` is (E * out_channels, in_channels /
-    groups, kh, kw): the kernels of E static convolutions, stacked. Sigmoid coefficients need not sum to one.
-    `shift` (out_channels,) is added to every sample's output; it is None until batch normalisation is folded in.
+    groups, kh, kw): the kernels of E static convolutions, stacked. Sigmoid routing weights need not sum to one.
+    `output_bias` (out_channels,) is added to every sample's output; it is None until batch normalisation is folded in.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: As of torch.nn.Conv2d, but for the
@@ -165,7 +166,7 @@ class DynamicConv(nn.Module):
             a pair.
         num_experts: Kernels to mix.
         routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor; None:
-            no router, coefficients are handed to every call.
+            no router, every call is given routing weights.
         routing_hidden, temperature: As of `Router`; not with a shared router.
         strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
             it can be changed later.
@@ -173,15 +174,17 @@ class DynamicConv(nn.Module):
     Raises:
         ValueError: Numbers that do not fit each other; the message shows them.
 
-    To route once for several convolutions, hand on the coefficients: `r = router(x); a(x, r) + b(x, r)`.
+    To route once for several convolutions, pass the routing weights: `r = router(x); a(x, r) + b(x, r)`.
     Cost: E times the parameters of the static convolution, and E products more for each of its parameters and sample.
     Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
     """
 
     if TYPE_CHECKING:
         routing: Router | None
-        shift: nn.Parameter | None
+        output_bias: nn.Parameter | None
 
+    __jit_unused_properties__ = ("shift",)
+    shift = renamed("shift", "output_bias")
     transposed = False
     output_padding = (0, 0)
     padding_mode = "zeros"
@@ -228,8 +231,19 @@ class DynamicConv(nn.Module):
         if strategy is not None:
             check_strategy(strategy, self.weight, self.padding, groups, num_experts)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
-        self.register_parameter("shift", None)
+        self.register_parameter("output_bias", None)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; up to 0.1.0 the output bias was called `shift`."""
+        super().__setstate__(state)
+        if "shift" in self._parameters:
+            self.register_parameter("output_bias", self._parameters.pop("shift"))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}shift" in state_dict:
+            state_dict[f"{prefix}output_bias"] = state_dict.pop(f"{prefix}shift")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Draw every expert as torch.nn.Conv2d draws its kernel. The router is left alone: it may be shared."""
@@ -265,8 +279,8 @@ class DynamicConv(nn.Module):
             routing_weights = self.routing(x)
         if self.pad_same:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
-        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
-        return convolve(x, self.weight, routing_weights, self.bias, geometry, self.strategy, self.shift)
+        conv_params = ConvParams(self.stride, self.padding, self.dilation, self.groups)
+        return convolve(x, self.weight, routing_weights, self.bias, conv_params, self.strategy, self.output_bias)
 
     def extra_repr(self) -> str:
         padding = "'same'" if self.pad_same else self.padding

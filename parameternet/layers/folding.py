@@ -59,8 +59,8 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """Scale the kernels of `conv`, every expert's alike, so that its output is that of `norm(conv(x))`.
 
     Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
-    adds is not mixed: it becomes `shift` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics are
-    folded, whether the layers are in training mode or not, as timm's `reparameterize_model` has it.
+    adds is not mixed: it becomes `output_bias` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics
+    are folded in training mode too, as timm's `reparameterize_model` does.
 
     Returns:
         What is left to do after `conv`: nn.Identity, the activation of a BatchNormAct2d, or `norm` itself, and `conv`
@@ -75,7 +75,7 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     conv.weight = _scaled(conv.weight, scale.repeat(experts)[:, None, None, None])
     if isinstance(conv, DynamicConv) and conv.bias is not None:
         conv.bias = _scaled(conv.bias, scale.repeat(experts))
-    name = "shift" if isinstance(conv, DynamicConv) else "bias"
+    name = "output_bias" if isinstance(conv, DynamicConv) else "bias"
     old = getattr(conv, name)
     if old is not None:
         start = start + old.double() * scale

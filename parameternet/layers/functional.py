@@ -5,11 +5,13 @@ experts are one 4-D tensor, expert-major: `weight[e * out : (e + 1) * out]` is t
 chooses how the sum is computed, `strategies.py` computes it, `gradients.py` differentiates it.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from .dispatch import STRATEGIES, convolve
-from .strategies import Geometry
+from .strategies import ConvParams
 
 __all__ = ["STRATEGIES", "dynamic_conv2d", "pair"]
 
@@ -32,6 +34,7 @@ def dynamic_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     strategy: str | None = None,
+    output_bias: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
     """Convolve each sample with a kernel of its own, mixed from experts.
@@ -39,12 +42,13 @@ def dynamic_conv2d(
     Args:
         x: Input (B, in, H, W).
         weight: Kernels of all experts, expert-major, (E * out, in / groups, kh, kw).
-        routing_weights: Mixing coefficients (B, E), any values; cast to the dtype of `weight`.
+        routing_weights: (B, E), any values; cast to the dtype of `weight`.
         bias: Biases of all experts, (E * out,), mixed as the kernels are; or None.
         stride, padding, dilation: Numbers or (h, w) pairs; zeros are padded on both sides.
         groups: Groups of each sample's convolution.
         strategy: A name in `STRATEGIES`, used or refused and never replaced; None: the fast one for this shape.
-        shift: Added to the output of every sample as it is, (out,); or None.
+        output_bias: Added to the output of every sample, not mixed, (out,); or None.
+        shift: Deprecated name of `output_bias`.
 
     Returns:
         (B, out, H', W'), with H' and W' as torch.nn.Conv2d has them. An empty batch gives an empty output.
@@ -55,15 +59,20 @@ def dynamic_conv2d(
     Where the kernels of all samples are large, none is kept for backward: they are mixed again. Source: CondConv,
     arXiv:1904.04971; the expert-major 4-D weight is ours.
     """
+    if shift is not None:
+        output_bias = shift
     if not torch.jit.is_scripting():
+        if shift is not None:
+            warnings.warn("the argument shift is deprecated, use output_bias", DeprecationWarning, stacklevel=2)
         stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
         if not torch.jit.is_tracing():
-            _check(x, weight, routing_weights, bias, shift, groups)
-    return convolve(x, weight, routing_weights, bias, Geometry(stride, padding, dilation, groups), strategy, shift)
+            _check(x, weight, routing_weights, bias, output_bias, groups)
+    conv_params = ConvParams(stride, padding, dilation, groups)
+    return convolve(x, weight, routing_weights, bias, conv_params, strategy, output_bias)
 
 
 def _check(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, bias: Tensor | None, shift: Tensor | None, groups: int
+    x: Tensor, weight: Tensor, routing_weights: Tensor, bias: Tensor | None, output_bias: Tensor | None, groups: int
 ) -> None:
     if x.ndim != 4:
         raise ValueError(f"x must be (batch, channels, height, width), got shape {tuple(x.shape)}")
@@ -72,7 +81,7 @@ def _check(
     if routing_weights.ndim != 2 or routing_weights.shape[0] != x.shape[0]:
         raise ValueError(
             f"routing_weights must be (batch, experts) with batch = {x.shape[0]}, got shape "
-            f"{tuple(routing_weights.shape)}: one row of mixing coefficients for each sample of x"
+            f"{tuple(routing_weights.shape)}: one row for each sample of x"
         )
     experts = routing_weights.shape[1]
     if experts < 1 or weight.shape[0] % experts:
@@ -85,5 +94,5 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (experts * out,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if shift is not None and shift.shape != (out,):
-        raise ValueError(f"shift must be (out,) = ({out},), got {tuple(shift.shape)}")
+    if output_bias is not None and output_bias.shape != (out,):
+        raise ValueError(f"output_bias must be (out,) = ({out},), got {tuple(output_bias.shape)}")

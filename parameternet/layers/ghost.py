@@ -12,6 +12,7 @@ import torch
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
+from ..deprecation import renamed_arguments
 from .dynamic_conv import DynamicConv
 from .folding import fold_batch_norm
 from .static import DepthwiseConv, SqueezeExcite
@@ -78,24 +79,25 @@ class ConvBnAct(nn.Module):
 class GhostModule(nn.Module):
     """Half of the channels by an ordinary convolution, the rest from them by a cheap depthwise one.
 
-    Input (B, inp, H, W) -> output (B, oup, H', W'). The primary convolution makes ceil(oup / ratio) channels, the cheap
-    one ratio - 1 more for each; what exceeds `oup` is cut off. With ratio 1 there is no cheap part.
+    Input (B, in_chs, H, W) -> output (B, out_chs, H', W'). The primary convolution makes ceil(out_chs / ratio)
+    channels, the cheap one ratio - 1 more from each; what exceeds `out_chs` is cut off. Ratio 1 has no cheap part.
 
     Args:
-        inp, oup: Channels in and out.
+        in_chs, out_chs: Channels in and out.
         kernel_size, stride: Of the primary convolution.
         ratio: Output channels for each primary one, at least 1.
-        dw_size: Kernel of the cheap convolution, odd (an even one changes the size of the picture).
+        dw_size: Kernel of the cheap convolution, odd (an even one changes height and width).
         act_layer: After each part; None for none.
         num_experts, conv_layer: See this file's first lines.
 
     Source: GhostNet, arXiv:1911.11907.
     """
 
+    @renamed_arguments(inp="in_chs", oup="out_chs")
     def __init__(
         self,
-        inp: int,
-        oup: int,
+        in_chs: int,
+        out_chs: int,
         kernel_size: int = 1,
         ratio: int = 2,
         dw_size: int = 3,
@@ -117,11 +119,11 @@ class GhostModule(nn.Module):
             )
         dd = {"device": device, "dtype": dtype}
         conv = _conv_layer(conv_layer, num_experts)
-        self.out_channels = oup
-        primary = math.ceil(oup / ratio)
+        self.out_channels = out_chs
+        primary = math.ceil(out_chs / ratio)
         cheap = primary * (ratio - 1)
         self.primary_conv = nn.Sequential(
-            conv(inp, primary, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
+            conv(in_chs, primary, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd),
             norm_layer(primary, **dd),
             _act(act_layer),
         )
@@ -133,7 +135,7 @@ class GhostModule(nn.Module):
                 _act(act_layer),
             )
         self.has_cheap = cheap > 0
-        self.has_surplus = primary + cheap > oup
+        self.has_surplus = primary + cheap > out_chs
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.primary_conv(x)

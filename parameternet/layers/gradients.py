@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
-from .strategies import Geometry, is_pointwise, mix, samples_at_a_time
+from .strategies import ConvParams, is_pointwise, mix, samples_at_a_time
 
 __all__ = [
     "DepthwiseConvolution",
@@ -32,15 +32,25 @@ class MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, forward: Callable, inference: Callable
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        conv_params: ConvParams,
+        forward: Callable,
+        inference: Callable,
     ) -> Tensor:
-        return _own_tensor(inference(x, weight, routing_weights, None, geometry))
+        return _own_tensor(inference(x, weight, routing_weights, None, conv_params))
 
     @staticmethod
     def plain(
-        x: Tensor, weight: Tensor, routing_weights: Tensor, geometry: Geometry, forward: Callable, inference: Callable
+        x: Tensor,
+        weight: Tensor,
+        routing_weights: Tensor,
+        conv_params: ConvParams,
+        forward: Callable,
+        inference: Callable,
     ) -> Tensor:
-        return forward(x, weight, routing_weights, None, geometry)
+        return forward(x, weight, routing_weights, None, conv_params)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -48,9 +58,9 @@ class MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        geometry = ctx.options[0]
+        conv_params = ctx.options[0]
         with without_autocast(grad.device.type):  # forward ran without it, whatever is on now
-            grads = mixed_gradients(*ctx.saved_tensors, grad, geometry, ctx.needs_input_grad)
+            grads = mixed_gradients(*ctx.saved_tensors, grad, conv_params, ctx.needs_input_grad)
         return *grads, None, None, None
 
     @staticmethod
@@ -66,8 +76,8 @@ class DepthwiseConvolution(torch.autograd.Function):
     """Depthwise convolution (B, C, H, W) by (C, 1, kh, kw) with the gradients of `convolution_gradients`."""
 
     @staticmethod
-    def forward(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        return F.conv2d(x, kernels, None, *geometry)
+    def forward(x: Tensor, kernels: Tensor, conv_params: ConvParams) -> Tensor:
+        return F.conv2d(x, kernels, None, *conv_params)
 
     plain = forward
 
@@ -77,9 +87,9 @@ class DepthwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (geometry,) = ctx.options
+        (conv_params,) = ctx.options
         with without_autocast(grad.device.type):
-            return *convolution_gradients(*ctx.saved_tensors, grad, geometry, *ctx.needs_input_grad[:2]), None
+            return *convolution_gradients(*ctx.saved_tensors, grad, conv_params, *ctx.needs_input_grad[:2]), None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -113,10 +123,10 @@ def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | No
 
 
 def mixed_gradients(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, geometry: Geometry, needed: Sequence[bool]
+    x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, conv_params: ConvParams, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of input, experts and routing, as `needed`; kernels are mixed again, a few samples at a time."""
-    form = _matmul_gradients if is_pointwise(weight, geometry.padding, geometry.groups) else _grouped_gradients
+    form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []
     grads_routing: list[Tensor] = []
@@ -125,7 +135,7 @@ def mixed_gradients(
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         kernels = mix(weight, routing_weights[part])
-        part_x, part_kernels = form(x[part], kernels, grad[part], weight.shape, geometry, needed)
+        part_x, part_kernels = form(x[part], kernels, grad[part], weight.shape, conv_params, needed)
         if part_x is not None:
             grads_x.append(part_x)
         if part_kernels is not None and needed[1]:
@@ -150,9 +160,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _matmul_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor | None, Tensor | None]:
+def _matmul_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Tensor | None, Tensor | None]:
     batch, channels = x.shape[:2]
-    (stride_h, stride_w), grad_x, grad_kernels = geometry.stride, None, None
+    (stride_h, stride_w), grad_x, grad_kernels = conv_params.stride, None, None
     strided = (stride_h, stride_w) != (1, 1)
     seen = x[:, :, ::stride_h, ::stride_w] if strided else x
     columns = seen.reshape(batch, channels, -1)
@@ -160,7 +170,7 @@ def _matmul_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor
     if needed[0]:
         grad_x = torch.bmm(kernels.reshape(batch, -1, channels).transpose(1, 2), grad).reshape(seen.shape)
         if strided:
-            grad_x = _spread(grad_x, x.shape, geometry.stride)
+            grad_x = _spread(grad_x, x.shape, conv_params.stride)
     if needed[1] or needed[2]:
         grad_kernels = torch.bmm(grad, columns.transpose(1, 2)).reshape(batch, -1)
     return grad_x, grad_kernels
@@ -173,9 +183,9 @@ def _spread(grad: Tensor, shape: torch.Size, stride: tuple[int, int]) -> Tensor:
     return spread
 
 
-def _grouped_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tensor | None, Tensor | None]:
+def _grouped_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Tensor | None, Tensor | None]:
     batch = x.shape[0]
-    folded = Geometry(geometry.stride, geometry.padding, geometry.dilation, batch * geometry.groups)
+    folded = ConvParams(conv_params.stride, conv_params.padding, conv_params.dilation, batch * conv_params.groups)
     grad_x, grad_kernels = convolution_gradients(
         x.reshape(1, -1, *x.shape[2:]),
         kernels.reshape(-1, *shape[1:]),
@@ -188,14 +198,14 @@ def _grouped_gradients(x, kernels, grad, shape, geometry, needed) -> tuple[Tenso
     return grad_x, None if grad_kernels is None else grad_kernels.reshape(batch, -1)
 
 
-def convolution_gradients(x, kernels, grad, geometry, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
+def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a static convolution, those of a depthwise one in float32 or by our own formula where it gains."""
     grad, dtype = grad.to(x.dtype), x.dtype
-    depthwise = kernels.shape[0] == geometry.groups == x.shape[1]
+    depthwise = kernels.shape[0] == conv_params.groups == x.shape[1]
     if depthwise and gains_by_float32_gradients(x):
         x, kernels, grad = x.float(), kernels.float(), grad.float()
     own = of_kernels and depthwise and x.shape[0] == 1 and gains_by_own_gradient(x, kernels)
-    stride, padding, dilation, groups = geometry
+    stride, padding, dilation, groups = conv_params
     mask = [of_x, of_kernels and not own, False]
     grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
         grad, x, kernels, None, stride, padding, dilation, False, [0, 0], groups, mask

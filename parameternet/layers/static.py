@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, records_a_graph
 from .gradients import DepthwiseConvolution
-from .strategies import Geometry
+from .strategies import ConvParams
 
 __all__ = ["CollapsedConv", "CollapsedConvSame", "DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
 
@@ -85,9 +85,9 @@ def depthwise_conv2d(
     """
     if not torch.jit.is_scripting() and training and bias is None:
         if _gains_by_folding(x, weight):
-            return _depthwise_by_samples(x, weight, Geometry(stride, padding, dilation, x.shape[0] * weight.shape[0]))
+            return _depthwise_by_samples(x, weight, ConvParams(stride, padding, dilation, x.shape[0] * weight.shape[0]))
         if _trains_in_half(x, weight):
-            return _depthwise_in_half(x, weight, Geometry(stride, padding, dilation, weight.shape[0]))
+            return _depthwise_in_half(x, weight, ConvParams(stride, padding, dilation, weight.shape[0]))
     return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
 
 
@@ -105,17 +105,17 @@ def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
 
 
 @torch.jit.unused
-def _depthwise_in_half(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def _depthwise_in_half(x: Tensor, weight: Tensor, conv_params: ConvParams) -> Tensor:
     dtype = autocast_dtype(x.device.type)
     with without_autocast(x.device.type):
-        return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), geometry)
+        return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), conv_params)
 
 
 @torch.jit.unused
-def _depthwise_by_samples(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def _depthwise_by_samples(x: Tensor, weight: Tensor, conv_params: ConvParams) -> Tensor:
     batch, channels = x.shape[:2]
     kernels = weight.expand(batch, *weight.shape).reshape(-1, *weight.shape[1:])
-    y = DepthwiseConvolution.apply(x.reshape(1, batch * channels, *x.shape[2:]), kernels, geometry)
+    y = DepthwiseConvolution.apply(x.reshape(1, batch * channels, *x.shape[2:]), kernels, conv_params)
     return y.reshape(batch, channels, *y.shape[2:])
 
 

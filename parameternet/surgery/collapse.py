@@ -1,7 +1,6 @@
 """`collapse`: dynamic convolutions whose routing hardly varies as static ones again."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -11,37 +10,43 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from ..deprecation import renamed
 from ..layers import DynamicConv
 from ..layers.altered import alteration
+from ..layers.recording import dynamic_layers, record_routing_weights
 from ..layers.replacing import replace_layer
 from ..layers.static import CollapsedConv, CollapsedConvSame
 from .modes import evaluating
 from .observe import Observation, observe
 from .survey import read_elsewhere, refuse_distributed, tied
 
-__all__ = ["Variation", "collapse", "listening", "measure_routing"]
+__all__ = ["Variation", "collapse", "measure_routing"]
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How much one layer's kernels vary over a data set.
+    """How much the kernel of one layer varies over a data set.
 
-    coefficients: Mean routing weights (E,), float64. error: By how much a sample's kernel differs from the mean kernel
-    at most, both as lengths (root of the sum of squares), relative to the mean kernel. samples: How many were seen, in
-    all calls of the layer. handed: Its caller hands it routing weights or keyword arguments, or calls its router. left:
-    Why `collapse` leaves it whatever the error; None if it does not.
+    routing_weights: Mean routing weights (E,), float64.
+    error: Largest distance of a sample's kernel from the mean kernel, relative to the mean kernel (Frobenius norms).
+    samples: Samples seen, in all calls of the layer.
+    from_caller: Its caller passes routing weights or keyword arguments, or calls its router.
+    left: Why `collapse` leaves it, whatever the error; None if it does not.
     """
 
     name: str
-    coefficients: Tensor
+    routing_weights: Tensor
     error: float
     samples: int
-    handed: bool = False
+    from_caller: bool = False
     left: str | None = None
+
+    coefficients = renamed("coefficients", "routing_weights")
+    handed = renamed("handed", "from_caller")
 
 
 def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]:
-    """Run batches of pictures through a network, in evaluation mode, and see what its routers say.
+    """Measure how much the kernels of a network vary over batches of images, in evaluation mode.
 
     Args:
         model: A network with DynamicConv layers.
@@ -53,30 +58,29 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
     Raises:
         ValueError: Nothing to measure: no dynamic layer, or none that an image reached.
     """
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, DynamicConv)}
-    if not convs:
-        raise ValueError(f"this {type(model).__name__} has no dynamic convolution whose routing could be measured")
+    convs = dynamic_layers(model)
     batches = iter(data)
     first = next(batches, None)
     seen = observe(model, None if first is None else _images(first)[:1])
     left = _left(model, convs, seen)
-    handed = {name for name, conv in convs.items() if conv.routing is None} | _asked(convs, seen)
-    with listening(convs, handed) as heard, torch.no_grad(), evaluating(model):
+    with record_routing_weights(model) as recording, torch.no_grad(), evaluating(model):
         device = next(model.parameters()).device
         for batch in chain([] if first is None else [first], batches):
             model(_images(batch).to(device))
-    rows = {name: all_rows for name, parts in heard.items() if parts and len(all_rows := torch.cat(parts))}
-    if not rows:
+    samples = {name: rows for name, calls in recording.calls.items() if calls and len(rows := recording.samples(name))}
+    if not samples:
         raise ValueError(f"no image reached {', '.join([*convs][:5])}: data must hold at least one batch")
-    return [_variation(name, convs[name], found, name in handed, left.get(name)) for name, found in rows.items()]
+    without_router = {name for name, conv in convs.items() if conv.routing is None}
+    from_caller = recording.from_caller | without_router | _router_called(convs, seen)
+    return [_variation(name, convs[name], rows, name in from_caller, left.get(name)) for name, rows in samples.items()]
 
 
 def _images(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
-def _asked(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
-    """Layers whose router others call."""
+def _router_called(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
+    """Layers whose router is called by others."""
     calls = seen.calls if seen else {}
     asked = {name for name, made in calls.items() if any(not call.inside & convs.keys() for call in made)}
     routers = {id(convs[owner].routing) for name in asked if (owner := _owner(name)) in convs}
@@ -128,56 +132,25 @@ def collapse(
     return model, variations
 
 
-@contextmanager
-def listening(convs: dict[str, DynamicConv], handed: set[str] | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """Routing weights that reach each convolution, from its router or from its caller: (B, E) float64 a call.
-
-    Names of layers that are called in other ways than `conv(x)` are added to `handed`.
-    """
-    heard: dict[str, list[Tensor]] = {name: [] for name in convs}
-
-    def note(name: str, conv: DynamicConv, args: tuple[Tensor, ...], kwargs: dict[str, Tensor | None]) -> None:
-        given = dict(zip(("x", "routing_weights"), args, strict=False)) | kwargs
-        routing_weights = given.get("routing_weights")
-        if handed is not None and ("routing_weights" in given or kwargs):
-            handed.add(name)
-        if routing_weights is None and conv.routing is not None:
-            routing_weights = conv.routing(given["x"])
-        if routing_weights is not None:  # without them the layer itself says what it lacks
-            heard[name].append(routing_weights.detach().cpu().double())
-
-    hooks = [
-        conv.register_forward_pre_hook(
-            lambda conv, args, kwargs, name=name: note(name, conv, args, kwargs), with_kwargs=True
-        )
-        for name, conv in convs.items()
-    ]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _variation(name: str, conv: DynamicConv, coefficients: Tensor, handed: bool, left: str | None) -> Variation:
-    """From coefficients (samples, E)."""
-    mean = coefficients.mean(0)
+def _variation(name: str, conv: DynamicConv, routing_weights: Tensor, from_caller: bool, left: str | None) -> Variation:
+    """From routing weights (samples, E)."""
+    mean = routing_weights.mean(0)
     kernels = conv.weight.detach().double().cpu().reshape(conv.num_experts, -1)
-    # Lengths of mixtures need the experts' products with each other alone: E x E numbers.
+    # Norms of mixtures need only the E x E inner products of the experts.
     products = kernels @ kernels.T
-    apart = coefficients - mean
+    apart = routing_weights - mean
     squares = torch.einsum("ne,ef,nf->n", apart, products, apart).clamp_min(0)
     length = (mean @ products @ mean).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return Variation(name, mean, float(squares.max().sqrt() / length), len(coefficients), handed, left)
+    return Variation(name, mean, float(squares.max().sqrt() / length), len(routing_weights), from_caller, left)
 
 
 @torch.no_grad()
 def _static(conv: Any, variation: Variation) -> nn.Conv2d:
     """The convolution that `conv` is for its mean routing weights."""
-    coefficients = variation.coefficients
+    routing_weights = variation.routing_weights
     plain, collapsed = (Conv2dSame, CollapsedConvSame) if conv.pad_same else (nn.Conv2d, CollapsedConv)
-    kind = collapsed if variation.handed else plain
-    has_bias = conv.bias is not None or conv.shift is not None
+    kind = collapsed if variation.from_caller else plain
+    has_bias = conv.bias is not None or conv.output_bias is not None
     static = kind(
         conv.in_channels,
         conv.out_channels,
@@ -190,17 +163,17 @@ def _static(conv: Any, variation: Variation) -> nn.Conv2d:
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
-    static.weight.copy_(_mixed(conv.weight, coefficients))
+    static.weight.copy_(_mixed(conv.weight, routing_weights))
     if static.bias is not None:
         static.bias.zero_()
-        for part in (None if conv.bias is None else _mixed(conv.bias, coefficients), conv.shift):
+        for part in (None if conv.bias is None else _mixed(conv.bias, routing_weights), conv.output_bias):
             if part is not None:
                 static.bias.add_(part)
-    if variation.handed and conv.routing is not None:
+    if variation.from_caller and conv.routing is not None:
         static.routing = conv.routing  # callers may still ask it
     return static.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 
-def _mixed(stacked: Tensor, coefficients: Tensor) -> Tensor:
-    experts = stacked.double().unflatten(0, (len(coefficients), -1))
-    return torch.tensordot(coefficients.to(stacked.device), experts, 1)
+def _mixed(stacked: Tensor, routing_weights: Tensor) -> Tensor:
+    experts = stacked.double().unflatten(0, (len(routing_weights), -1))
+    return torch.tensordot(routing_weights.to(stacked.device), experts, 1)

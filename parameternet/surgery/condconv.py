@@ -20,7 +20,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Put a DynamicConv in the place of each of timm's CondConv2d: the same function, faster and free to export.
 
     The blocks go on to route as they did, one linear layer for the three convolutions of a block, and hand the
-    coefficients on; so the new layers have no router of their own. Weights are those of the old layers.
+    routing weights on; so the new layers have no router of their own. Weights are those of the old layers.
 
     Args:
         model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.

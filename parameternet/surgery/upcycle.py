@@ -12,6 +12,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from ..deprecation import renamed_arguments
 from ..layers import DynamicConv, Router
 from ..layers.altered import alteration
 from ..layers.replacing import replace_layer
@@ -63,6 +64,7 @@ class Upcycling:
         return {**own, "routers": {layer.name: layer.router for layer in self.converted}}
 
 
+@renamed_arguments(coefficient="neutral_weight")
 def upcycle(
     model: nn.Module,
     num_experts: int = 4,
@@ -80,15 +82,15 @@ def upcycle(
     share_routers: bool = True,
     noise: float = NOISE,
     router_std: float = 0.0,
-    coefficient: float = 0.5,
+    neutral_weight: float = 0.5,
     seed: int = 0,
     probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
 
-    Routers start neutral: their linear layer is zero, so that every picture gets the same coefficients, and the
-    experts are scaled so that these coefficients times the experts are the dense kernel. The experts differ by noise
+    Routers start neutral: their linear layer is zero, so that every picture gets the same routing weights, and the
+    experts are scaled so that these weights times the experts are the dense kernel. The experts differ by noise
     whose weighted sum is zero; without it they would all get the same gradient and stay alike for ever.
 
     Args:
@@ -109,7 +111,7 @@ def upcycle(
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
-        coefficient: What a neutral sigmoid router weighs each expert by, between 0 and 1; softmax has 1 / num_experts.
+        neutral_weight: Routing weight of each expert at the start for sigmoid, between 0 and 1; softmax has 1 / E.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
         probe: An input of the network, or a tuple of its arguments; without one an image of the size that
             `model.pretrained_cfg` names, or of 224 pixels. A forward pass of a copy shows which layers read what; it
@@ -124,7 +126,7 @@ def upcycle(
 
     Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
     """
-    _check(num_experts, kinds, noise, router_std, coefficient)
+    _check(num_experts, kinds, noise, router_std, neutral_weight)
     refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
@@ -136,7 +138,7 @@ def upcycle(
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
         raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
-    return _convert(model, done, _Start(noise, router_std, coefficient, seed))
+    return _convert(model, done, _Start(noise, router_std, neutral_weight, seed))
 
 
 def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, seed: int = 0) -> nn.Module:
@@ -166,9 +168,9 @@ def upcycle_state_dict(
 ) -> dict[str, Tensor]:
     """A dense state dict as one of the dynamic `model`, which then computes the dense function; a checkpoint filter.
 
-    Kernels and biases of dynamic layers are split among the experts for the coefficients that the model's routers have
-    at a zero input; the routers themselves, which a dense checkpoint lacks, stay as they are in `model`. A state dict
-    that has routers already passes unchanged.
+    Kernels and biases of dynamic layers are split among the experts for the routing weights of the model's routers at a
+    zero input; the routers themselves, which a dense checkpoint lacks, stay as they are in `model`. A state dict that
+    has routers already passes unchanged.
 
     Args:
         state_dict: Of the dense network.
@@ -203,18 +205,18 @@ def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generat
     """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...)."""
     if kernel.is_meta:
         return kernel.new_empty(router.num_experts * kernel.shape[0], *kernel.shape[1:])
-    coefficients = neutral_coefficients(router)
+    routing_weights = neutral_routing_weights(router)
     dense = kernel.detach().double().cpu()
-    experts = dense.expand(len(coefficients), *dense.shape)
-    if noise and len(coefficients) > 1:
+    experts = dense.expand(len(routing_weights), *dense.shape)
+    if noise and len(routing_weights) > 1:
         drawn = torch.randn(experts.shape, generator=generator, dtype=torch.float64, device="cpu")
-        drawn = drawn - torch.tensordot(coefficients / coefficients.sum(), drawn, 1)
+        drawn = drawn - torch.tensordot(routing_weights / routing_weights.sum(), drawn, 1)
         experts = experts + noise * dense.square().mean().sqrt() * drawn
-    return (experts / coefficients.sum()).flatten(0, 1).to(kernel.device, kernel.dtype)
+    return (experts / routing_weights.sum()).flatten(0, 1).to(kernel.device, kernel.dtype)
 
 
 @torch.no_grad()
-def neutral_coefficients(router: Router) -> Tensor:
+def neutral_routing_weights(router: Router) -> Tensor:
     """What `router` weighs the experts by when its linear layer adds nothing to its bias, (E,), float64."""
     logits = router.bias.double().cpu()
     temperature = router.temperature
@@ -332,7 +334,7 @@ def _tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float, coefficient: float) -> None:
+def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float, neutral_weight: float) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     odd = [kind for kind in kinds if kind not in KINDS]
@@ -340,8 +342,8 @@ def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: f
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
     if noise < 0 or router_std < 0:
         raise ValueError(f"noise and router_std must not be negative, got {noise} and {router_std}")
-    if not 0 < coefficient < 1:
-        raise ValueError(f"coefficient must be between 0 and 1, got {coefficient}")
+    if not 0 < neutral_weight < 1:
+        raise ValueError(f"neutral_weight must be between 0 and 1, got {neutral_weight}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ class _Start:
 
     noise: float = NOISE
     router_std: float = 0.0
-    coefficient: float = 0.5
+    neutral_weight: float = 0.5
     seed: int = 0
 
     def generator(self, name: str) -> torch.Generator:
@@ -380,7 +382,7 @@ def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
 def _neutral_router(conv: nn.Conv2d, done: Upcycling, start: _Start, name: str) -> Router:
     router = Router(conv.in_channels, done.num_experts, done.routing, done.routing_hidden, device=conv.weight.device)
     router.weight.zero_()
-    router.bias.fill_(0.0 if router.softmax else math.log(start.coefficient / (1 - start.coefficient)))
+    router.bias.fill_(0.0 if router.softmax else math.log(start.neutral_weight / (1 - start.neutral_weight)))
     if start.router_std:
         generator = start.generator(f"{name}.routing")
         router.weight.copy_(start.router_std * torch.randn(router.weight.shape, generator=generator, device="cpu"))

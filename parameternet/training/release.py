@@ -154,16 +154,16 @@ def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | 
     if not dynamic or not isinstance(data, str) or not Path(data).exists():
         return None
     predictor = Predictor(folder, "cpu")
-    found = dataclasses.replace(routing.measure(predictor, routing.find_pictures([data])), model=name)
+    found = dataclasses.replace(routing.measure(predictor, routing.find_images([data])), model=name)
     routing.draw(found, folder / ROUTING)
-    most = max(found.layers, key=lambda layer: layer.overall_entropy - layer.picture_entropy)
+    most = max(found.layers, key=lambda layer: layer.overall_entropy - layer.image_entropy)
     return {
-        "images": found.pictures,
+        "images": found.images,
         "layers": len(found.layers),
         "num_experts": max(layer.num_experts for layer in found.layers),
         "experts_in_use": statistics.mean(layer.experts_in_use for layer in found.layers),
         "chooses_most": most.name,
-        "experts_in_use_by_an_image": most.num_experts**most.picture_entropy,
+        "experts_in_use_by_an_image": most.num_experts**most.image_entropy,
     }
 
 

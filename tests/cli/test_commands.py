@@ -81,7 +81,7 @@ def test_version():
         (["predict"], "Missing argument 'IMAGE...'"),
         (["predict", CAT, "--model", "parameternet_50m.tin20"], "closest: parameternet_50m.tin200"),
         (["predict", CAT, "--topk", "0"], "0 is not in the range x>=1"),
-        (["predict", CAT, "--save", "a.foo"], "names no format of pictures"),
+        (["predict", CAT, "--save", "a.foo"], "unsupported image format"),
         (["predict", CAT, "--save", "none/a.png"], "the folder none does not exist"),
     ],
 )

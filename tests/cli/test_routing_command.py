@@ -46,13 +46,13 @@ def classes(folder, pictures=3):
 def test_photos_give_a_table_and_a_heat_map(tmp_path):
     done = run(checkpoints.NAME, PHOTOS)
     header, *rows = done.stdout.splitlines()
-    assert " ".join(header.split()) == "layer experts picture entropy overall entropy experts in use active"
+    assert " ".join(header.split()) == "layer experts image entropy overall entropy experts in use active"
     layers = [name for name, module in checkpoints.network().named_modules() if isinstance(module, DynamicConv)]
     assert [row.split()[0] for row in rows] == layers
     for row in rows:
         experts, picture, overall, in_use, active = map(float, row.split()[1:])
         assert experts == active == 4 and 0 < picture <= overall <= 1 and 3 < in_use <= 4
-    assert done.stderr == "picture: routing.png\n"
+    assert done.stderr == "heat map: routing.png\n"
     with Image.open(tmp_path / "routing.png") as picture:
         assert picture.width > 2000 and picture.height > 500
 
@@ -60,13 +60,13 @@ def test_photos_give_a_table_and_a_heat_map(tmp_path):
 def test_json_has_all_numbers_and_nothing_else(tmp_path):
     done = run(checkpoints.NAME, PHOTOS, "--json", "--output", tmp_path / "a.svg", "--batch-size", 2)
     answer = json.loads(done.stdout)
-    assert answer["model"] == checkpoints.NAME and answer["pictures"] == 3 and answer["unreadable"] == []
+    assert answer["model"] == checkpoints.NAME and answer["images"] == 3 and answer["unreadable"] == []
     assert [row["label"] for row in answer["rows"]] == ["cat.jpg", "coffee.jpg", "rocket.jpg"]
     for layer in answer["layers"]:
-        assert [len(row) for row in layer["coefficients"] + layer["shares"]] == [4] * 6
+        assert [len(row) for row in layer["routing_weights"] + layer["shares"]] == [4] * 6
         assert sum(layer["mean_shares"]) == pytest.approx(1)
         assert layer["num_experts"] == layer["active_experts"] == 4 and 3 < layer["experts_in_use"] < 4 + 1e-9
-        assert 0 < layer["picture_entropy"] < layer["overall_entropy"] + 1e-9 < 1 + 2e-9
+        assert 0 < layer["image_entropy"] < layer["overall_entropy"] + 1e-9 < 1 + 2e-9
     assert len({tuple(row) for row in answer["layers"][0]["shares"]}) == 3, "the photos differ"
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
 
@@ -79,13 +79,13 @@ def test_class_folders_and_their_tar_have_a_row_a_class(tmp_path):
         json.loads(run(checkpoints.NAME, path, "--json", "--per-class", 2).stdout) for path in (data, "data.tar")
     )
     assert of_folder["rows"] == [
-        {"name": "n1", "label": "tabby", "pictures": 2, "is_class": True},
-        {"name": "n2", "label": "espresso", "pictures": 2, "is_class": True},
+        {"name": "n1", "label": "tabby", "images": 2, "is_class": True, "pictures": 2},
+        {"name": "n2", "label": "espresso", "images": 2, "is_class": True, "pictures": 2},
     ]
     assert of_tar == of_folder
     photos = json.loads(run(checkpoints.NAME, *(PHOTOS / photo for photo in NAMES.values()), "--json").stdout)
     for layer, alone in zip(of_folder["layers"], photos["layers"], strict=True):
-        assert layer["coefficients"] == [pytest.approx(row, abs=1e-5) for row in alone["coefficients"]]
+        assert layer["routing_weights"] == [pytest.approx(row, abs=1e-5) for row in alone["routing_weights"]]
 
 
 def test_damaged_pictures_are_named_and_the_others_go_on(tmp_path):
@@ -97,7 +97,7 @@ def test_damaged_pictures_are_named_and_the_others_go_on(tmp_path):
     assert done.stderr.splitlines() == [
         "text.jpg: not an image, or of a format that Pillow does not read",
         "none.png: no such file",
-        "picture: routing.png",
+        "heat map: routing.png",
     ]
     assert (tmp_path / "routing.png").is_file()
 
@@ -108,8 +108,8 @@ def test_a_static_network_has_no_experts_to_show(tmp_path):
     checkpoints.write(tmp_path / "static", static, model_args=arguments)
     done = run(tmp_path / "static", PHOTOS, code=1)
     assert done.stderr == (
-        "Error: expected a network with dynamic convolutions, but this ParameterNet has none and so routes nothing: "
-        "choose one of `parameternet list`, or make one by `parameternet upcycle`\n"
+        "Error: expected a network with dynamic convolutions, but this ParameterNet has none: "
+        "choose one of `parameternet list`, or make one with `parameternet upcycle`\n"
     )
     assert not (tmp_path / "routing.png").exists()
 
@@ -120,7 +120,7 @@ def test_a_static_network_has_no_experts_to_show(tmp_path):
         (["parameternet_50m.tin20", PHOTOS], 2, "closest: parameternet_50m.tin200"),
         ([checkpoints.NAME], 2, "Missing argument 'IMAGES...'"),
         ([checkpoints.NAME, "none.png"], 1, "none could be read (the first is none.png: no such file): give image"),
-        ([checkpoints.NAME, PHOTOS, "--output", "a.foo"], 2, "names no format of pictures: let it end in .png"),
+        ([checkpoints.NAME, PHOTOS, "--output", "a.foo"], 2, "unsupported image format a.foo; use .png"),
         ([checkpoints.NAME, PHOTOS, "--output", "none/a.png"], 2, "the folder none does not exist"),
         ([checkpoints.NAME, PHOTOS, "--per-class", 0], 2, "0 is not in the range x>=1"),
     ],

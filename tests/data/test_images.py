@@ -15,7 +15,7 @@ from parameternet.data import images
 from parameternet.data.errors import DataError, ImageError
 from parameternet.data.sources import Source, Unreadable, open_dataset
 from parameternet.prediction import read_image
-from parameternet.routing import find_pictures
+from parameternet.routing import find_images
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.sources import Memory
 
@@ -76,11 +76,11 @@ def by_predict_of_an_open_image(path, suffix, data):
 
 
 def by_routing_of_a_folder(path, suffix, data):
-    return read_image(find_pictures([folder_of(path / "data", {f"cat/1{suffix}": data})])[0].get())
+    return read_image(find_images([folder_of(path / "data", {f"cat/1{suffix}": data})])[0].get())
 
 
 def by_routing_of_a_tar(path, suffix, data):
-    return find_pictures([tar_of(path / "data.tar", {f"cat/1{suffix}": data})])[0].get()
+    return find_images([tar_of(path / "data.tar", {f"cat/1{suffix}": data})])[0].get()
 
 
 def by_torchvision(path, suffix, data):

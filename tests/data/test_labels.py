@@ -16,7 +16,7 @@ from parameternet.data import labels
 from parameternet.data.errors import DataError
 from parameternet.data.sources import Source, classes_of, digest_of, notes_of, open_dataset
 from parameternet.prediction import expand
-from parameternet.routing import find_pictures
+from parameternet.routing import find_images
 
 
 def picture(form="PNG"):
@@ -86,7 +86,7 @@ def test_the_folder_at_the_top_is_the_class(made, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_routing_has_the_same_classes(made, layout):
-    groups = {picture.name.split("data", 1)[1]: picture.group for picture in find_pictures([made(*LAYOUTS[layout])])}
+    groups = {picture.name.split("data", 1)[1]: picture.group for picture in find_images([made(*LAYOUTS[layout])])}
     assert set(groups.values()) - {None} == {"cat", "dog"}
     assert all(f"/{group}/" in name for name, group in groups.items() if group)
 

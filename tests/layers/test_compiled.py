@@ -39,9 +39,10 @@ def test_the_operator_keeps_its_promises_to_the_compiler(name, memory_format):
     conv = layer(name)
     x = torch.randn(3, 8, 7, 9).to(memory_format=memory_format).requires_grad_()
     routing_weights = torch.rand(3, 4, requires_grad=True)
-    shift = torch.randn(8, requires_grad=True)
-    geometry = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
-    torch.library.opcheck(torch.ops.parameternet.convolve, (x, conv.weight, routing_weights, shift, *geometry, None))
+    output_bias = torch.randn(8, requires_grad=True)
+    conv_params = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
+    given = (x, conv.weight, routing_weights, output_bias, *conv_params, None)
+    torch.library.opcheck(torch.ops.parameternet.convolve, given)
 
 
 @pytest.mark.parametrize("name", LAYERS)

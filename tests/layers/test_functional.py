@@ -160,14 +160,14 @@ def test_parts_of_a_batch_add_up(name, dtype, few_at_a_time):
     exact = outputs_and_gradients(naive_dynamic_conv2d, case, values, torch.float64)
     for quantity in exact:
         assert_no_worse(quantity, got[quantity], naive[quantity], exact[quantity])
-    shift = torch.randn(case["cout"]).to(dtype)
+    output_bias = torch.randn(case["cout"]).to(dtype)
     with torch.no_grad():
-        shifted = dynamic_conv2d(**values, **conv_args(case), shift=shift)
+        shifted = dynamic_conv2d(**values, **conv_args(case), output_bias=output_bias)
     assert_no_worse(
         "shifted",
         shifted,
-        naive["output"] + shift[:, None, None],
-        exact["output"] + shift.double()[:, None, None],
+        naive["output"] + output_bias[:, None, None],
+        exact["output"] + output_bias.double()[:, None, None],
     )
 
 
@@ -178,11 +178,11 @@ def test_a_shift_is_not_mixed(name, strategy):
     if not takes(strategy, case):
         return
     values = {n: v.requires_grad_() for n, v in inputs(case, 3, torch.float64).items()}
-    shift = torch.randn(case["cout"], dtype=torch.float64, requires_grad=True)
-    y = dynamic_conv2d(**values, **conv_args(case), strategy=strategy, shift=shift)
-    expected = naive_dynamic_conv2d(**values, **conv_args(case)) + shift[:, None, None]
+    output_bias = torch.randn(case["cout"], dtype=torch.float64, requires_grad=True)
+    y = dynamic_conv2d(**values, **conv_args(case), strategy=strategy, output_bias=output_bias)
+    expected = naive_dynamic_conv2d(**values, **conv_args(case)) + output_bias[:, None, None]
     assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
-    leaves = [*values.values(), shift]
+    leaves = [*values.values(), output_bias]
     for got, want in zip(
         torch.autograd.grad(y.square().sum(), leaves),
         torch.autograd.grad(expected.square().sum(), leaves),
@@ -249,7 +249,7 @@ def test_an_empty_batch_gives_an_empty_output_and_gradients():
         ({"groups": 4}, "8 channels .* 6 kernels of 8 channels, which groups=4 does not fit"),
         ({"groups": 0}, "groups=0"),
         ({"bias": torch.rand(6)}, r"\(24,\), got \(6,\)"),
-        ({"shift": torch.rand(24)}, r"shift must be \(out,\) = \(6,\), got \(24,\)"),
+        ({"output_bias": torch.rand(24)}, r"output_bias must be \(out,\) = \(6,\), got \(24,\)"),
         ({"strategy": "fast"}, "unknown strategy 'fast'; there are grouped"),
     ],
 )

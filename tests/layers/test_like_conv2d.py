@@ -59,7 +59,7 @@ class Naive(nn.Module):
             x = nn.functional.pad(x, [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2])
         conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         y = naive_dynamic_conv2d(x, layer.weight, routing_weights, layer.bias, **conv)
-        return y if layer.shift is None else y + layer.shift[:, None, None]
+        return y if layer.output_bias is None else y + layer.output_bias[:, None, None]
 
 
 @pytest.fixture(params=CASES)

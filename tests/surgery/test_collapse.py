@@ -40,7 +40,7 @@ def test_the_error_is_the_largest_change_of_a_kernel():
     expected = (kernels - mean).flatten(1).norm(dim=1).max() / mean.norm()
     assert a.name == "a" and a.samples == 12
     assert a.error == pytest.approx(float(expected), rel=1e-4)
-    assert torch.allclose(a.coefficients.float(), model.a.routing(x).mean(0), atol=1e-6)
+    assert torch.allclose(a.routing_weights.float(), model.a.routing(x).mean(0), atol=1e-6)
 
 
 def test_layers_are_folded_within_the_error():
@@ -71,7 +71,7 @@ def test_an_upcycled_network_goes_back_to_the_dense_one(fused):
 
 
 def test_nothing_to_measure_is_an_error():
-    with pytest.raises(ValueError, match="this ResNet has no dynamic convolution"):
+    with pytest.raises(ValueError, match="this ResNet has none"):
         collapse(timm.create_model("resnet18"), [torch.randn(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="no image reached a, b: data must hold at least one batch"):
         collapse(Two(1.0), [])

@@ -84,7 +84,7 @@ def outputs(result):
 def test_expert_biases_are_scaled_and_the_rest_is_not_mixed(bias):
     model = lived_in(nn.Sequential(DynamicConv(4, 6, 3, bias=bias, num_experts=3), nn.BatchNorm2d(6), nn.ReLU()))
     fused = fuse(model)
-    assert fused[0].shift.shape == (6,) and isinstance(fused[1], nn.Identity)
+    assert fused[0].output_bias.shape == (6,) and isinstance(fused[1], nn.Identity)
     x = torch.randn(5, 4, 7, 9, dtype=torch.float64)
     assert_same(fused(x), model(x))
     assert not fused[0].weight.equal(model[0].weight) and fused[0].routing.weight.equal(model[0].routing.weight)
