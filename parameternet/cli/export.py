@@ -6,11 +6,11 @@ import click
 import timm
 from torch import nn
 
-from parameternet.cli import _networks
 from parameternet.cli._output import echo, print_table
 from parameternet.export import FORMATS, FORMS, Exported
 from parameternet.export import export as write
 from parameternet.models import catalogue
+from parameternet.models.summary import registered
 
 
 @click.command()
@@ -59,7 +59,7 @@ def export(
 
 
 def _untrained(name: str) -> nn.Module:
-    return timm.create_model(_networks.resolve(name).partition(".")[0]).eval()
+    return timm.create_model(registered(name).partition(".")[0]).eval()
 
 
 def _trained(name: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from parameternet import cli, weights
-from parameternet.cli import _output, doctor
+from parameternet import cli, diagnosis, weights
+from parameternet.cli import _output
 
 PHOTOS = Path(__file__).parent.parent / "photos"
 RECORDED = ("--model", checkpoints.NAME)
@@ -30,7 +30,7 @@ def alone(monkeypatch, tmp_path):
     """Commands reach nothing beyond this machine, and no cache of the user's."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for name in doctor.VARIABLES:
+    for name in diagnosis.VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -256,8 +256,8 @@ def test_doctor_tells_what_is_broken_and_how_to_mend_it(monkeypatch, tmp_path):
     ("break_it", "message"),
     [
         (lambda m: m.setenv("PARAMETERNET_WEIGHTS", "/no/such/folder"), "which is not a folder"),
-        (lambda m: m.setitem(doctor.NEEDED, "timm", "99.1"), "older than 99.1"),
-        (lambda m: m.setitem(doctor.NEEDED, "no-such-package", ""), "pip install no-such-package"),
+        (lambda m: m.setitem(diagnosis.NEEDED, "timm", "99.1"), "older than 99.1"),
+        (lambda m: m.setitem(diagnosis.NEEDED, "no-such-package", ""), "pip install no-such-package"),
         (lambda m: m.setattr(weights, "known", lambda: {"x_50m.a": {"sha256": "0", "bytes": 1}}), "no network of that"),
     ],
 )
