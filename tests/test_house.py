@@ -1,6 +1,7 @@
 """The house stands: floors, import cost, what a wheel carries, a README that is true to the code."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import zipfile
@@ -62,6 +63,42 @@ def test_imports_go_down_only(path):
             assert FLOORS[other] <= FLOORS[own], f"{path.name} imports {module}, which is on a higher floor"
         allowed = {"ultralytics"} if own == "yolo" else set()
         assert not (top and module.split(".")[0] in OPTIONAL - allowed), f"{module} must be imported where it is used"
+
+
+def test_rooms_import_each_other_in_no_circle():
+    arrows = {}
+    for path in SOURCES:
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        arrows.setdefault(own, set()).update({room(module) for module, _ in imports(path)} - {None, own})
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
+
+
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT / "tests")))
+def test_tests_use_public_names_only(path):
+    tree = ast.parse(path.read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "parameternet":
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            assert not [name for name in names if is_private(name)], f"line {node.lineno}: {names}"
+            modules |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".") if "parameternet" in alias.name]
+            assert not [name for name in names if is_private(name)], f"line {node.lineno}: {names}"
+            modules |= {alias.asname or "parameternet" for alias in node.names if "parameternet" in alias.name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            base = ast.unparse(node.value).split(".")[0]
+            assert base not in modules, f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("parameternet."):
+            assert not [part for part in node.value.split(".") if is_private(part)], f"line {node.lineno}: {node.value}"
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
 
 
 def test_import_is_light():

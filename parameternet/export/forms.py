@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parameternet.export.plan import Plan
 from parameternet.layers import DynamicConv
-from parameternet.layers.dynamic_conv import _pad_same
+from parameternet.layers.dynamic_conv import pad_same
 from parameternet.layers.replacing import replace_layer
 
 __all__ = ["FORMS", "has_dynamic_convolutions", "write_computed", "write_constant", "write_for_torch"]
@@ -46,7 +46,7 @@ class _Written(nn.Module):
         if routing_weights is None:
             routing_weights = self.routing(x)
         if self.pad_same:
-            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if routing_weights.dtype != x.dtype:  # routers answer in at least 32 bits
             routing_weights = routing_weights.to(x.dtype)
         y = self._convolve(x, routing_weights)

@@ -278,7 +278,7 @@ class DynamicConv(nn.Module):
                 raise ValueError("this convolution has no router: hand it routing_weights (batch, experts) with x")
             routing_weights = self.routing(x)
         if self.pad_same:
-            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         conv_params = ConvParams(self.stride, self.padding, self.dilation, self.groups)
         return convolve(x, self.weight, routing_weights, self.bias, conv_params, self.strategy, self.output_bias)
 
@@ -331,7 +331,7 @@ def _resolve_padding(
     return False, ((stride[0] - 1 + spans[0]) // 2, (stride[1] - 1 + spans[1]) // 2)
 
 
-def _pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """Zeros around x so that a convolution gives ceil(size / stride) positions; the odd one comes last."""
     height = _same_total(x.shape[2], kernel_size[0], stride[0], dilation[0])
     width = _same_total(x.shape[3], kernel_size[1], stride[1], dilation[1])

@@ -55,7 +55,7 @@ COMPUTED = ("onnx", "openvino", "torchscript")
 PICKLED = [*{layer for layer, _ in ROWS.values()}, *TWINS.values(), Router, backbone.TimmBatchNorm]
 
 
-class _StandIn(type):
+class StandIn(type):
     """A class that the parser takes for `stock` and that builds `layer`."""
 
     layer: type[nn.Module]
@@ -107,7 +107,7 @@ def register() -> None:
 def _install() -> None:
     for name, (layer, stock) in ROWS.items():
         namespace = {"__module__": "parameternet.yolo", "__qualname__": name, "layer": layer, "stock": stock}
-        setattr(tasks, name, _StandIn(name, (nn.Module,), namespace))
+        setattr(tasks, name, StandIn(name, (nn.Module,), namespace))
     for owner, name, ours in _wraps():
         setattr(owner, name, _wrapped(getattr(owner, name), ours))
     _add_thop_rules()

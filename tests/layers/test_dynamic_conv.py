@@ -11,7 +11,7 @@ from torch import nn
 
 from parameternet import DynamicConv, Router, set_temperature
 from parameternet.layers import STRATEGIES
-from parameternet.layers.dynamic_conv import _pad_same
+from parameternet.layers.dynamic_conv import pad_same
 
 KINDS = {
     "pointwise": {"in_channels": 8, "out_channels": 12},
@@ -30,7 +30,7 @@ def layer(request):
 
 def naive(layer, x, routing_weights):
     if layer.pad_same:
-        x = _pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
     conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
     return naive_dynamic_conv2d(x, layer.weight, routing_weights, layer.bias, **conv)
 

@@ -17,7 +17,7 @@ from ultralytics.nn.modules import Conv
 
 import parameternet.yolo
 from parameternet.yolo import registration, yamls
-from parameternet.yolo.registration import _StandIn
+from parameternet.yolo.registration import StandIn
 
 VARIANTS = ["dynamicconv", "dynamicconvbnact", "c2f-dynamicconv", "c2f-ghost-dynamicconv"]
 FAMILIES = [name for name in ("yolov8", "yolo11", "yolo12", "yolo26") if tasks.check_yaml(f"{name}.yaml", hard=False)]
@@ -58,7 +58,7 @@ def assert_like_stock(name, variant, letter):
     assert type(ours.model[-1]) is type(stock.model[-1])
     if hasattr(stock.model[-1], "cv3"):  # `legacy` decides what the head is made of
         assert type(ours.model[-1].cv3[0][0]) is type(stock.model[-1].cv3[0][0])
-    assert not [m for m in ours.modules() if type(type(m)) is _StandIn]
+    assert not [m for m in ours.modules() if type(type(m)) is StandIn]
     dynamic = [m for m in ours.modules() if isinstance(m, parameternet.yolo.DynamicConv)]
     assert dynamic
     for parameter in ours.parameters():
