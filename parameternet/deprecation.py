@@ -43,7 +43,7 @@ def renamed(old: str, new: str) -> property:
 def renamed_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let a function take its former keyword arguments, with a warning: `@renamed_arguments(old="new")`."""
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old in names.keys() & kwargs.keys():
@@ -54,6 +54,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[.
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
+        call.former_arguments = names  # type: ignore[attr-defined]
         return call
 
     return decorate

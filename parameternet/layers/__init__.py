@@ -1,6 +1,9 @@
+"""The dynamic convolution: layer, router, function, and the Ghost blocks that use it."""
+
 from .dynamic_conv import DynamicConv, Router, set_temperature
 from .functional import STRATEGIES, dynamic_conv2d
 from .ghost import ConvBnAct, GhostBottleneck, GhostModule
+from .recording import Recording, record_routing_weights
 
 __all__ = [
     "STRATEGIES",
@@ -8,7 +11,9 @@ __all__ = [
     "DynamicConv",
     "GhostBottleneck",
     "GhostModule",
+    "Recording",
     "Router",
     "dynamic_conv2d",
+    "record_routing_weights",
     "set_temperature",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from parameternet.data import images
 from parameternet.data.errors import DataError, ImageError
 from parameternet.data.sources import Folder, Tar, Unreadable, arrange, is_tar, open_files
-from parameternet.deprecation import renamed
+from parameternet.deprecation import renamed, renamed_arguments
 from parameternet.layers.recording import dynamic_layers, record_routing_weights
 from parameternet.prediction import ImageLike, Predictor
 
@@ -171,6 +171,7 @@ def _some(samples: list[Sample], number: int) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@renamed_arguments(pictures="samples")
 def measure(predictor: Predictor, samples: Sequence[Sample], batch_size: int = 16) -> Routing:
     """Run images through a network and record the routing weights of every dynamic layer.
 
