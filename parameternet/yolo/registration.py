@@ -147,7 +147,7 @@ def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 def _parse_model(original: Callable[..., Any], d: dict[str, Any], ch: int, verbose: bool = True) -> Any:
     d = deepcopy(d)
     rows = [*d["backbone"], *d["head"]]
-    _write_features(rows, ch)
+    write_features(rows, ch)
     twins = _rename_twins(rows)
     model, save = original(d, ch, verbose)
     for index, (name, options) in twins.items():
@@ -157,7 +157,7 @@ def _parse_model(original: Callable[..., Any], d: dict[str, Any], ch: int, verbo
     return model, save
 
 
-def _write_features(rows: list[list[Any]], ch: int) -> None:
+def write_features(rows: list[list[Any]], ch: int) -> None:
     """Channels and indices of timm's features, into the rows where the parser reads them."""
     specs: dict[int, tuple[dict[str, Any], backbone.Features]] = {}
     for index, row in enumerate(rows):

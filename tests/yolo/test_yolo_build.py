@@ -178,7 +178,7 @@ def test_looking_at_a_backbone_draws_no_random_number():
     after = torch.rand(1)
     registration.backbone._features_of.cache_clear()
     torch.manual_seed(0)
-    registration._write_features([[*row[:3], list(row[3])] for row in yolo], 3)
+    registration.write_features([[*row[:3], list(row[3])] for row in yolo], 3)
     parse(rows)
     assert torch.equal(torch.rand(1), after)
 
