@@ -122,7 +122,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what killed writers of `path` left next to it. Call it only while nobody else writes `path`."""
+    """Remove temporary files that killed writers of `path` left. Call it only while nothing else writes `path`."""
     path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(f".{escape(_stem(path))}.*.tmp"):
         with suppress(OSError):

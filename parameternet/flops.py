@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a network, the mixing of kernels and the routing told apart from the convolutions."""
+"""Count the multiply-accumulates of a network: convolutions, mixing of kernels and routing separately."""
 
 import importlib.abc
 import importlib.util
@@ -50,7 +50,7 @@ class Flops:
 
 
 def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch_size: int = 1) -> Flops:
-    """Count what `model` does in evaluation mode with a batch of pictures, by running it without arithmetic.
+    """Count the multiply-accumulates of `model` in evaluation mode by running it on the meta device.
 
     The formulas are torch's own (torch.utils.flop_counter), so whatever torch can count is counted, in functional form
     too; `2 * total` is the figure of `FlopCounterMode`. What does arithmetic and has no formula (normalisation,

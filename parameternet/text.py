@@ -1,4 +1,4 @@
-"""Text that comes from elsewhere: how it is shown on a terminal, and what of it may leave this machine."""
+"""Untrusted text: escape it for terminals, and remove local paths from what is published."""
 
 import json
 import re
@@ -44,7 +44,7 @@ _WITHIN = re.compile(r"(?<![^\s='\"(\[{,;:|])(?:~[\w.-]*|\.\.|[A-Za-z]:)?[\\/](?
 def without_local_paths(value: Any) -> Any:
     """Reduce every path outside the working directory in text, or in lists and dictionaries of it, to its last part.
 
-    Where files lie on this machine (users, customers, disks) must not be in what others download.
+    Published files must not reveal local paths (users, customers, disks).
 
     >>> without_local_paths({"train": "wds//home/me/shards:train-{0..9}.tar"})
     {'train': 'wds/shards:train-{0..9}.tar'}

@@ -115,7 +115,7 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF beside whole pixels
+    except Exception:  # damaged EXIF, readable pixels
         return image
 
 

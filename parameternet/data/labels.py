@@ -49,7 +49,7 @@ def few(names: Sequence[str], limit: int = 5) -> str:
 class Listing(NamedTuple):
     """Labelled images by name. `class_to_idx` has the classes in the order of their labels.
 
-    `outside` are images that lie in no class folder; `notes` say what was skipped.
+    `outside` are images in no class folder; `notes` say what was skipped.
     """
 
     class_to_idx: dict[str, int]
@@ -67,7 +67,7 @@ def arrange(
     class_map: Mapping[str, int] | None = None,
     is_image: Callable[[str], bool] = is_image_name,
 ) -> Listing:
-    """Label images by the top-level folder that they lie in.
+    """Label images by their top-level folder.
 
     Args:
         names: files relative to the root, with slashes; hidden ones are left out already.
@@ -105,7 +105,7 @@ def arrange(
 
 
 def _wrapper(images: Sequence[str], own_name: str) -> str:
-    """The prefix (`train/`, or empty) below which the class folders lie."""
+    """The prefix (`train/`, or empty) that contains the class folders."""
     prefix = ""
     while True:
         below = [name[len(prefix) :].split("/") for name in images]

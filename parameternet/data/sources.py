@@ -49,7 +49,7 @@ class Folder:
     def _walk(self, below: str, above: frozenset[tuple[int, int]]) -> None:
         try:
             found = os.stat(self.root / below)
-            if (found.st_dev, found.st_ino) in above:  # a link to a folder that it lies in
+            if (found.st_dev, found.st_ino) in above:  # a link to one of its own parents
                 return
             entries = sorted(os.scandir(self.root / below), key=lambda entry: entry.name)
         except OSError as error:
@@ -198,7 +198,7 @@ class FileReader(Reader):
             raise DataError(f"cannot look into the folder {printable(folder)} of {self.root}: {why}")
         if not self.samples:
             raise DataError("; ".join(["no images in class folders", *self.notes]))
-        # `train/cat/1.jpg` beside `val/cat/1.jpg`: the whole data set instead of one of its splits
+        # both `train/cat/1.jpg` and `val/cat/1.jpg`: the whole data set instead of one of its splits
         splits = [name for name in self.class_to_idx if name.lower() in labels.SPLITS]
         if 1 < len(splits) == len(self.class_to_idx) and all(name.count("/") > 1 for name, _ in self.samples):
             raise DataError(

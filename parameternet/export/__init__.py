@@ -77,7 +77,7 @@ def export(
         opset: Version of ONNX's operators; None: the exporter's own choice.
 
     Raises:
-        ExportError: it cannot be written, or the file differs by more than 1e-4; what was at `path` stands.
+        ExportError: it cannot be written, or the file differs by more than 1e-4; `path` is not changed.
         ValueError: a format, form, batch or size that there is not.
         ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`.
     """
@@ -93,9 +93,9 @@ def export(
     plan = Plan(form, batch, size, dynamic_size, opset, facts)
     path = _path(path, facts, writer)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        beside = Path(folder) / path.name
-        _write(writer, fuse(network), beside, plan)
-        found = _check(network, writer, beside, plan)
+        written = Path(folder) / path.name
+        _write(writer, fuse(network), written, plan)
+        found = _check(network, writer, written, plan)
         files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
     return Exported(path, files, sum(file.stat().st_size for file in files), format, form, batch, dynamic_size, found)
 

@@ -23,8 +23,8 @@ def as_list(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def pictures(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """(B, C, H, W): noise whose mean and contrast differ from picture to picture, so that each is routed otherwise."""
+def noise_images(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """(B, C, H, W): noise whose mean and contrast differ per image, so that routing differs too."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = size
     noise = torch.randn(batch, channels, height, width, generator=generator)
@@ -34,7 +34,7 @@ def pictures(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def difference(model: nn.Module, run: Run, x: Tensor) -> float:
-    """Largest |file - network| relative to the largest |network|, picture by picture and output by output.
+    """Largest |file - network| relative to the largest |network|, per image and output.
 
     Raises:
         ExportError: the file does not run, or gives another number or other shapes of outputs.
@@ -68,7 +68,7 @@ def differences(
     found = {}
     for size in sizes:
         for batch in batches:
-            found[f"batch {batch}, {size[1]} x {size[2]}"] = difference(model, run, pictures(batch, size))
+            found[f"batch {batch}, {size[1]} x {size[2]}"] = difference(model, run, noise_images(batch, size))
     wrong = {where: value for where, value in found.items() if not value <= TOLERANCE}
     if wrong:
         words = "; ".join(f"{value:.1e} at {where}" for where, value in wrong.items())

@@ -62,9 +62,9 @@ class _Written(nn.Module):
 class _OneImage(_Written):
     """The kernel of one image, mixed in the graph: batch 1 only.
 
-    With `mix_by_conv` the experts are the picture that a 1 x 1 convolution mixes. onnxruntime repacks the constant side
-    of a matrix product into panels, which for a single row takes 1.7 times as long as reading it where it lies.
-    OpenVINO is the other way round: its convolution with a computed kernel is slow for so wide a picture.
+    With `mix_by_conv` the experts are the input that a 1 x 1 convolution mixes. onnxruntime repacks the constant side
+    of a matrix product into panels, which for a single row takes 1.7 times as long as reading it in place.
+    OpenVINO is the other way round: its convolution with a computed kernel is slow for such a wide input.
     """
 
     def __init__(self, conv: DynamicConv, mix_by_conv: bool) -> None:

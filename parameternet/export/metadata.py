@@ -1,4 +1,4 @@
-"""What a file says of itself: how a picture becomes its input, and what its outputs mean."""
+"""Metadata of an exported file: preprocessing and the meaning of its outputs."""
 
 import json
 from collections.abc import Mapping

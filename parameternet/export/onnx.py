@@ -1,7 +1,7 @@
 """ONNX, for onnxruntime and whatever else reads it; also the way to OpenVINO.
 
 In the computed form the batch is freed by a Scan, ONNX's loop over the slices of a tensor: its body is the graph of
-one image. onnxruntime optimises the body as it does any graph, provided that the weights lie inside of it; the loop
+one image. onnxruntime optimises the body as it does any graph, provided that the weights are inside of it; the loop
 itself costs nothing that can be measured.
 """
 

@@ -1,4 +1,4 @@
-"""OpenVINO's own format, NAME.xml with NAME.bin beside it, by way of ONNX."""
+"""OpenVINO's own format, NAME.xml and NAME.bin, converted from ONNX."""
 
 import tempfile
 from pathlib import Path

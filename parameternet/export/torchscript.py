@@ -32,13 +32,13 @@ def _drop_source_lines(path: Path) -> None:
     reader = torch._C.PyTorchFileReader(str(path))
     records = {name: reader.get_record(name) for name in reader.get_all_records()}
     del reader
-    beside = path.with_name(f"{path.name}.new")
-    writer = torch._C.PyTorchFileWriter(str(beside))
+    fresh = path.with_name(f"{path.name}.new")
+    writer = torch._C.PyTorchFileWriter(str(fresh))
     for name, data in records.items():
         if not name.endswith(".debug_pkl") and not name.startswith(".data/") and name not in ("version", "byteorder"):
             writer.write_record(name, data, len(data))
     writer.write_end_of_file()
-    beside.replace(path)
+    fresh.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def alteration(module: nn.Module) -> str | None:
 
 def replaced_method(module: nn.Module) -> str | None:
     """Which method of the class an attribute of `module` itself hides, as `layer.forward = ...` leaves it."""
-    # Ultralytics writes the name of a layer's class over torch.nn.Module.type, which nobody calls.
+    # Ultralytics writes the name of a layer's class over torch.nn.Module.type, which is never called.
     replaced = ((name, value) for name, value in vars(module).items() if callable(value))
     names = [name for name, _ in replaced if callable(getattr(type(module), name, None))]
     return f"its {names[0]} was replaced" if names else None

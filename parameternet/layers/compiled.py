@@ -24,7 +24,7 @@ def compiles_for_python() -> bool:
     """Is torch.compile recording, and not an export?"""
     if not torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # Before torch 2.7 the two could not be told apart.
+    # Before torch 2.7 the two could not be distinguished.
     return hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
 
 
@@ -71,7 +71,7 @@ def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """The layout that the graph was told: the input's."""
+    """The layout that the graph records: the input's."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 

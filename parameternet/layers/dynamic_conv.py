@@ -183,7 +183,7 @@ class DynamicConv(nn.Module):
         routing: Router | None
         output_bias: nn.Parameter | None
 
-    __jit_unused_properties__ = ("shift",)
+    __jit_ignored_attributes__ = ["shift"]  # scripting would read it, and warn
     shift = renamed("shift", "output_bias")
     transposed = False
     output_padding = (0, 0)
@@ -306,7 +306,7 @@ def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | No
             f"in_channels={in_channels} and num_experts={num_experts}"
         )
     if hidden is not None:
-        raise ValueError(f"routing_hidden={hidden} has no meaning beside a shared router: give it to the Router")
+        raise ValueError(f"routing_hidden={hidden} has no effect with a shared router: pass it to the Router")
     return router
 
 

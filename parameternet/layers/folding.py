@@ -56,7 +56,7 @@ def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """Scale the kernels of `conv`, every expert's alike, so that its output is that of `norm(conv(x))`.
+    """Scale the kernels of `conv`, equally for every expert, so that its output is that of `norm(conv(x))`.
 
     Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
     adds is not mixed: it becomes `output_bias` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics
@@ -71,7 +71,7 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     assert isinstance(conv, nn.Conv2d | DynamicConv)
     scale, start = _scale_and_start(norm)
     experts = conv.weight.shape[0] // conv.out_channels
-    # New tensors: whoever else holds the old ones, or a part of their memory, keeps what they were.
+    # New tensors, so that others that hold the old ones, or views of them, are not changed.
     conv.weight = _scaled(conv.weight, scale.repeat(experts)[:, None, None, None])
     if isinstance(conv, DynamicConv) and conv.bias is not None:
         conv.bias = _scaled(conv.bias, scale.repeat(experts))

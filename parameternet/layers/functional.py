@@ -17,7 +17,7 @@ __all__ = ["STRATEGIES", "dynamic_conv2d", "pair"]
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """(h, w) from a number, which stands for both, or from two numbers."""
+    """Return (h, w) from one number or two."""
     if isinstance(value, int):
         return value, value
     h, w = value

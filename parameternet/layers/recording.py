@@ -17,7 +17,7 @@ class Recording:
     """Routing weights by layer name.
 
     calls: (B, E) float64 on the CPU for every call of a layer, in order.
-    from_caller: Names of layers that were handed routing weights, or anything by keyword.
+    from_caller: Names of layers whose caller passed routing weights, or anything by keyword.
     """
 
     calls: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -203,7 +203,7 @@ def wide(
     """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
     experts, groups = routing_weights.shape[1], conv_params.groups
     out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
-    # A grouped convolution wants its kernels group by group, and they lie expert by expert.
+    # A grouped convolution needs kernels ordered by group; they are ordered by expert.
     by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1).reshape(weight.shape)
     y = F.conv2d(x, by_group, None, conv_params.stride, conv_params.padding, conv_params.dilation, groups)
     height, width = y.shape[2], y.shape[3]
@@ -226,7 +226,7 @@ def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Channels lie innermost, so that rows of a product are positions and nothing is copied."""
+    """Whether channels are innermost, so that positions are rows of a product and nothing is copied."""
     return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
 
 

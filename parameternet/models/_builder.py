@@ -19,8 +19,8 @@ from ..text import printable, without_local_paths
 
 __all__ = ["build_from_config", "build_model", "forget_tensors", "hub_layout", "model_arguments", "public_config"]
 
-# What timm takes beside a network's own arguments: where weights come from and how they are loaded. A config that came
-# with weights must not say so, or a file that nobody verified would take their place.
+# Arguments of timm's that say where weights come from and how they are loaded. A config must not set them, or an
+# unverified file would replace the verified weights.
 LOADING = {
     name
     for function in (timm.create_model, build_model_with_cfg)
@@ -35,7 +35,7 @@ DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACE
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """`timm.models.build_model_with_cfg`, except that `pretrained=True` reads through `parameternet.weights`.
 
-    timm reads whatever file it finds; here the content is held against its recorded digest first, and handed to
+    timm reads whatever file it finds; here the content is checked against its recorded digest first, and passed to
     timm's own loading (filter, other input channels, other classes, strictness) as a state dict.
     """
     if not pretrained:
@@ -97,7 +97,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if foreign:
         raise weights.WeightsDamaged(
             f"config.json asks for {', '.join(foreign)} in model_args, which are not arguments of a network: its "
-            "weights come from the file beside it and from nowhere else. Remove them from config.json"
+            "weights come only from the file next to it. Remove them from config.json"
         )
     # An architecture's own default may differ from the checkpoint's classes.
     classes = config.get("num_classes", config["pretrained_cfg"].get("num_classes", 1000))
@@ -116,7 +116,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without paths of this machine; names of classes stay as they are."""
+    """`config` without paths of this machine; class names are kept."""
     labels = ("label_names", "label_descriptions")
     cleaned = {key: value if key in labels else without_local_paths(value) for key, value in config.items()}
     cfg = config.get("pretrained_cfg") or {}
@@ -141,7 +141,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         path = Path(private) / weights.CONFIG_NAME
         save_config_for_hf(model, path, model_config=config, model_args=without_local_paths(dict(model_args)))
         written = json.loads(path.read_text("utf-8"))
-    # Older releases of timm take the architecture from the network, whatever they are told.
+    # Older releases of timm take the architecture from the network, whatever they are passed.
     written |= {"architecture": config.get("architecture", written["architecture"])}
     # transformers, and timm unless told, prepare images for the size of training: here it is that of the evaluation.
     cfg = written["pretrained_cfg"]
@@ -149,7 +149,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         cfg[name] = cfg.pop(f"test_{name}", None) or cfg.get(name)
     for name in PLACES & set(cfg):
         del cfg[name]
-    # transformers passes the number of classes itself, and computes in the dtype of the file unless it is told one.
+    # transformers passes the number of classes itself, and computes in the dtype of the file by default.
     written["model_args"] = {n: v for n, v in written.get("model_args", {}).items() if n != "num_classes"}
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 

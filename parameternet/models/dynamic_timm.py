@@ -1,7 +1,7 @@
 """timm's networks with dynamic convolutions where the released ParameterNet has them: one table, one mechanism.
 
 A network is timm's own, built by timm and upcycled: pointwise and depthwise convolutions of the body become dynamic;
-stem, head and squeeze-and-excitation stay as they are. What upcycling computes is what the dense network computes, so
+stem, head and squeeze-and-excitation stay dense. The upcycled network computes what the dense network computes, so
 the tags `in1k_upcycled` read timm's dense checkpoints, and their figures hold.
 """
 
@@ -205,7 +205,7 @@ def _prepared(state_dict: dict[str, Tensor], source: Source) -> dict[str, Tensor
 
 
 def _cfg(source: Source) -> dict[str, Any]:
-    """timm's own configuration of a source: where on the Hub its dense weights are and how they see pictures."""
+    """timm's own configuration of a source: where its dense weights are on the Hub, and its preprocessing."""
     return asdict(replace(timm.get_pretrained_cfg(source.name), architecture=None, tag=None, url=""))
 
 

@@ -93,7 +93,7 @@ class C2f(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Maxima over growing neighbourhoods beside the map itself."""
+    """Concatenate a map with its maxima over growing neighbourhoods."""
 
     def __init__(self, c1: int, c2: int, k: int = 5, device=None, dtype=None) -> None:
         super().__init__()

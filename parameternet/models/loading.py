@@ -3,9 +3,8 @@
 >>> load("parameternet_50m.tin200").config["num_classes"]
 200
 
-The same text means the same model wherever it is written and whatever lies in the current folder. Bytes are held
-against every digest that there is before a tensor reaches a network, and a config reaches it through a list of what it
-may say.
+The same text means the same model everywhere, whatever is in the current folder. Bytes are checked against every known
+digest before a tensor reaches a network, and a config passes through an allow-list.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Source:
 
     @property
     def path_name(self) -> str | None:
-        """The name of the folder or file as it was given, without where it lies; None for other kinds."""
+        """The name of the folder or file as given, without its path; None for other kinds."""
         given = self.text.removeprefix("local-dir:")
         return Path(given).expanduser().absolute().name if self.kind == "file" else None
 
@@ -301,7 +300,7 @@ def _config(
         return _of_architecture(source, named, tensors or {})
     if config is None:
         raise weights.WeightsNotFound(
-            f"{source.path} does not say which network it is of: {weights.CONFIG_NAME} must lie beside it, there is no "
+            f"{source.path} does not say which network it is of: {weights.CONFIG_NAME} must be next to it, there is no "
             f"{place}, and its header holds no config. For upcycle, --architecture names one of timm.list_models()"
         )
     return config

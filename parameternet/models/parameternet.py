@@ -1,4 +1,4 @@
-"""ParameterNet: GhostNets whose convolutions mix several expert kernels for each picture.
+"""ParameterNet: GhostNets whose convolutions mix several expert kernels per image.
 
 Paper: `ParameterNet: Parameters Are All You Need` - https://arxiv.org/abs/2306.14525 (CVPR 2024)
 Released code: huawei-noah/Efficient-AI-Backbones, parameternet_pytorch (Apache-2.0): `parameternet_600m` is the network
@@ -282,7 +282,7 @@ _STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """State dicts of the released code, or ours, -> ours, for the channels that `model` has.
 
-    The released code keeps the experts of a convolution as one matrix (experts, numbers), whose elements lie in the
+    The released code keeps the experts of a convolution as one matrix (experts, numbers), whose elements are in the
     order of our (experts * out, in / groups, kh, kw).
     """
     state_dict = state_dict.get("state_dict", state_dict)
@@ -386,7 +386,8 @@ def parameternet_150m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     """A reconstruction of the paper's ParameterNet-300M: GhostNet 1.0's stages at width 1.45, Hardswish, 4 experts.
 
-    It was never released. Its static twin and the one of 8 experts have the paper's 8.6 M and 25.2 M parameters.
+    It was never released. The static baseline and the network with 8 experts have the paper's 8.6 M and 25.2 M
+    parameters.
     """
     return _create_parameternet("parameternet_300m", pretrained, **dict({"width": 1.45}, **kwargs))
 

@@ -52,7 +52,7 @@ def upcycle_checkpoint(
     x = torch.randn(2, *dense.pretrained_cfg["input_size"], generator=generator)
     compared = compare(dense, dynamic, x)
     found = loading.parse_source(source)
-    # Of a file its name alone: where it lies on this machine is not for others to know.
+    # Only the file's name: local paths do not leave the machine.
     save_upcycled(dynamic, folder, found.path_name or found.name)
     return dynamic, compared
 

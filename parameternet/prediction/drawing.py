@@ -42,8 +42,8 @@ def draw(results: Sequence[Result], title: str = "", limit: int = 30) -> Image.I
 
 
 def _card_height(result: Result) -> int:
-    beside = ROW * (1 + max(1, len(result.labels)))
-    return max(_photo_size(result)[1], beside)
+    bars = ROW * (1 + max(1, len(result.labels)))
+    return max(_photo_size(result)[1], bars)
 
 
 def _photo_size(result: Result) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from ..layers.altered import alteration
 from ..layers.recording import dynamic_layers, record_routing_weights
 from ..layers.replacing import replace_layer
 from ..layers.static import CollapsedConv, CollapsedConvSame
+from .inspection import read_elsewhere, refuse_distributed, tied
 from .modes import evaluating
 from .observe import Observation, observe
-from .survey import read_elsewhere, refuse_distributed, tied
 
 __all__ = ["Variation", "collapse", "measure_routing"]
 

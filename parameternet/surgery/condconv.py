@@ -10,8 +10,8 @@ from torch import nn
 from ..layers import DynamicConv
 from ..layers.altered import alteration
 from ..layers.replacing import replace_layer
+from .inspection import read_elsewhere, refuse_distributed, tied
 from .observe import observe
-from .survey import read_elsewhere, refuse_distributed, tied
 
 __all__ = ["convert_condconv"]
 

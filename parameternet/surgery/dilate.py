@@ -32,7 +32,7 @@ def dilate(model: nn.Module, output_stride: int) -> nn.Module:
 
     A stride that would go beyond is replaced by 1, and what reads the finer map is dilated by as much: at every
     `stride`-th position it computes what it computed before, but for what looks at the whole map (routers,
-    squeeze-and-excitation, pooling). Parameters and their names stay as they are. Source: DeepLab, arXiv:1606.00915.
+    squeeze-and-excitation, pooling). Parameters keep their names. Source: DeepLab, arXiv:1606.00915.
 
     Args:
         model: A network of `torch.nn.Conv2d`, `DynamicConv` and pooling layers that takes images of any size.

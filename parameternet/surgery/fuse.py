@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import DynamicConv, Router
 from ..layers.folding import fold_batch_norm, why_not
 from ..layers.replacing import replace_layer
+from .inspection import refuse_distributed, tied
 from .observe import Observation, meta_copy, observe
-from .survey import refuse_distributed, tied
 
 __all__ = ["Folding", "Fusing", "fuse"]
 
@@ -58,7 +58,7 @@ class Fusing:
 def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
     """Fold batch normalisation into every expert and static convolution that it follows; the function stays the same.
 
-    A pair is folded where torch.fx sees the output of the one go into the other and nowhere else, and nobody else read
+    A pair is folded where torch.fx sees the output of one go into the other and nowhere else, and nothing else read
     its tensors. A network that cannot be traced is traced part by part, and then a forward pass of a copy must show
     that each pair runs inside of its part only. Whatever is not certain stays as it is, `model.fusing` says why.
     `fuse` of a fused network changes nothing. timm's `reparameterize_model` does the same to the blocks of this

@@ -17,8 +17,8 @@ from ..layers import DynamicConv, Router
 from ..layers.altered import alteration
 from ..layers.replacing import replace_layer
 from ..layers.static import DepthwiseConv
+from .inspection import Inspection, inspect_convs, refuse_distributed
 from .own_fuse import FuseDynamicFirst
-from .survey import Survey, refuse_distributed, survey
 
 __all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
 
@@ -31,7 +31,7 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution of a network and its fate.
+    """A convolution and whether it was converted.
 
     kind: One of `KINDS`. left: Why it stayed dense; None: it became dynamic. router: The convolution whose router it
     uses, its own name unless routers are shared.
@@ -89,9 +89,9 @@ def upcycle(
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
 
-    Routers start neutral: their linear layer is zero, so that every picture gets the same routing weights, and the
-    experts are scaled so that these weights times the experts are the dense kernel. The experts differ by noise
-    whose weighted sum is zero; without it they would all get the same gradient and stay alike for ever.
+    Routers start neutral: their linear layer is zero, so every image gets the same routing weights, and the experts are
+    scaled so that their mixture is the dense kernel. Experts differ by noise whose weighted sum is zero; without noise
+    they would all get the same gradient and stay equal.
 
     Args:
         model: Any network with torch.nn.Conv2d layers.
@@ -100,7 +100,7 @@ def upcycle(
         kinds: Which of 'pointwise' (1 x 1), 'depthwise', 'dense' and 'grouped' convolutions to convert.
         kernel_sizes: Only kernels of this height and width; None: all.
         min_channels: Only layers with at least so many input and output channels.
-        stem, head: Convert the first convolution, and those that are the head or stand behind a pooling to one
+        stem, head: Convert the first convolution, and those that are the head or follow a pooling to one
             position (squeeze-and-excitation, heads on pooled features), too.
         frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False) in a
             network that is trained elsewhere, too. They stay by default: constants, as the table of YOLO's box
@@ -132,7 +132,7 @@ def upcycle(
         model = deepcopy(model)
     chosen = _Choice(_tuple(include), _tuple(exclude), kinds, kernel_sizes, min_channels, stem, head, frozen)
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    seen = survey(model, probe)
+    seen = inspect_convs(model, probe)
     layers = tuple(chosen.layer(name, conv, seen, share_routers, trained) for name, conv in _convolutions(model))
     done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers))
     if not done.converted:
@@ -169,7 +169,7 @@ def upcycle_state_dict(
     """A dense state dict as one of the dynamic `model`, which then computes the dense function; a checkpoint filter.
 
     Kernels and biases of dynamic layers are split among the experts for the routing weights of the model's routers at a
-    zero input; the routers themselves, which a dense checkpoint lacks, stay as they are in `model`. A state dict that
+    zero input; the routers themselves, which a dense checkpoint lacks, keep their values in `model`. A state dict that
     has routers already passes unchanged.
 
     Args:
@@ -194,7 +194,7 @@ def upcycle_state_dict(
 
 
 def _silenced(router: Router) -> Router:
-    """A copy that weighs the experts alike, whatever it sees."""
+    """A copy that weighs the experts equally for every input."""
     router = deepcopy(router)
     nn.init.zeros_(router.weight)
     nn.init.zeros_(router.bias)
@@ -239,12 +239,12 @@ class _Choice:
     head: bool
     frozen: bool
 
-    def layer(self, name: str, conv: nn.Conv2d, seen: Survey, share: bool, trained: bool) -> Layer:
+    def layer(self, name: str, conv: nn.Conv2d, seen: Inspection, share: bool, trained: bool) -> Layer:
         left = self._left(name, conv, seen) or self._constant(conv, trained)
         router = None if left else seen.reads.get(name, name) if share else name
         return Layer(name, kind_of(conv), _shape(conv), left, router)
 
-    def _left(self, name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
+    def _left(self, name: str, conv: nn.Conv2d, seen: Inspection) -> str | None:
         """Why the convolution stays dense; None if it does not."""
         cannot = _cannot(name, conv, seen)
         if cannot:
@@ -283,7 +283,7 @@ def _is_table(weight: Tensor) -> bool:
     return bool((weight == weight.round()).all() and weight.min() < weight.max())
 
 
-def _cannot(name: str, conv: nn.Conv2d, seen: Survey) -> str | None:
+def _cannot(name: str, conv: nn.Conv2d, seen: Inspection) -> str | None:
     altered = alteration(conv)
     if altered:
         return altered

@@ -19,7 +19,7 @@ from parameternet import fuse
 
 __all__ = ["Features", "TimmBackbone", "TimmStage", "features_of"]
 
-# Ways to make families take pictures of any size, where their default is a fixed one.
+# Arguments that make families with a fixed input size take any size.
 FREE_SIZES: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
 
 
@@ -75,7 +75,7 @@ def _features_of(name: str, in_chans: int, options: tuple[tuple[str, Any], ...])
         return Features(channels, tuple(net.feature_info.reduction()), last, given)
     family = timm.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
     raise ValueError(
-        f"TimmBackbone: {name} (family {family}) gives no features of pictures of any size, which a detector needs "
+        f"TimmBackbone: {name} (family {family}) gives no features for images of any size, which a detector needs "
         f"({errors[0]}); take another family"
     )
 
@@ -95,7 +95,7 @@ class TimmBackbone(nn.Module):
     """Features of a network of timm, as a list. Pictures are 0..1, as YOLO feeds them; mean and std are ours to apply.
 
     Args:
-        c1: Channels of the pictures.
+        c1: Channels of the images.
         spec: `name`, and what `timm.create_model` takes: `pretrained` (default False), `out_indices`, ...
         channels: Of the features; the parser wants to know them, the network has them.
     """

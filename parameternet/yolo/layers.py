@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Layers for the rows of Ultralytics' YAMLs, in Ultralytics' signatures: c1 and c2 are channels in and out.
 
-Checkpoints name these classes as `parameternet.yolo.<name>`, whatever file they stand in.
+Checkpoints name these classes as `parameternet.yolo.<name>`, whichever file defines them.
 """
 
 from typing import Any, TypeVar

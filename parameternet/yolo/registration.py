@@ -50,7 +50,7 @@ TWINS = {
     "C3k2_DynamicConv": layers.C3k2_DynamicConv,
     "C3k2_GhostModule_DynamicConv": layers.C3k2_GhostModule_DynamicConv,
 }
-# Formats whose runtimes convolve with a kernel that was mixed in the graph, for one picture at a time.
+# Formats whose runtimes convolve with a kernel that was mixed in the graph, for one image at a time.
 COMPUTED = ("onnx", "openvino", "torchscript")
 PICKLED = [*{layer for layer, _ in ROWS.values()}, *TWINS.values(), Router, backbone.TimmBatchNorm]
 
@@ -253,7 +253,7 @@ def _is_quantised(args: Any) -> bool:
 
 
 def _add_thop_rules() -> None:
-    """GFLOPs of Ultralytics' reports are those of convolutions. Some releases count on a small picture and scale by
+    """GFLOPs of Ultralytics' reports are those of convolutions. Some releases count on a small image and scale by
     area, which would multiply mixing by hundreds; `parameternet.count_flops` tells it."""
     try:
         rules = importlib.import_module("thop.profile").register_hooks
@@ -267,7 +267,7 @@ def _add_thop_rules() -> None:
 
 
 def gflops(model: nn.Module, size: int = 640) -> float:
-    """GFLOPs as Ultralytics reports them: twice the multiply-adds of convolutions, for one picture of that size."""
+    """GFLOPs as Ultralytics reports them: twice the multiply-adds of convolutions, for one image of that size."""
     return get_flops(model, size)
 
 

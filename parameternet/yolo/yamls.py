@@ -59,7 +59,7 @@ def find(file: str, stock: Callable[[str], Any]) -> str | None:
 
 
 def _folder() -> Path:
-    """This user's folder for YAMLs, which nobody else can write to; checkpoints name the files in it."""
+    """This user's folder for YAMLs, which others cannot write to; checkpoints name the files in it."""
     user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a folder of temporary files for each user
     folder = Path(tempfile.gettempdir()) / ("parameternet-yolo" if user is None else f"parameternet-yolo-{user}")
     with suppress(FileExistsError):
@@ -100,7 +100,7 @@ def _with_backbone(stock: dict[str, Any], name: str) -> dict[str, Any]:
     old = stock["backbone"]
     tail = [row for row in old if row[2] in TAIL]
     used = sorted({i for row in stock["head"] for i in _sources(row) if 0 <= i < len(old)} | {len(old) - 1})
-    # A head reads the features of strides 8 and 16, and the last row, of stride 32, whatever stands behind it.
+    # A head reads the features of strides 8 and 16, and the last row, of stride 32, whatever follows it.
     strides = [8, 16, 32][-len(used) :]
     rows = [[-1, 1, "TimmBackbone", [name]]]
     rows += [[0, 1, "TimmStage", [stride]] for stride in strides]

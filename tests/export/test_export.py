@@ -14,7 +14,7 @@ from parameternet.layers import DynamicConv
 
 
 def pictures(batch, size=SIZE, seed=1):
-    return checking.pictures(batch, size, seed)
+    return checking.noise_images(batch, size, seed)
 
 
 @torch.no_grad()

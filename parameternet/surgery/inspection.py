@@ -1,4 +1,4 @@
-"""What stands where in a network: its stem, its heads, and who reads the same tensor as whom."""
+"""Inspect the convolutions of a network: stem, heads, shared inputs, and which ones cannot be replaced."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from .observe import Call, Observation, merged_weights, observe
 
-__all__ = ["Survey", "read_elsewhere", "refuse_distributed", "survey", "tied"]
+__all__ = ["Inspection", "inspect_convs", "read_elsewhere", "refuse_distributed", "tied"]
 
 # Parts of layer names that mean a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
 
 
 @dataclass(frozen=True)
-class Survey:
+class Inspection:
     """Names of convolutions.
 
-    stem: The one that reads the picture first. heads: What is a head by its name. pooled: Those whose input has one
-    position. tied: Those that stand in several places or share a weight. reads: Of several that read the same tensor,
-    the first one's name for each. odd: Why those that are used in other ways than by `conv(x)` cannot be replaced.
+    stem: The first one. heads: Those with the name of a head. pooled: Those whose input is 1 x 1. tied: Those used in
+    several places, or that share a weight. reads: For each one, the first convolution that reads the same tensor. odd:
+    Those that cannot be replaced because they are used otherwise than by `conv(x)`, and why.
     """
 
     stem: str | None
@@ -32,15 +32,15 @@ class Survey:
     odd: dict[str, str]
 
 
-def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Survey:
-    """Look at a network, and at what its convolutions read in a forward pass that is observed.
+def inspect_convs(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Inspection:
+    """Inspect a network, and what its convolutions read in one observed forward pass.
 
     Args:
-        model: Any network; it is left as it was.
+        model: Any network; it is not changed.
         probe: An input of the network.
 
-    A network whose way depends on its input's numbers, and for which there is no probe, is judged by its names, but for
-    what one way through it shows. One that cannot be run at all has only `odd` convolutions.
+    A network with data-dependent control flow and no probe is judged by its names, except for what one path shows. All
+    convolutions of a network that cannot be run are `odd`.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -61,7 +61,7 @@ def survey(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> S
         odd |= dict.fromkeys(merged_weights(model, ("fuse", "fuse_convs")), "the fuse of its block merges its weight")
     if seen is None:
         odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
-    return Survey(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
+    return Inspection(stem, frozenset(heads), frozenset(pooled), frozenset(tied(model)), reads, odd)
 
 
 def refuse_distributed(model: nn.Module) -> None:
@@ -100,7 +100,7 @@ def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[Call]]) -
 
 
 def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
-    """Layers that stand in several places, or a tensor of which another module has, too."""
+    """Layers that are used in several places, or that share a tensor with another module."""
     places: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     places.update(id(m) for owner in model.modules() for m in _modules_in(vars(owner).values(), owner))
     owners: Counter[int] = Counter(id(t) for m in model.modules() for t in _own(m))
@@ -116,7 +116,7 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 
 def _modules_in(values: Iterable[Any], owner: nn.Module) -> Iterator[nn.Module]:
-    """Modules in plain attributes of `owner`, lists of them too: there nobody would put another in their place."""
+    """Modules in plain attributes of `owner`, and in lists there, where a replacement would not reach."""
     for value in values:
         if isinstance(value, nn.Module):
             yield value
