@@ -183,7 +183,9 @@ class DynamicConv(nn.Module):
         routing: Router | None
         output_bias: nn.Parameter | None
 
-    __jit_ignored_attributes__ = ["shift"]  # scripting would read it, and warn
+    # TorchScript would compile the property, and read it to look for methods, which warns.
+    __jit_unused_properties__ = ["shift"]
+    __jit_ignored_attributes__ = ["shift"]
     shift = renamed("shift", "output_bias")
     transposed = False
     output_padding = (0, 0)
