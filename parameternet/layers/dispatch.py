@@ -70,27 +70,38 @@ STRATEGIES = {
 def check_strategy(strategy: str, weight: Tensor, padding: tuple[int, int], groups: int, num_experts: int) -> None:
     """Refuse a strategy that would compute something else than the convolution of these experts.
 
-    TorchScript has no tables of functions, so the table's `takes` is repeated here.
-
     Raises:
         ValueError: An unknown name, or one that does not take this kind of convolution.
     """
-    if strategy == "batched_matmul" or strategy == "gated_inputs":
-        if not is_pointwise(weight, padding, groups):
-            raise ValueError(
-                f"strategy '{strategy}' takes only 1 x 1 kernels without padding and groups, got kernels of "
-                f"{weight.shape[2]} x {weight.shape[3]}, padding={padding}, groups={groups}; try 'grouped'"
-            )
-    elif strategy == "shifted":
-        if not is_depthwise(weight, groups, num_experts):
-            raise ValueError(
-                f"strategy 'shifted' takes only depthwise kernels, in = out = groups, got {weight.shape[1] * groups} "
-                f"channels in, {weight.shape[0] // num_experts} out, groups={groups}; try 'grouped'"
-            )
-    elif strategy != "grouped" and strategy != "wide":
+    takes = _takes_scripted(strategy) if torch.jit.is_scripting() else _takes(strategy)
+    if takes == "pointwise" and not is_pointwise(weight, padding, groups):
         raise ValueError(
-            f"unknown strategy '{strategy}'; there are grouped, batched_matmul, gated_inputs, shifted, wide"
+            f"strategy '{strategy}' takes only 1 x 1 kernels without padding and groups, got kernels of "
+            f"{weight.shape[2]} x {weight.shape[3]}, padding={padding}, groups={groups}; try 'grouped'"
         )
+    if takes == "depthwise" and not is_depthwise(weight, groups, num_experts):
+        raise ValueError(
+            f"strategy '{strategy}' takes only depthwise kernels, in = out = groups, got {weight.shape[1] * groups} "
+            f"channels in, {weight.shape[0] // num_experts} out, groups={groups}; try 'grouped'"
+        )
+
+
+@torch.jit.unused
+def _takes(strategy: str) -> str:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy '{strategy}'; there are {', '.join(STRATEGIES)}")
+    return STRATEGIES[strategy].takes
+
+
+def _takes_scripted(strategy: str) -> str:
+    """The column `takes` as a chain: TorchScript reads no table of functions."""
+    if strategy == "batched_matmul" or strategy == "gated_inputs":
+        return "pointwise"
+    if strategy == "shifted":
+        return "depthwise"
+    if strategy != "grouped" and strategy != "wide":
+        raise ValueError(f"unknown strategy '{strategy}'")
+    return "all"
 
 
 def choose_strategy(
@@ -174,7 +185,7 @@ def _convolve(
     strategy: str | None,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """Run on the path that the call is on: compiled operator, recorded graph, with gradients, or without."""
+    """Choose the execution path: compiled operator, recorded graph, autograd, or inference."""
     if x.shape[0] == 0:
         return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     recorded = records_a_graph()
@@ -204,7 +215,7 @@ def _convolve_scripted(
     strategy: str | None,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """The table once more as a chain, for TorchScript."""
+    """The column `forward` as a chain, for TorchScript."""
     if x.shape[0] == 0:
         return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     if strategy is None:

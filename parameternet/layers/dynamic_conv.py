@@ -184,8 +184,8 @@ class DynamicConv(nn.Module):
         output_bias: nn.Parameter | None
 
     # TorchScript would compile the property, and read it to look for methods, which warns.
-    __jit_unused_properties__ = ["shift"]
-    __jit_ignored_attributes__ = ["shift"]
+    __jit_unused_properties__ = ("shift",)
+    __jit_ignored_attributes__ = ("shift",)
     shift = renamed("shift", "output_bias")
     transposed = False
     output_padding = (0, 0)
