@@ -11,13 +11,13 @@ import timm
 import torch
 from click.testing import CliRunner
 from hub.server import TOKEN, Hub, connect
+from lively import lively
 from PIL import Image
 from safetensors.torch import save
 
 from parameternet import cli, export, prediction, weights
-from parameternet.hub import publish
 from parameternet.models import loading
-from parameternet.training import Recipe, checkpoint
+from parameternet.training import Recipe, build, checkpoint
 
 IDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]  # the first classes of ImageNet
 DENSE = "test_resnet.r160_in1k"
@@ -138,7 +138,9 @@ def val(text, network, shelf, folder):
     assert found["images"] == 10
     if network is shelf.network:  # the dense one reads another size
         labels = torch.arange(10) // 2
-        assert found["loss"] == pytest.approx(-expected(shelf, network)[range(10), labels].log().mean().item(), abs=1e-4)
+        assert found["loss"] == pytest.approx(
+            -expected(shelf, network)[range(10), labels].log().mean().item(), abs=1e-4
+        )
 
 
 def info(text, network, shelf, folder):
@@ -270,3 +272,27 @@ def test_every_use_takes_every_kind_of_source(use, kind, shelf, tmp_path):
             use(text, shelf.dense, shelf, tmp_path)
         return
     use(text, shelf.meant(kind), shelf, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ghostnetv3_050", "ghostnetv2_100", "tf_efficientnet_lite0"])
+def test_a_dynamic_network_starts_from_a_file_of_its_dense_one(name, tmp_path):
+    dense = lively(timm.create_model(name, num_classes=7)).eval()
+    weights.save(dense.state_dict(), tmp_path / "dense.safetensors")
+    dynamic = build.make_model(
+        Recipe(model=f"dynamic_{name.removeprefix('tf_')}", init=str(tmp_path / "dense.safetensors")), 7
+    )
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = dense(x)
+        assert close(dynamic.eval()(x), wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.skipif(weights.packaged("timm/tf_efficientnet_lite0.in1k") is None, reason="`demo` is not installed")
+@pytest.mark.parametrize("start", ["dynamic_efficientnet_lite0.in1k_upcycled", "dynamic_efficientnet_lite0",
+                                   "tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"])  # fmt: skip
+@pytest.mark.parametrize("model", ["dynamic_efficientnet_lite0", "tf_efficientnet_lite0"])
+def test_an_upcycled_checkpoint_is_a_start_like_pretrained(model, start):
+    x = torch.randn(1, 3, 64, 64)
+    wanted, found = (build.make_model(Recipe(model=model, init=init), 1000).eval() for init in ("pretrained", start))
+    with torch.no_grad():
+        assert close(found(x), wanted(x), atol=1e-5 * float(wanted(x).abs().max()))
