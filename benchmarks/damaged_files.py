@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
+from parameternet.weights import registry
 
 NAME = "parameternet_50m.tin200"
 PAGE = 4096
@@ -180,10 +181,13 @@ def sweep(
     data = good.read_bytes()
     recorded = {NAME: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
     counts = defaultdict(lambda: defaultdict(Counter))
-    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(weights, "known", lambda: recorded):
+    with tempfile.TemporaryDirectory() as temporary:
+        records = Path(temporary, "weights.json")
+        records.write_text(json.dumps(recorded))
         folder = Path(temporary, NAME)
         folder.mkdir()
-        with mock.patch.dict(os.environ, PARAMETERNET_WEIGHTS=temporary), warnings.catch_warnings():
+        places = mock.patch.dict(os.environ, PARAMETERNET_WEIGHTS=temporary)
+        with places, mock.patch.object(registry, "RECORDS", records), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a file whose digest is unreadable warns; what counts here is the outcome
             (folder / weights.FILE_NAME).write_bytes(data)
             if (good.parent / weights.CONFIG_NAME).is_file():

@@ -9,6 +9,7 @@ import torch
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
+from parameternet.weights import registry
 
 NAME = "parameternet_50m.tin200"
 MODEL_ARGS = {"width": 0.2}
@@ -59,7 +60,9 @@ def record(monkeypatch, folder, name=NAME):
     """Make the package know the checkpoint in `folder` under `name`, and look for it in the folder above."""
     data = (folder / weights.FILE_NAME).read_bytes()
     known = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
-    monkeypatch.setattr(weights, "known", lambda: known)
+    records = folder.parent / "weights.json"
+    records.write_text(json.dumps(known))
+    monkeypatch.setattr(registry, "RECORDS", records)
     monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(folder.parent))
-    monkeypatch.setattr(weights, "shipped", lambda kind: folder.parent / "none")
+    monkeypatch.setattr(registry, "PACKAGE", folder.parent / "none")
     return known

@@ -23,6 +23,7 @@ import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
 from parameternet.models._builder import build_from_config
 from parameternet.prediction import Predictor
+from parameternet.weights import registry
 
 NAME = "parameternet_50m.tin200"
 CFG = {"architecture": "parameternet_50m", "tag": "tin200"}
@@ -54,7 +55,7 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.delenv("PARAMETERNET_HUB", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", CLOSED)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "shipped", lambda kind: tmp_path / "checkout" / kind)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path / "checkout" / "parameternet")
     yield
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # clients before 1.0 stay offline once they were
 
@@ -71,15 +72,17 @@ def put(folder, state_dict=None):
 
 
 def record(monkeypatch, path):
+    """Make the checkpoint at `path` the only recorded one."""
     data = path.read_bytes()
     recorded = {NAME: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
-    monkeypatch.setattr(weights, "known", lambda: recorded)
-    return recorded
+    records = path.parents[2] / "weights.json"
+    records.write_text(json.dumps(recorded))
+    monkeypatch.setattr(registry, "RECORDS", records)
 
 
 @pytest.fixture
 def checkout(monkeypatch, tmp_path):
-    path = put(tmp_path / "checkout" / "weights")
+    path = put(weights.shipped("weights"))
     record(monkeypatch, path)
     return path
 
@@ -296,8 +299,8 @@ def test_timm_builds_a_network_from_a_file(network, tmp_path):
     assert_same(loaded.state_dict(), network.state_dict())
 
 
-def test_pretrained_without_weights_is_an_error_not_a_random_network(monkeypatch):
-    monkeypatch.setattr(weights, "known", dict)
+def test_pretrained_without_weights_is_an_error_not_a_random_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "RECORDS", tmp_path / "none.json")
     with pytest.raises(weights.WeightsNotFound, match="no weights are recorded for parameternet_150m"):
         timm.create_model("parameternet_150m", pretrained=True)
 
@@ -389,7 +392,7 @@ def test_shipped_is_the_checkout_or_the_copy_in_the_package(monkeypatch, tmp_pat
     monkeypatch.undo()
     package = tmp_path / "parameternet"
     package.mkdir()
-    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
+    monkeypatch.setattr(registry, "PACKAGE", package)
     (tmp_path / "weights").mkdir()
     assert weights.shipped("weights") == package / "_shipped" / "weights"  # somebody's folder in site-packages
     (tmp_path / "setup.cfg").touch()

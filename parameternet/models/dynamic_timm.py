@@ -21,7 +21,7 @@ from ..surgery.dilate import dilate
 from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
 from ._builder import build_model
 
-__all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "labels", "renamed"]
+__all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "filtered", "labels", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,21 @@ def renamed(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> 
     if dynamic and source.prepare and not set(state_dict) <= set(model.state_dict()):
         state_dict = _prepared(state_dict, source)
     return state_dict
+
+
+def filtered(state_dict: dict[str, Tensor], model: nn.Module, architecture: str | None) -> dict[str, Tensor]:
+    """A state dict of any release of a network, or of its dense source, under the names of `model`; see `renamed`.
+
+    Args:
+        model: The network, or the one of timm that it holds.
+        architecture: Its registered name, where it has one.
+    """
+    name = (architecture or "").partition(".")[0]
+    if name in SOURCES:
+        return renamed(state_dict, model, SOURCES[name])
+    module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else type(model).__module__
+    prepare = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    return prepare(dict(state_dict), model) if prepare else dict(state_dict)
 
 
 def _is_dynamic(state_dict: dict[str, Tensor]) -> bool:

@@ -135,7 +135,7 @@ def _place(text: str, path: Path) -> Source:
     if not path.exists():
         raise _nowhere(text, path)
     if not path.is_dir():
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise weights.WeightsError(_other_format(path))
         return Source(text, "file", str(path), path)
     for name in (BEST, weights.FILE_NAME):
@@ -198,8 +198,7 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
     config = _config(source, words, tensors, architecture)
     if not dense and not catalogue.is_ours(config["architecture"]):
         raise ValueError(f"{printable(config['architecture'])} is no network of this package: use timm for it")
-    tensors = dynamic_timm.by_order(tensors, config["architecture"]) if source.kind == "dense" else tensors
-    return LoadedModel(_build(source, config, tensors).eval(), config, verified)
+    return LoadedModel(_build(source, config, _under_timms_names(source, tensors)).eval(), config, verified)
 
 
 def refuse_dense(source: Source) -> None:
@@ -226,14 +225,13 @@ def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
 
 
 def read_tensors(source: str | Path | Source) -> dict[str, Tensor]:
-    """The verified tensors of a model, under the names that they have there.
+    """The verified tensors of a model, under timm's names.
 
     Raises:
         UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
     """
     source = parse_source(source)
-    tensors = _read(source)[0]
-    return dynamic_timm.by_order(tensors, source.architecture) if source.kind == "dense" else tensors
+    return _under_timms_names(source, _read(source)[0])
 
 
 def read_config(source: str | Path | Source) -> dict[str, Any]:
@@ -254,6 +252,13 @@ def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], bool]:
     path, sha256 = weights_file(source)
     tensors, words = weights.read_all(path, *sha256)
     return tensors, words, bool(sha256) or weights.DIGEST in words
+
+
+def _under_timms_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a package with names of its own; of an upcycled checkpoint they are the dense network's."""
+    upcycled = dynamic_timm.SOURCES.get(source.architecture or "")
+    architecture = upcycled.name if upcycled else source.architecture
+    return dynamic_timm.by_order(tensors, architecture) if architecture else tensors
 
 
 def _location(source: Source) -> Mapping[str, Any]:

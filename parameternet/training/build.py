@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from parameternet import weights
-from parameternet.models import catalogue, loading
+from parameternet.models import catalogue, dynamic_timm, loading
 from parameternet.models._builder import forget_tensors
 from parameternet.surgery import upcycle_state_dict
 from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
@@ -167,9 +166,8 @@ def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str |
     Raises:
         CheckpointError: tensors other than the classifier's do not fit, with their names.
     """
-    prepare = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = prepare(dict(state), model) if prepare else dict(state)
-    state = upcycle_state_dict(state, model, neutral=True)
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    state = upcycle_state_dict(dynamic_timm.filtered(state, model, architecture), model, neutral=True)
     mine, heads = model.state_dict(), _classifier_names(model)
     wrong = [name for name in mine if name in state and state[name].shape != mine[name].shape]
     new_head = any(name.startswith(heads) for name in wrong)

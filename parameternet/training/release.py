@@ -27,7 +27,7 @@ from parameternet.training.report import Reporter
 from parameternet.training.validate import validate
 
 ROUTING = "routing.png"
-RECORDS = Path(weights.__file__).with_name("weights.json")
+RECORDS = weights.RECORDS
 
 
 def release(

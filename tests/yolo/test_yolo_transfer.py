@@ -5,7 +5,9 @@ import warnings
 import pytest
 import timm
 import torch
+from hub.server import Hub, connect
 from lively import lively
+from safetensors.torch import save
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
@@ -107,6 +109,47 @@ def test_the_shipped_checkpoint_fills_the_backbone(detector, way, tmp_path, monk
     (tmp_path / NAME).mkdir()  # a folder of that name is not the recorded checkpoint
     detector.load({"name": NAME, "file": path, "local-dir": f"local-dir:{path.parent}"}[way])
     assert transferred(detector, weights.read(path)) == 652
+
+
+KINDS = ("checkpoint", "architecture", "run", "folder", "file", "local-dir", "hf-hub", "hf-hub@")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_fills_the_backbone(kind, detector, tmp_path, monkeypatch):
+    good = weights.find(NAME).parent
+    run = tmp_path / "run"
+    run.mkdir()
+    config = (good / weights.CONFIG_NAME).read_text()
+    weights.save(weights.read(good / weights.FILE_NAME), run / "best.safetensors", {"config": config})
+    for name in (NAME, "parameternet_50m"):  # folders of these names are not the recorded checkpoint
+        (tmp_path / "here" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    texts = {"checkpoint": NAME, "architecture": "parameternet_50m", "run": run, "folder": str(good),
+             "file": run / "best.safetensors", "local-dir": f"local-dir:{good}",
+             "hf-hub": "hf-hub:somebody/net", "hf-hub@": "hf-hub:somebody/net@main"}  # fmt: skip
+    with Hub() as hub:
+        connect(hub, monkeypatch, tmp_path / "cache")
+        hub.put("somebody/net", good)
+        detector.load(texts[kind])
+    assert transferred(detector, weights.read(good / weights.FILE_NAME)) == 652
+
+
+def test_an_upcycled_checkpoint_and_its_dense_network_fill_the_backbone(tmp_path, monkeypatch):
+    dense = lively(timm.create_model("ghostnet_100"))
+    with Hub() as hub:
+        connect(hub, monkeypatch, tmp_path / "cache")
+        hub.put("timm/ghostnet_100.in1k", {weights.FILE_NAME: save(dense.state_dict())})
+        names = ("dynamic_ghostnet_100.in1k_upcycled", "dynamic_ghostnet_100", "ghostnet_100.in1k", "ghostnet_100")
+        loaded = [YOLO("yolov8n-dynamic_ghostnet_100.yaml").load(name) for name in names]
+    x = torch.rand(1, 3, 64, 64)
+    first = [network.model.model[0].eval()(x) for network in loaded]
+    static = timm.create_model("ghostnet_100", features_only=True, out_indices=(2, 3, 4)).eval()
+    static.load_state_dict({n: dict(_plain(dense))[n.replace("_", ".")] for n in static.state_dict()})
+    backbone = loaded[0].model.model[0]
+    wanted = static((x - backbone.mean) / backbone.std)
+    for found in first:
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
