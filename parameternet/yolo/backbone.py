@@ -47,11 +47,11 @@ def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
     Raises:
         ValueError: not a network of timm, or of a family that takes one size alone, which is named.
     """
-    return _features_of(name, in_chans, tuple(sorted(options.items())))
+    return cached_features(name, in_chans, tuple(sorted(options.items())))
 
 
 @lru_cache
-def _features_of(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
+def cached_features(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
     if any(key == "checkpoint_path" for key, _ in options):

@@ -176,7 +176,7 @@ def test_looking_at_a_backbone_draws_no_random_number():
     torch.manual_seed(0)
     parse(rows)
     after = torch.rand(1)
-    registration.backbone._features_of.cache_clear()
+    registration.backbone.cached_features.cache_clear()
     torch.manual_seed(0)
     registration.write_features([[*row[:3], list(row[3])] for row in yolo], 3)
     parse(rows)
