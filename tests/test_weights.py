@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
-from parameternet.models._builder import build_from_config
+from parameternet.models.builder import build_from_config
 from parameternet.prediction import Predictor
 from parameternet.weights import registry
 

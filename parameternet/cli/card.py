@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet import files
-from parameternet.cli._output import echo
+from parameternet.cli.output import echo
 from parameternet.hub import write_card
 
 

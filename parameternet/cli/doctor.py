@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from parameternet.cli._output import echo, print_json, print_table
+from parameternet.cli.output import echo, print_json, print_table
 from parameternet.diagnosis import examine
 
 

@@ -6,7 +6,7 @@ import click
 import timm
 from torch import nn
 
-from parameternet.cli._output import echo, print_table
+from parameternet.cli.output import echo, print_table
 from parameternet.export import FORMATS, FORMS, Exported
 from parameternet.export import export as write
 from parameternet.models import catalogue

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from parameternet.cli._output import count, echo, print_json, print_table
+from parameternet.cli.output import count, echo, print_json, print_table
 from parameternet.models.summary import describe
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from PIL import Image
 
-from parameternet.cli._output import print_json
+from parameternet.cli.output import print_json
 from parameternet.files import write_bytes
 from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw
 from parameternet.text import printable

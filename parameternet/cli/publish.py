@@ -3,7 +3,7 @@
 import click
 
 from parameternet import hub
-from parameternet.cli._output import echo, print_table
+from parameternet.cli.output import echo, print_table
 
 
 @click.command()

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from parameternet.cli._output import echo, print_json, print_table
+from parameternet.cli.output import echo, print_json, print_table
 from parameternet.layers.recording import dynamic_layers
 from parameternet.prediction import Predictor
 from parameternet.routing import LayerRouting, Routing, draw, find_images, measure

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from parameternet import training
-from parameternet.cli._output import echo
-from parameternet.cli._run import Terminal, speaks_plainly
+from parameternet.cli.output import echo
+from parameternet.cli.terminal import Terminal, speaks_plainly
 from parameternet.training.recipe import allowed
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from torch import nn
 
-from parameternet.cli._output import count, echo, print_table
+from parameternet.cli.output import count, echo, print_table
 from parameternet.models.upcycled import upcycle_checkpoint
 from parameternet.surgery.compare import Comparison
 from parameternet.surgery.upcycle import KINDS, NOISE

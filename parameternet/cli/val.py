@@ -5,8 +5,8 @@ import sys
 import click
 
 from parameternet import training
-from parameternet.cli._output import echo, print_json
-from parameternet.cli._run import Terminal, speaks_plainly
+from parameternet.cli.output import echo, print_json
+from parameternet.cli.terminal import Terminal, speaks_plainly
 
 
 @click.command()

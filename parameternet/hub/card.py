@@ -16,7 +16,7 @@ from timm.models import is_model_pretrained
 from parameternet import weights
 from parameternet.flops import count_flops
 from parameternet.models import catalogue, loading
-from parameternet.models._builder import model_arguments, public_config
+from parameternet.models.builder import model_arguments, public_config
 from parameternet.text import printable_lines, without_local_paths
 
 __all__ = ["describe", "write_card"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from parameternet import weights
 from parameternet.hub.card import COMPARISONS, describe, write_card
 from parameternet.models import loading
-from parameternet.models._builder import public_config
+from parameternet.models.builder import public_config
 from parameternet.text import without_local_paths
 
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]

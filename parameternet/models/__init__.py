@@ -1,4 +1,4 @@
 from . import catalogue, dynamic_timm, dynamic_yolo, parameternet
-from ._builder import build_from_config, build_model
+from .builder import build_from_config, build_model
 
 __all__ = ["build_from_config", "build_model", "catalogue", "dynamic_timm", "dynamic_yolo", "parameternet"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers import DynamicConv
 from ..surgery.dilate import dilate
 from ..surgery.upcycle import rebuild, upcycle, upcycle_state_dict
-from ._builder import build_model
+from .builder import build_model
 
 __all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "filtered", "labels", "renamed"]
 

@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, GhostModule
-from ._builder import build_model
+from .builder import build_model
 
 __all__ = ["YoloBackbone"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..text import printable
 from . import catalogue, dynamic_timm
-from ._builder import build_from_config, model_arguments
+from .builder import build_from_config, model_arguments
 
 __all__ = [
     "LoadedModel",

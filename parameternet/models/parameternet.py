@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
 from ..layers.static import PooledConv, static_conv2d
 from ..surgery.dilate import dilate
-from ._builder import build_model
+from .builder import build_model
 
 __all__ = ["ParameterNet"]
 

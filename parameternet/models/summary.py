@@ -18,7 +18,7 @@ from .. import weights
 from ..flops import count_flops
 from ..layers import DynamicConv, Router
 from . import catalogue, loading
-from ._builder import model_arguments
+from .builder import model_arguments
 from .loading import Source, parse_source
 
 __all__ = ["describe", "find_names", "registered", "summarise"]

@@ -12,7 +12,7 @@ from .. import files, weights
 from ..surgery.compare import Comparison, compare
 from ..surgery.upcycle import upcycle
 from . import loading
-from ._builder import hub_layout
+from .builder import hub_layout
 
 __all__ = ["load_dense", "save_upcycled", "upcycle_checkpoint"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parameternet import weights
 from parameternet.models import catalogue, dynamic_timm, loading
-from parameternet.models._builder import forget_tensors
+from parameternet.models.builder import forget_tensors
 from parameternet.surgery import upcycle_state_dict
 from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
 from parameternet.training.randomness import INIT, mix, seed_all

@@ -18,7 +18,7 @@ from parameternet import files, weights
 from parameternet.hub import write_card
 from parameternet.layers import DynamicConv
 from parameternet.models import loading
-from parameternet.models._builder import hub_layout
+from parameternet.models.builder import hub_layout
 from parameternet.text import without_local_paths
 from parameternet.training.checkpoint import BEST, claimed
 from parameternet.training.errors import CheckpointError

@@ -66,11 +66,11 @@ def _folder() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     private = user is None or (found.st_uid == user and not found.st_mode & 0o022)
-    return folder if stat.S_ISDIR(found.st_mode) and private else _folder_of_this_process()
+    return folder if stat.S_ISDIR(found.st_mode) and private else folder_of_this_process()
 
 
 @lru_cache(maxsize=1)
-def _folder_of_this_process() -> Path:
+def folder_of_this_process() -> Path:
     # Somebody else was there first, and could put other networks in the place of ours.
     folder = tempfile.TemporaryDirectory(prefix="parameternet-yolo-")
     atexit.register(folder.cleanup)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from parameternet import cli, diagnosis, weights
-from parameternet.cli import _output
+from parameternet.cli import output
 
 PHOTOS = Path(__file__).parent.parent / "photos"
 RECORDED = ("--model", checkpoints.NAME)
@@ -271,7 +271,7 @@ def test_doctor_sees(recorded, monkeypatch, break_it, message):
 
 def test_piped_tables_are_never_cut_off():
     long = "x" * 300
-    assert _output.plain_table(("a", "number"), [(long, "1"), ("b", "22")], right=("number",)) == [
+    assert output.plain_table(("a", "number"), [(long, "1"), ("b", "22")], right=("number",)) == [
         "a" + " " * 299 + "  number",
         long + "       1",
         "b" + " " * 299 + "      22",
@@ -291,4 +291,4 @@ def test_piped_tables_are_never_cut_off():
     ],
 )
 def test_counts_in_words(number, words):
-    assert _output.count(number) == words
+    assert output.count(number) == words

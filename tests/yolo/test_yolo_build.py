@@ -251,7 +251,7 @@ def test_only_names_that_are_ours_are_made():
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yamls._folder_of_this_process.cache_clear()
+    yamls.folder_of_this_process.cache_clear()
     return tmp_path
 
 

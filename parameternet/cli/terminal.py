@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from parameternet import training, weights
-from parameternet.cli._output import echo
+from parameternet.cli.output import echo
 from parameternet.text import printable, printable_lines
 
 __all__ = ["Terminal", "speaks_plainly"]
