@@ -1,15 +1,17 @@
 """Record the routing weights that reach each dynamic convolution during forward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .dynamic_conv import DynamicConv
 
-__all__ = ["Recording", "dynamic_layers", "record_routing_weights"]
+__all__ = ["Recording", "dynamic_layers", "record_routing_weights", "replace_routing_weights"]
 
 
 @dataclass
@@ -55,27 +57,54 @@ def record_routing_weights(model: nn.Module) -> Iterator[Recording]:
     Raises:
         ValueError: There are no dynamic convolutions.
     """
-    convs = dynamic_layers(model)
-    recording = Recording({name: [] for name in convs})
+    recording = Recording({name: [] for name in dynamic_layers(model)})
 
-    def note(name: str, conv: DynamicConv, args: tuple[Tensor, ...], kwargs: dict[str, Tensor | None]) -> None:
-        given = dict(zip(("x", "routing_weights"), args, strict=False)) | kwargs
-        routing_weights = given.get("routing_weights")
-        if "routing_weights" in given or kwargs:
+    def note(name: str, conv: DynamicConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, routing_weights = _given(*args, **kwargs)
+        if len(args) > 1 or kwargs:
             recording.from_caller.add(name)
         if routing_weights is None and conv.routing is not None:
-            routing_weights = conv.routing(given["x"])
+            routing_weights = conv.routing(x)
         if routing_weights is not None:  # without any, the layer itself raises
             recording.calls[name].append(routing_weights.detach().cpu().double())
 
+    with _before_each_call(model, note):
+        yield recording
+
+
+@contextmanager
+def replace_routing_weights(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Let every dynamic convolution use `replace(name, routing_weights)`, (B, E) -> (B, E), while the block runs.
+
+    >>> with replace_routing_weights(model, lambda name, weights: means[name].expand_as(weights)):  # doctest: +SKIP
+    ...     model(images)
+
+    Raises:
+        ValueError: There are no dynamic convolutions.
+    """
+
+    def change(name: str, conv: DynamicConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, routing_weights = _given(*args, **kwargs)
+        if routing_weights is None and conv.routing is not None:
+            routing_weights = conv.routing(x)
+        return None if routing_weights is None else ((x, replace(name, routing_weights)), {})
+
+    with _before_each_call(model, change):
+        yield
+
+
+def _given(x: Tensor, routing_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    return x, routing_weights
+
+
+@contextmanager
+def _before_each_call(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     hooks = [
-        conv.register_forward_pre_hook(
-            lambda conv, args, kwargs, name=name: note(name, conv, args, kwargs), with_kwargs=True
-        )
-        for name, conv in convs.items()
+        conv.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
+        for name, conv in dynamic_layers(model).items()
     ]
     try:
-        yield recording
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
