@@ -17,7 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from torch import Tensor
 
 from parameternet import weights
-from parameternet.hub.card import COMPARISONS, describe, write_card
+from parameternet.hub.card_data import COMPARISONS, describe
+from parameternet.hub.card_text import write_card
 from parameternet.models import loading
 from parameternet.models._builder import public_config
 from parameternet.text import without_local_paths

@@ -151,8 +151,8 @@ def _nowhere(text: str, path: Path) -> weights.WeightsNotFound:
     if text.startswith("local-dir:") or path.name != text or path.suffix == ".safetensors":
         what = "file" if path.suffix == ".safetensors" else "folder or file"
         return weights.WeightsNotFound(
-            f"no such {what}: {printable(str(path))}. {shown!r} is neither a folder, nor a file, nor a registered "
-            f"name; a model is {KINDS}"
+            f"no weights at {printable(str(path))}: no such {what}. {shown!r} is neither a folder, nor a file, nor a "
+            f"registered name; a model is {KINDS}"
         )
     names = [*catalogue.checkpoints(), *timm.list_models()]
     near = difflib.get_close_matches(text, names, n=2) or difflib.get_close_matches(text.partition(".")[0], names, n=2)
