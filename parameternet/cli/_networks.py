@@ -6,15 +6,12 @@ from typing import Any
 
 import click
 import timm
-import torch
-from torch import nn
 
 from parameternet import weights
 from parameternet.models import catalogue, loading
-from parameternet.models._builder import model_arguments
 from parameternet.models.loading import Source
 
-__all__ = ["build", "config", "input_size", "names", "resolve", "top1", "whereabouts"]
+__all__ = ["config", "input_size", "names", "resolve", "top1", "whereabouts"]
 
 
 def names() -> list[str]:
@@ -51,12 +48,6 @@ def _registered(name: str) -> dict[str, Any]:
     architecture = name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(name if name in timm.list_pretrained(architecture) else architecture)
     return {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
-
-
-def build(described: dict[str, Any]) -> nn.Module:
-    """The network of a config, without memory for its parameters: on PyTorch's meta device."""
-    with torch.device("meta"):
-        return timm.create_model(described["architecture"], **model_arguments(described)).eval()
 
 
 def input_size(described: dict[str, Any]) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from parameternet.cli import _networks
 from parameternet.cli._output import count, echo, print_json, print_table
 from parameternet.flops import count_flops
 from parameternet.models import catalogue
+from parameternet.models._builder import build_on_meta
 from parameternet.models.loading import Source, parse_source
 
 
@@ -33,7 +34,7 @@ def describe(name: str) -> dict[str, Any]:
     """Everything that the command says, as plain data."""
     source = _source(name)
     config = _networks.config(source)
-    model, size = _networks.build(config), _networks.input_size(config)
+    model, size = build_on_meta(config), _networks.input_size(config)
     flops = count_flops(model, size)
     return {
         "name": name,

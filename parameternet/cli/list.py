@@ -9,6 +9,7 @@ from parameternet.cli import _networks
 from parameternet.cli._output import count, print_json, print_table
 from parameternet.flops import count_flops
 from parameternet.models import catalogue
+from parameternet.models._builder import build_on_meta
 from parameternet.models.loading import Source, parse_source
 
 
@@ -36,7 +37,7 @@ def list(pattern: str, as_json: bool) -> None:
 def _row(name: str) -> dict[str, Any]:
     source = parse_source(name) if name in catalogue.checkpoints() else Source(name, "architecture", name)
     config = _networks.config(source)
-    model, size = _networks.build(config), _networks.input_size(config)
+    model, size = build_on_meta(config), _networks.input_size(config)
     return {
         "name": name.partition(".")[0],
         "tag": name.partition(".")[2] or None,

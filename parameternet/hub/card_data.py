@@ -16,7 +16,7 @@ from timm.models import is_model_pretrained
 from parameternet import weights
 from parameternet.flops import count_flops
 from parameternet.models import catalogue, loading
-from parameternet.models._builder import model_arguments, public_config
+from parameternet.models._builder import build_on_meta, public_config
 from parameternet.text import without_local_paths
 from parameternet.training.recipe import Recipe, saved_recipe
 
@@ -222,7 +222,7 @@ def _results(config: dict[str, Any]) -> Results:
     known = {field.name for field in dataclasses.fields(Results)}
     found = {key: value for key, value in (config.get("results") or {}).items() if key in known and value is not None}
     if not {"parameters", "macs"} <= found.keys():
-        network = timm.create_model(config["architecture"], **model_arguments(config))
+        network = build_on_meta(config)
         found["parameters"] = sum(p.numel() for p in network.parameters())
         found["macs"] = count_flops(network, _data_config(config)["input_size"]).total
     return Results(**found)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..text import printable
 from . import catalogue, dynamic_timm
-from ._builder import build_from_config, model_arguments
+from ._builder import build_from_config, buildable
 
 __all__ = [
     "LoadedModel",
@@ -199,7 +199,9 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
     config = _config(source, words, tensors, architecture)
     if not dense and not catalogue.is_ours(config["architecture"]):
         raise ValueError(f"{printable(config['architecture'])} is no network of this package: use timm for it")
-    return LoadedModel(_build(source, config, _under_timms_names(source, tensors)).eval(), config, verified)
+    tensors = _under_timms_names(source, tensors)
+    with buildable(config, f"the config or the weights of {printable(source.text)}"):
+        return LoadedModel(build_from_config(config, state_dict=tensors).eval(), config, verified)
 
 
 def refuse_dense(source: Source) -> None:
@@ -366,16 +368,3 @@ def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -
     classifier = f"{cfg.get('classifier')}.weight"
     classes = len(tensors[classifier]) if classifier in tensors else cfg.get("num_classes", 1000)
     return {"architecture": name, "num_classes": classes, "pretrained_cfg": {**cfg, "num_classes": classes}}
-
-
-def _build(source: Source, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    try:
-        return build_from_config(config, state_dict=tensors)
-    except (weights.WeightsError, OSError, ImportError):
-        raise
-    except Exception as error:  # a network may fail by anything on arguments that it was not written for
-        arguments = _short(model_arguments(config))
-        raise weights.WeightsDamaged(
-            f"the config and the weights of {printable(source.text)} do not fit: {config['architecture']} with "
-            f"{arguments} cannot be built and loaded ({type(error).__name__}: {printable(str(error))[:300]})"
-        ) from error
