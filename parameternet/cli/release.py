@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
-from parameternet import training
 from parameternet.cli.output import echo
 from parameternet.cli.terminal import Terminal, speaks_plainly
+from parameternet.hub import release as make
 
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("name")
-@click.option("--data", required=True, help="Validation images; the card's figures are measured on them.")
+@click.option("--data", required=True, help="Validation images, for the figures on the card.")
 @click.option("--destination", type=click.Path(file_okay=False, path_type=Path), help="[default: weights/]")
 @click.option("--data-name", help="Name of the data set, for the card.  [default: the recipe's]")
 @click.option("--data-terms", help="Terms of its images, for the card.  [default: the recipe's]")
@@ -24,11 +24,11 @@ from parameternet.cli.terminal import Terminal, speaks_plainly
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.
 
-    Weights in float16, config, card, recipe and history; the file that was written is then measured.
+    It holds float16 weights, config, card, recipe and history; the written file is then validated.
     """
     terminal = Terminal()
     try:
-        found = training.release(run, name, data, reporter=terminal, **options)
+        found = make(run, name, data, reporter=terminal, **options)
     finally:
         terminal.close()
     echo(f"top1 {found['top1']:.2f} ± {found['top1_interval']:.2f}  top5 {found['top5']:.2f}")

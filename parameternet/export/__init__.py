@@ -11,6 +11,7 @@ skip an empty batch before you run such a file.
 """
 
 import importlib
+import re
 import shutil
 import tempfile
 from copy import deepcopy
@@ -129,7 +130,7 @@ def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) ->
     if path is None:
         if not facts.get("name"):
             raise ValueError("the network has no name to call the file by: give a path")
-        path = facts["name"] + writer.SUFFIX
+        path = re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX  # a config may name any folder
     path = Path(path)
     if path.suffix != writer.SUFFIX:
         raise ValueError(f"the file must end in {writer.SUFFIX}, got {path.name}")

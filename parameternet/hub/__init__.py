@@ -1,6 +1,7 @@
-"""Checkpoints for others: their cards, and their way to the Hub."""
+"""Checkpoints for others: released from runs, described by cards, published on the Hub."""
 
-from parameternet.hub.card import write_card
+from parameternet.hub.card_text import write_card
 from parameternet.hub.publish import File, OtherWeights, Published, PublishError, publish
+from parameternet.hub.release import release
 
-__all__ = ["File", "OtherWeights", "PublishError", "Published", "publish", "write_card"]
+__all__ = ["File", "OtherWeights", "PublishError", "Published", "publish", "release", "write_card"]

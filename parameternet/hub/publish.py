@@ -17,9 +17,11 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from torch import Tensor
 
 from parameternet import weights
-from parameternet.hub.card import COMPARISONS, describe, write_card
+from parameternet.hub.card_data import COMPARISONS, describe
+from parameternet.hub.card_text import write_card
 from parameternet.models import loading
 from parameternet.models.builder import public_config
+from parameternet.prediction import Predictor
 from parameternet.text import without_local_paths
 
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
@@ -128,6 +130,7 @@ def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
             f"{name} has no weights of its own: they are read from another repository of the Hub. "
             "`parameternet upcycle` makes a folder of them, which can be published"
         )
+    Predictor(source, "cpu")  # config, weights and class names fit, or this raises
     path, sha256 = loading.weights_file(found)
     files = {weights.CONFIG_NAME: _config(path, config), weights.FILE_NAME: path.read_bytes()}
     along = [folder / file for file in _ALONG] if folder else []

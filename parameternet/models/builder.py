@@ -4,11 +4,13 @@ import dataclasses
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import save_config_for_hf
@@ -17,7 +19,16 @@ from torch import nn
 from .. import weights
 from ..text import printable, without_local_paths
 
-__all__ = ["build_from_config", "build_model", "forget_tensors", "hub_layout", "model_arguments", "public_config"]
+__all__ = [
+    "build_from_config",
+    "build_model",
+    "build_on_meta",
+    "buildable",
+    "forget_tensors",
+    "hub_layout",
+    "model_arguments",
+    "public_config",
+]
 
 # Arguments of timm's that say where weights come from and how they are loaded. A config must not set them, or an
 # unverified file would replace the verified weights.
@@ -68,11 +79,6 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
         WeightsDamaged: the config names no registered network, or asks for what is no argument of a network.
     """
     architecture = config["architecture"]
-    if not timm.is_model(architecture):  # timm would take hf-hub:ORG/NAME and local-dir:DIR for one
-        raise weights.WeightsDamaged(
-            f"the config names the architecture {printable(architecture)!r}, which timm does not know: expected one of "
-            "timm.list_models(). Update timm or this package, or get the config again"
-        )
     kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
     described = {key: value for key, value in config["pretrained_cfg"].items() if key in DESCRIBING}
     cfg = {**described, **kept, **source, "architecture": architecture}
@@ -86,12 +92,44 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
     return model
 
 
+def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """The network that a config describes, in evaluation mode on the meta device: without weights, and without memory.
+
+    Raises:
+        WeightsDamaged: as `model_arguments`, or the network cannot be built with these arguments.
+    """
+    arguments = model_arguments(config)
+    with buildable(config, "the config"), torch.device("meta"):
+        return timm.create_model(config["architecture"], **arguments).eval()
+
+
+@contextmanager
+def buildable(config: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Raise `WeightsDamaged` for whatever a network raises that is built from an untrusted config."""
+    try:
+        yield
+    except (weights.WeightsError, OSError, ImportError):
+        raise
+    except Exception as error:  # networks do not check their arguments
+        arguments = printable(repr(model_arguments(config)))
+        raise weights.WeightsDamaged(
+            f"{what} cannot be used: {config['architecture']} with {arguments[:80]}{'…' * (len(arguments) > 80)} "
+            f"cannot be built and loaded ({type(error).__name__}: {printable(str(error))[:300]})"
+        ) from error
+
+
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The number of classes and the `model_args` of a config in timm's Hub layout: what its network is built with.
 
     Raises:
-        WeightsDamaged: the config would have timm load something, as `checkpoint_path` does, or contradicts itself.
+        WeightsDamaged: the architecture is not registered, the config would make timm load something, as
+            `checkpoint_path` does, or it contradicts itself.
     """
+    if not timm.is_model(config["architecture"]):  # timm would take hf-hub:ORG/NAME and local-dir:DIR for one
+        raise weights.WeightsDamaged(
+            f"the config names the architecture {printable(config['architecture'])!r}, which timm does not know: "
+            "expected one of timm.list_models(). Update timm or this package, or get the config again"
+        )
     arguments = dict(config.get("model_args") or {})
     foreign = sorted(LOADING & set(arguments))
     if foreign:

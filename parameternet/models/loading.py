@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..text import printable
 from . import catalogue, dynamic_timm
-from .builder import build_from_config, model_arguments
+from .builder import build_from_config, buildable
 
 __all__ = [
     "LoadedModel",
@@ -150,8 +150,8 @@ def _nowhere(text: str, path: Path) -> weights.WeightsNotFound:
     if text.startswith("local-dir:") or path.name != text or path.suffix == ".safetensors":
         what = "file" if path.suffix == ".safetensors" else "folder or file"
         return weights.WeightsNotFound(
-            f"no such {what}: {printable(str(path))}. {shown!r} is neither a folder, nor a file, nor a registered "
-            f"name; a model is {KINDS}"
+            f"no weights at {printable(str(path))}: no such {what}. {shown!r} is neither a folder, nor a file, nor a "
+            f"registered name; a model is {KINDS}"
         )
     names = [*catalogue.checkpoints(), *timm.list_models()]
     near = difflib.get_close_matches(text, names, n=2) or difflib.get_close_matches(text.partition(".")[0], names, n=2)
@@ -198,7 +198,9 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
     config = _config(source, words, tensors, architecture)
     if not dense and not catalogue.is_ours(config["architecture"]):
         raise ValueError(f"{printable(config['architecture'])} is no network of this package: use timm for it")
-    return LoadedModel(_build(source, config, _under_timms_names(source, tensors)).eval(), config, verified)
+    tensors = _under_timms_names(source, tensors)
+    with buildable(config, f"the config or the weights of {printable(source.text)}"):
+        return LoadedModel(build_from_config(config, state_dict=tensors).eval(), config, verified)
 
 
 def refuse_dense(source: Source) -> None:
@@ -365,16 +367,3 @@ def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -
     classifier = f"{cfg.get('classifier')}.weight"
     classes = len(tensors[classifier]) if classifier in tensors else cfg.get("num_classes", 1000)
     return {"architecture": name, "num_classes": classes, "pretrained_cfg": {**cfg, "num_classes": classes}}
-
-
-def _build(source: Source, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    try:
-        return build_from_config(config, state_dict=tensors)
-    except (weights.WeightsError, OSError, ImportError):
-        raise
-    except Exception as error:  # a network may fail by anything on arguments that it was not written for
-        arguments = _short(model_arguments(config))
-        raise weights.WeightsDamaged(
-            f"the config and the weights of {printable(source.text)} do not fit: {config['architecture']} with "
-            f"{arguments} cannot be built and loaded ({type(error).__name__}: {printable(str(error))[:300]})"
-        ) from error

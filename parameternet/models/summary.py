@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from .. import weights
 from ..flops import count_flops
 from ..layers import DynamicConv, Router
 from . import catalogue, loading
-from .builder import model_arguments
+from .builder import build_on_meta
 from .loading import Source, parse_source
 
 __all__ = ["describe", "find_names", "registered", "summarise"]
@@ -56,7 +55,7 @@ def summarise(name: str) -> dict[str, Any]:
     """Return name, tag, parameters, macs, input_size, top1 and weights (where they are) of a name of `find_names`."""
     source = parse_source(name) if name in catalogue.checkpoints() else Source(name, "architecture", name)
     config = _config(source)
-    model, size = _build(config), _input_size(config)
+    model, size = build_on_meta(config), _input_size(config)
     return {
         "name": name.partition(".")[0],
         "tag": name.partition(".")[2] or None,
@@ -79,7 +78,7 @@ def describe(text: str) -> dict[str, Any]:
     """
     source = _source(text)
     config = _config(source)
-    model, size = _build(config), _input_size(config)
+    model, size = build_on_meta(config), _input_size(config)
     flops = count_flops(model, size)
     return {
         "name": text,
@@ -121,11 +120,6 @@ def _from_registry(name: str) -> dict[str, Any]:
     architecture = name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(name if name in timm.list_pretrained(architecture) else architecture)
     return {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
-
-
-def _build(config: dict[str, Any]) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(config["architecture"], **model_arguments(config)).eval()
 
 
 def _input_size(config: dict[str, Any]) -> tuple[int, int, int]:

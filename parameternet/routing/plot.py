@@ -75,7 +75,8 @@ def _draw_shares(figure: Any, axes: Any, routing: Routing, edges: list[int]) -> 
     size, step = _label_size(figure.get_figheight() / rows)
     labels = [_cut(row.label) for row in routing.rows]
     axes.set_yticks([row + 0.5 for row in range(0, rows, step)], labels[::step], fontsize=size)
-    axes.annotate(_title(routing), (0, 1), (0, 22), "axes fraction", "offset points", weight="bold", color=INK)
+    title = printable(_title(routing))
+    axes.annotate(title, (0, 1), (0, 22), "axes fraction", "offset points", weight="bold", color=INK)
     _note(axes, "columns: the experts of each layer, in order")
     _draw_scale(figure, image, limit)
 

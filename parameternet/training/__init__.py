@@ -1,8 +1,9 @@
-"""Training and validation on timm's parts: recipe -> data -> engine -> run folder -> checkpoint.
+"""Training and validation on timm's parts: recipe -> data -> engine -> run folder.
 
-`load_recipe` reads a recipe, `run` trains by it, `validate` measures a network, `release` makes a checkpoint of a run.
+`load_recipe` reads a recipe, `run` trains with it, `validate` measures a network.
 """
 
+from parameternet.deprecation import moved
 from parameternet.training.engine import run
 from parameternet.training.errors import (
     CheckpointError,
@@ -14,7 +15,6 @@ from parameternet.training.errors import (
     TrainingError,
 )
 from parameternet.training.recipe import Recipe, load_recipe
-from parameternet.training.release import release
 from parameternet.training.report import Reporter
 from parameternet.training.validate import validate
 
@@ -29,7 +29,8 @@ __all__ = [
     "Reporter",
     "TrainingError",
     "load_recipe",
-    "release",
     "run",
     "validate",
 ]
+
+__getattr__ = moved(__name__, {"release": "parameternet.hub.release:release"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ _SHARES = " with a finite number a channel", lambda found: bool(found) and all(m
 _CROP = " above 0 and at most 10", lambda share: 0 < share <= 10
 # Checks of a value besides its type.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "tag": (" of letters, digits and _ . + -", lambda tag: re.fullmatch(r"[\w.+-]*", tag) is not None),
     "num_classes": (" from 0 to 10 million", lambda number: 0 <= number <= 10_000_000),
     "input_size": _SIZE,
     "test_input_size": _SIZE,
@@ -120,6 +122,17 @@ def _check_config(where: str, found: Any) -> None:
     _check_values(where, found, CONFIG_KEYS)
     _check_values(where, found["pretrained_cfg"], PRETRAINED_CFG_KEYS, "pretrained_cfg.")
     _check_values(where, found.get("results") or {}, RESULTS_KEYS, "results.")
+    _check_channels(where, found["pretrained_cfg"])
+
+
+def _check_channels(where: str, cfg: dict[str, Any]) -> None:
+    channels = (cfg.get("input_size") or [3])[0]
+    for key in ("mean", "std"):
+        if cfg.get(key) and len(cfg[key]) not in (1, 3, channels):
+            raise WeightsDamaged(
+                f"{where}: pretrained_cfg.{key} has {len(cfg[key])} numbers, but images have {channels} channels: give "
+                "one number per channel"
+            )
 
 
 def _check_values(where: str, values: dict[str, Any], kinds: dict[str, type], prefix: str = "") -> None:

@@ -1,5 +1,6 @@
 """Cards: what the Hub reads of them, what people read, and that their examples run."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -18,7 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 
 from parameternet import cli, weights
-from parameternet.hub import write_card
+from parameternet.hub import card_data, card_text, write_card
 from parameternet.models.upcycled import upcycle_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,7 +129,7 @@ def test_a_folder_with_little_in_it_has_a_card_that_claims_little(tmp_path, monk
     folder = checkpoints.write(tmp_path / "net")
     card = write_card(folder)
     assert card.count('create_model("local-dir:net"') == 3
-    for words in ("# net\n", "Its accuracy has not been measured.", "No recipe stands beside these weights."):
+    for words in ("# net\n", "Its accuracy has not been measured.", "The recipe is not known."):
         assert words in card
     table = facts(card)
     assert "top-1" not in table and table["file"].endswith("MB, float32")
@@ -172,7 +173,12 @@ def test_an_upcycled_checkpoint_says_whose_figures_it_shows(tmp_path):
     _, figures = model_index_to_eval_results(header["model-index"])
     assert {f.source_name for f in figures} == {"timm/ghostnet_100.in1k"}
     assert facts(card)["top-1"] == "73.96 %" and "file" not in facts(card)
-    for words in ("are the dense model's", "compute the same function", "None of its own", "research and education"):
+    for words in (
+        "are the dense model's",
+        "compute the same function",
+        "None: the weights are those of",
+        "research and education",
+    ):
         assert words in card
     assert card.count('create_model("dynamic_ghostnet_100.in1k_upcycled"') == 3
 
@@ -208,3 +214,15 @@ def test_what_there_is_no_card_of():
         "no weights are recorded for parameternet_50m.tin20"
         in CliRunner().invoke(cli.main, ["card", "parameternet_50m.tin20"]).output
     )
+
+
+@pytest.mark.parametrize("name", ["COMPARISONS", "describe", "write_card"])
+def test_the_former_module_warns_and_gives_the_same_objects(name):
+    place = card_text if name == "write_card" else card_data
+    with pytest.warns(DeprecationWarning, match=rf"hub\.card\.{name} is deprecated, use {place.__name__}\.{name}"):
+        assert getattr(importlib.import_module("parameternet.hub.card"), name) is getattr(place, name)
+
+
+@pytest.mark.parametrize("name", sorted(weights.known()))
+def test_every_shipped_card_is_what_the_command_writes(name):
+    assert write_card(name) == (ROOT / "weights" / name / "README.md").read_text()

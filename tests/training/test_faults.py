@@ -17,6 +17,8 @@ from stopping import Stop
 from test_run import load_rows, same_state
 
 from parameternet import files, weights
+from parameternet.hub import release
+from parameternet.hub.release import record, replace_folder
 from parameternet.training import (
     CheckpointError,
     DataError,
@@ -26,7 +28,6 @@ from parameternet.training import (
     RecipeError,
     Reporter,
     engine,
-    release,
     run,
     validate,
 )
@@ -34,7 +35,6 @@ from parameternet.training import checkpoint as checkpoints
 from parameternet.training.checkpoint import load_last, save_last, save_weights
 from parameternet.training.distributed import Place
 from parameternet.training.engine import Trainer
-from parameternet.training.release import _replace, record
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ def test_a_release_ended_while_it_replaces_the_old_checkpoint_leaves_it(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(KeyboardInterrupt):
-            _replace(folder, fresh)
+            replace_folder(folder, fresh)
     assert (folder / "who").read_text() == "a.x"
 
 

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from parameternet import files, weights
-from parameternet.training import CheckpointError, load_recipe, release, run, validate
-from parameternet.training.release import half
+from parameternet import files, training, weights
+from parameternet.hub import release
+from parameternet.hub.release import half
+from parameternet.training import CheckpointError, load_recipe, run, validate
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_only_run_folders_are_released(tmp_path, pictures):
 def test_a_failed_release_leaves_the_old_one(released, monkeypatch, pictures):
     run_folder, folder, _ = released
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    module = sys.modules["parameternet.training.release"]
+    module = sys.modules["parameternet.hub.release"]
     monkeypatch.setattr(module, "validate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         release(run_folder, folder.name, str(pictures / "val"), destination=folder.parent)
@@ -133,9 +134,12 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     assert load_recipe(folder / "init_recipe.yaml").model_kwargs == {"dynamic": False}
     assert (folder / "init_history.csv").read_text() == (tmp_path / "static" / "history.csv").read_text()
     card = (folder / "README.md").read_text()
-    assert "Over 15 validation images, a layer uses" in card and "![Shares of the experts" in card
+    assert "Over 15 validation images, a layer uses" in card and "![Routing weights by layer" in card
     assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
-    first, then = card.index("First its static twin"), card.index("Then this network, whose experts started as parts")
+    first, then = (
+        card.index("First its static baseline"),
+        card.index("Then this network, whose experts started as parts"),
+    )
     assert first < card.index("from random weights") < then < card.index("1 epoch (6 updates) from static")
     assert str(tmp_path) not in card
 
@@ -148,3 +152,8 @@ def test_a_run_of_an_earlier_version_with_values_out_of_todays_ranges_is_release
     assert "warmup_epochs: 50.0" in (old / "recipe.yaml").read_text()
     found = release(old, "test_efficientnet.old", str(pictures / "val"), destination=tmp_path, workers=0)
     assert found["top1"] == released[2]["top1"]
+
+
+def test_the_former_name_warns_and_is_the_same_function():
+    with pytest.warns(DeprecationWarning, match=r"training\.release is deprecated, use parameternet\.hub\.release"):
+        assert training.release is release

@@ -7,7 +7,8 @@ from pictures import COLOURS
 from stopping import Stop
 
 from parameternet import upcycle
-from parameternet.training import DataError, Interrupted, RecipeError, release, run, teacher
+from parameternet.hub import release
+from parameternet.training import DataError, Interrupted, RecipeError, run, teacher
 from parameternet.training.checkpoint import load_last, save_weights
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
@@ -109,7 +110,8 @@ def test_the_card_tells_of_the_teacher(taught, pictures, tmp_path):
     run(taught(epochs=1, teacher_size=48), tmp_path / "run")
     release(tmp_path / "run", "test_efficientnet.colours", str(pictures / "val"), destination=tmp_path, workers=0)
     card = (tmp_path / "test_efficientnet.colours" / "README.md").read_text()
-    assert "- taught to 50% what `teacher.safetensors`, asked once for each whole image at 48 px, answered" in card
+    assert "- distillation: the targets are 50% the probabilities of `teacher.safetensors`, computed once per" in card
+    assert "whole image at 48 px, and 50% the labels" in card
     assert "may hold these validation images" in card and str(tmp_path) not in card
 
 

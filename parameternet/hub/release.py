@@ -1,4 +1,4 @@
-"""From a run folder to a checkpoint that others can use: weights, config, card, and how they came about."""
+"""Make a checkpoint of a run: weights, config, card, and the training record."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parameternet import files, weights
-from parameternet.hub import write_card
+from parameternet import files, routing, weights
+from parameternet.flops import count_flops
+from parameternet.hub.card_data import public_recipe
+from parameternet.hub.card_text import write_card
 from parameternet.layers import DynamicConv
 from parameternet.models import loading
 from parameternet.models.builder import hub_layout
-from parameternet.text import without_local_paths
+from parameternet.prediction import Predictor
 from parameternet.training.checkpoint import BEST, claimed
 from parameternet.training.errors import CheckpointError
 from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 from parameternet.training.validate import validate
 
+__all__ = ["draw_routing", "half", "record", "release", "replace_folder"]
+
 ROUTING = "routing.png"
-RECORDS = weights.RECORDS
 
 
 def release(
@@ -42,27 +45,27 @@ def release(
     reporter: Reporter | None = None,
     **measuring: Any,
 ) -> dict[str, Any]:
-    """Write `weights/<name>/` from a run's best weights, measure the file that was written, and record its SHA-256.
+    """Write `weights/<name>/` from a run's best weights, validate the written file, and record its SHA-256.
 
-    Weights and biases are stored in float16; batch statistics stay as they are, because small variances vanish in it.
+    Weights and biases are stored in float16. Buffers keep their dtype, because small variances underflow in float16.
 
     Args:
         run: a run folder.
-        name: `<architecture>.<tag>`; the tag tells data and recipe.
-        data: validation data, as for `validate`; the card's figures are measured on it.
-        destination: the folder that holds checkpoints; None: `weights/` of this copy of the package.
-        data_name, data_terms: words for the card, instead of the recipe's.
-        records: the JSON file {name: {sha256, bytes}} that the new checkpoint is entered into; None: the package's own,
-            where `destination` is the package's own too, and otherwise no record.
-        reporter: hears of the measuring.
+        name: `<architecture>.<tag>`; the tag says data and recipe.
+        data: validation data, as for `validate`, for the figures on the card.
+        destination: the folder of checkpoints; None: `weights/` of this copy of the package.
+        data_name, data_terms: for the card, instead of the recipe's.
+        records: the JSON file {name: {sha256, bytes}} to record the checkpoint in; None: the package's own if
+            `destination` is None too, otherwise no record.
+        reporter: hears of the validation.
         measuring: further arguments of `validate`: batch_size, workers, device, threads.
 
     Returns:
-        What `validate` found on the written file, and its `folder`, `sha256` and `bytes`.
+        The result of `validate` on the written file, and its `folder`, `sha256` and `bytes`.
 
     Raises:
-        CheckpointError: not a run folder, a name that is not of its architecture, weights that float16 cannot hold.
-        DivergedError: the network's loss on `data` is NaN or infinite.
+        CheckpointError: not a run folder, a name of another architecture, or weights beyond float16's range.
+        DivergedError: the loss on `data` is NaN or infinite.
         FolderInUse: another process releases the same checkpoint.
     """
     run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
@@ -70,7 +73,7 @@ def release(
     _check_name(name, loading.read_config(run)["architecture"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with claimed(folder.with_name(f".{name}.lock"), f"the checkpoint {folder}"):
-        fresh = folder.with_name(f".{name}.new")  # the old checkpoint stays until the new one is whole
+        fresh = folder.with_name(f".{name}.new")  # keep the old checkpoint until the new one is complete
         _restore(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
@@ -82,22 +85,20 @@ def release(
             _write_words(run, fresh, recipe, config, found)
             reference = name if records or destination is None else f"local-dir:{name}"
             files.write_text(fresh / "README.md", write_card(fresh, reference))
-            _replace(folder, fresh)
+            replace_folder(folder, fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         file = folder / weights.FILE_NAME
         entry = {"sha256": files.sha256(file), "bytes": file.stat().st_size}
         if records or destination is None:
-            record(name, entry, Path(records or RECORDS))
+            record(name, entry, Path(records or weights.RECORDS))
     return {**found, **entry, "model": name, "folder": str(folder)}
 
 
 def _recipe(run: Path, data_name: str | None, data_terms: str | None) -> Recipe:
     if not (run / BEST).is_file() or not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run} is not a run folder with {BEST} and recipe.yaml: train first, then release it")
-    recipe = saved_recipe((run / "recipe.yaml").read_text("utf-8"))
-    for field in dataclasses.fields(recipe):
-        setattr(recipe, field.name, without_local_paths(getattr(recipe, field.name)))
+    recipe = public_recipe(run / "recipe.yaml")
     recipe.data_name, recipe.data_terms = data_name or recipe.data_name, data_terms or recipe.data_terms
     return recipe
 
@@ -111,10 +112,10 @@ def _check_name(name: str, architecture: str) -> None:
 
 
 def half(state: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
-    """`state` with floating tensors in float16, but for the names in `keep`.
+    """Convert floating-point tensors to float16, except the names in `keep`.
 
     Raises:
-        CheckpointError: a value beyond float16's range, or not a number.
+        CheckpointError: a value beyond float16's range, or NaN.
     """
     small = {n: t.half() if t.is_floating_point() and n not in keep else t for n, t in state.items()}
     for name, tensor in small.items():
@@ -135,21 +136,16 @@ def _write_weights(run: Path, folder: Path, name: str, recipe: Recipe) -> dict[s
 
 
 def _macs(folder: Path, input_size: tuple[int, int, int]) -> int:
-    from parameternet.flops import count_flops
-
     return count_flops(loading.load(folder, dense=True).model, input_size).total
 
 
 def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | None:
-    """Draw which experts the validation images of a checkpoint use to its routing.png, ten images a class.
+    """Plot the routing weights of a checkpoint for ten validation images per class, to its routing.png.
 
     Returns:
-        Figures for the card: images, dynamic layers, experts in use as their mean, and the layer whose routing depends
-        most on the image. None where there is nothing to draw: no dynamic layer, or data that is no folder or tar.
+        Figures for the card: images, dynamic layers, mean experts in use, and the layer whose routing depends most on
+        the image. None without dynamic layers, or if the data is neither a folder nor a tar.
     """
-    from parameternet import routing
-    from parameternet.prediction import Predictor
-
     dynamic = any(isinstance(module, DynamicConv) for module in loading.load(folder, dense=True).model.modules())
     if not dynamic or not isinstance(data, str) or not Path(data).exists():
         return None
@@ -177,13 +173,13 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
         if (run / document).is_file():
             shutil.copyfile(run / document, folder / document)
     before = _init_run(run)
-    if before:  # the run that it started from is a part of how it came about
+    if before:  # the training record includes the run it started from
         files.write_text(folder / "init_recipe.yaml", _recipe(before, None, None).to_yaml())
         shutil.copyfile(before / "history.csv", folder / "init_history.csv")
 
 
 def _init_run(run: Path) -> Path | None:
-    """The folder of the run that this one started from, where it is one and still there."""
+    """The run folder that `init` names; None if it is something else, or gone."""
     init = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
     if not init or init == "pretrained":
         return None
@@ -195,7 +191,8 @@ def _init_run(run: Path) -> Path | None:
     return file.parent if is_run and (file.parent / "history.csv").is_file() else None
 
 
-def _replace(folder: Path, fresh: Path) -> None:
+def replace_folder(folder: Path, fresh: Path) -> None:
+    """Put `fresh` in the place of `folder`, or leave `folder` as it was."""
     old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -209,7 +206,7 @@ def _replace(folder: Path, fresh: Path) -> None:
 
 
 def _restore(folder: Path) -> None:
-    """Put the old checkpoint back where a release was ended between taking it away and replacing it."""
+    """Put the old checkpoint back after a release that was killed while it replaced it."""
     if not folder.exists() and _old(folder).is_dir():
         _old(folder).rename(folder)
 
@@ -218,8 +215,8 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def record(name: str, entry: dict[str, Any], records: Path = RECORDS) -> None:
-    """Enter a checkpoint's SHA-256 and size into the package's records, by which it is known from then on."""
+def record(name: str, entry: dict[str, Any], records: Path = weights.RECORDS) -> None:
+    """Record a checkpoint's SHA-256 and size, so that its name resolves and its file is verified."""
     records = Path(os.path.realpath(records))
     with claimed(records.with_name(f".{records.name}.lock"), f"the record file {records}", timeout=60):
         known = json.loads(records.read_text("utf-8")) if records.is_file() else {}
