@@ -1,9 +1,8 @@
-"""Training and validation on timm's parts: recipe -> data -> engine -> run folder -> checkpoint.
+"""Training and validation on timm's parts: recipe -> loaders -> Trainer -> run folder -> checkpoint.
 
 `load_recipe` reads a recipe, `run` trains by it, `validate` measures a network, `release` makes a checkpoint of a run.
 """
 
-from parameternet.training.engine import run
 from parameternet.training.errors import (
     CheckpointError,
     DataError,
@@ -16,6 +15,7 @@ from parameternet.training.errors import (
 from parameternet.training.recipe import Recipe, load_recipe
 from parameternet.training.release import release
 from parameternet.training.report import Reporter
+from parameternet.training.trainer import run
 from parameternet.training.validate import validate
 
 __all__ = [

@@ -18,8 +18,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 
 from parameternet.data.sources import Source, Unreadable
-from parameternet.training.data import Report, TrainBatches, stop_workers
+from parameternet.training.batches import TrainBatches
 from parameternet.training.errors import DataError, RecipeError
+from parameternet.training.loaders import Report, stop_workers
 from parameternet.training.randomness import IMAGE, mix
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import decoded, free_memory

@@ -9,7 +9,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import RandomResizedCrop
 
 from parameternet.training import DataError, RecipeError, Reporter
-from parameternet.training.data import TrainBatches, eval_loader
+from parameternet.training.batches import TrainBatches
 from parameternet.training.device_data import (
     Augment,
     DeviceBatches,
@@ -20,9 +20,10 @@ from parameternet.training.device_data import (
     _sample,
 )
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
 from parameternet.training.hub_config import data_config
+from parameternet.training.loaders import eval_loader
 from parameternet.training.sources import Source, Unreadable, open_dataset
+from parameternet.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def test_without_augmentation_nothing_is_flipped_or_coloured(pictures, plain):
 
 def test_without_augmentation_nothing_is_erased(tmp_path, plain):
     r = plain(no_aug=True, reprob=1.0, cache_size=28, input_size=28)
-    assert Trainer(r, tmp_path, Place(0, 1, CPU), Reporter()).erase is None
+    assert Trainer(r, tmp_path, Place(0, 1, CPU), Reporter()).learner.erase is None
 
 
 def test_normalisation_is_that_of_the_recipe(pictures, plain):

@@ -25,16 +25,17 @@ from parameternet.training import (
     Interrupted,
     RecipeError,
     Reporter,
-    engine,
     release,
     run,
     validate,
 )
 from parameternet.training import checkpoint as checkpoints
+from parameternet.training import trainer as trainers
 from parameternet.training.checkpoint import load_last, save_last, save_weights
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
+from parameternet.training.learner import Learner
 from parameternet.training.release import _replace, record
+from parameternet.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,10 +171,10 @@ def test_a_release_ended_while_it_replaces_the_old_checkpoint_leaves_it(tmp_path
 
 def poison(monkeypatch, after: int, what: str) -> None:
     """After so many updates the network's weights or batch statistics (or the average's) become NaN or infinite."""
-    real, seen = engine.Trainer._update, []
+    real, seen = Learner.update, []
 
-    def update(self):
-        real(self)
+    def update(self, number):
+        real(self, number)
         seen.append(1)
         if len(seen) == after:
             network = self.ema.module if what.startswith("average") else self.model
@@ -183,7 +184,7 @@ def poison(monkeypatch, after: int, what: str) -> None:
                 else:
                     network.classifier.bias[0] = math.inf if what.endswith("inf") else math.nan
 
-    monkeypatch.setattr(engine.Trainer, "_update", update)
+    monkeypatch.setattr(Learner, "update", update)
 
 
 def all_finite(path) -> bool:
@@ -234,8 +235,8 @@ def test_a_checkpoint_in_an_epoch_is_never_of_a_diverged_network(tmp_path, recip
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, recipe, monkeypatch, value):
-    real = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: {**real(*a, **k), "loss": value, "top1": 100.0})
+    real = trainers.evaluate
+    monkeypatch.setattr(trainers, "evaluate", lambda *a, **k: {**real(*a, **k), "loss": value, "top1": 100.0})
     with pytest.raises(DivergedError, match=f"epoch 1: the validation loss is {value}"):
         run(recipe(), tmp_path)
     assert not (tmp_path / "best.safetensors").exists()
