@@ -34,7 +34,7 @@ from parameternet.training import trainer as trainers
 from parameternet.training.checkpoint import load_last, save_last, save_weights
 from parameternet.training.distributed import Place
 from parameternet.training.learner import Learner
-from parameternet.training.release import _replace, record
+from parameternet.training.release import record
 from parameternet.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -147,23 +147,26 @@ def test_records_of_many_releases_are_all_kept(tmp_path):
     assert len(json.loads(path.read_text())) == 30
 
 
-def test_a_release_ended_while_it_replaces_the_old_checkpoint_leaves_it(tmp_path, monkeypatch):
-    folder, fresh = tmp_path / "a.x", tmp_path / ".a.x.new"
-    for path in (folder, fresh):
-        path.mkdir()
-        (path / "who").write_text(path.name)
-    real = Path.rename
+def test_a_release_interrupted_while_replacing_the_old_checkpoint_keeps_it(tmp_path, recipe, pictures, monkeypatch):
+    run(recipe(epochs=1), tmp_path / "run")
+    name, shelf = "test_efficientnet.x", tmp_path / "shelf"
+    arguments = (tmp_path / "run", name, str(pictures / "val"))
+    release(*arguments, destination=shelf, workers=0)
+    before = {path.name: path.read_bytes() for path in (shelf / name).iterdir()}
+    real, refused = Path.rename, []
 
     def refuse(self, target):
-        if self == fresh:
+        if Path(target) == shelf / name and not refused:
+            refused.append(self)
             raise KeyboardInterrupt
         return real(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(KeyboardInterrupt):
-            _replace(folder, fresh)
-    assert (folder / "who").read_text() == "a.x"
+            release(*arguments, destination=shelf, workers=0)
+    assert refused
+    assert {path.name: path.read_bytes() for path in (shelf / name).iterdir()} == before
 
 
 # --------------------------------------------------------------------------------------------------- not a number
@@ -295,7 +298,7 @@ def test_a_run_resumes_when_init_and_class_names_are_gone(tmp_path, recipe):
     names.unlink()
     run(recipe(**changes), tmp_path / "stopped")
     same_state(tmp_path / "whole", tmp_path / "stopped")
-    with pytest.raises(CheckpointError, match="init: no weights at"):
+    with pytest.raises(CheckpointError, match="init: no such folder or file: "):
         run(recipe(init=str(tmp_path / "init")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -280,7 +280,7 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
         (dict(train=None), "names no training data"),
         (dict(batch_size=400), "do not fill one update"),
         (dict(device="quantum"), "device 'quantum' cannot be used"),
-        (dict(init="nowhere"), "no weights at nowhere"),
+        (dict(init="nowhere"), "init: 'nowhere' is neither a folder, nor a file"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(tmp_path, recipe, changes, message):
