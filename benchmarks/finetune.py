@@ -45,7 +45,8 @@ from torch import Tensor, nn
 import parameternet  # noqa: F401  registers the networks
 from parameternet.layers import Router
 from parameternet.surgery import upcycle
-from parameternet.training.data import Images, Key, TrainBatches, collate, make_loader
+from parameternet.training.batches import Images, Key, TrainBatches, collate
+from parameternet.training.loaders import make_loader
 from parameternet.training.sources import Source, open_dataset
 
 RESULT = ROOT / "benchmarks" / "results" / "finetune.csv"

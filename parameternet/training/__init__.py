@@ -1,10 +1,9 @@
-"""Training and validation on timm's parts: recipe -> data -> engine -> run folder.
+"""Training and validation on timm's parts: recipe -> loaders -> Trainer -> run folder.
 
 `load_recipe` reads a recipe, `run` trains with it, `validate` measures a network.
 """
 
 from parameternet.deprecation import moved
-from parameternet.training.engine import run
 from parameternet.training.errors import (
     CheckpointError,
     DataError,
@@ -16,6 +15,7 @@ from parameternet.training.errors import (
 )
 from parameternet.training.recipe import Recipe, load_recipe
 from parameternet.training.report import Reporter
+from parameternet.training.trainer import run
 from parameternet.training.validate import validate
 
 __all__ = [

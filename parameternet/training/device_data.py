@@ -18,8 +18,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 
 from parameternet.data.sources import Source, Unreadable
-from parameternet.training.data import Report, TrainBatches, stop_workers
+from parameternet.training.batches import TrainBatches
 from parameternet.training.errors import DataError, RecipeError
+from parameternet.training.loaders import Report, stop_workers
 from parameternet.training.randomness import IMAGE, mix
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import decoded, free_memory
@@ -158,9 +159,9 @@ class Augment:
         boxes = self._boxes(draws[:, : 2 * _TRIES + 2], *pixels.shape[-2:])
         chances = [0.0, 0.0] if self.r.no_aug else [self.r.hflip, self.r.vflip]
         flips = 1 - 2 * (draws[:, -5:-3] < torch.tensor(chances, device=self.device)).float()
-        images = _sample(pixels.float(), boxes, flips, side, self.r.interpolation)
+        images = sample(pixels.float(), boxes, flips, side, self.r.interpolation)
         if self.r.color_jitter and not self.r.no_aug:
-            images = _jitter(images, 1 + self.r.color_jitter * (2 * draws[:, -3:] - 1))
+            images = jitter(images, 1 + self.r.color_jitter * (2 * draws[:, -3:] - 1))
         return (images - self.mean) / self.std
 
     def _draw(self, epoch: int) -> Tensor:
@@ -176,10 +177,10 @@ class Augment:
             return torch.tensor([(width - side) / 2, (height - side) / 2, side, side], device=self.device).repeat(
                 len(draws), 1
             )
-        return _random_boxes(draws, height, width, r.scale, r.ratio)
+        return random_boxes(draws, height, width, r.scale, r.ratio)
 
 
-def _random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ratio: list[float]) -> Tensor:
+def random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ratio: list[float]) -> Tensor:
     """Random areas and aspect ratios; the first of a few tries that fits, else the largest crop at the centre."""
     tries, place = draws[:, :-2].unflatten(1, (_TRIES, 2)), draws[:, -2:]
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -196,7 +197,7 @@ def _random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ra
     return torch.cat([place * (place.new_tensor([width, height]) - sizes), sizes], 1)
 
 
-def _sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolation: str) -> Tensor:
+def sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolation: str) -> Tensor:
     """What is in boxes (B, 4; left, top, width, height), at `side` pixels; flips (B, 2) are 1 or -1 for x and y."""
     if not len(images):  # none of a batch could be read, and torch samples no empty one
         return images.new_empty(0, 3, side, side)
@@ -208,7 +209,7 @@ def _sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolati
     return F.grid_sample(images, grid, interpolation, "border", align_corners=False).clamp(0, 255)
 
 
-def _jitter(images: Tensor, factors: Tensor) -> Tensor:
+def jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Brightness, contrast and saturation, each by a factor an image (B, 3)."""
     brightness, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     images = (images * brightness).clamp(0, 255)

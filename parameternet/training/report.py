@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from parameternet.data.sources import Unreadable
+from parameternet.training.distributed import Place
+
 _logger = logging.getLogger(__name__)
 
 
@@ -34,3 +37,34 @@ class Reporter:
 
     def close(self) -> None:
         """The run is over, for whatever reason."""
+
+
+class SkippedImages:
+    """Collect unreadable images, and report each once."""
+
+    def __init__(self, reporter: Reporter):
+        self.reporter = reporter
+        self.reasons: dict[str, str] = {}  # by name
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    @property
+    def names(self) -> list[str]:
+        """Names in alphabetical order."""
+        return sorted(self.reasons)
+
+    def add(self, item: Unreadable, prefix: str = "") -> None:
+        """Report `item` unless it was reported before."""
+        name = prefix + item.name
+        if name not in self.reasons:
+            self.reasons[name] = item.why
+            self.reporter.note(f"skipped an unreadable image: {name} ({item.why})")
+
+    def add_validation(self, item: Unreadable) -> None:
+        """Report a validation image; training may have an image of the same name."""
+        self.add(item, "val: ")
+
+    def share(self, place: Place) -> None:
+        """Merge the images of all processes."""
+        self.reasons = place.union(self.reasons)

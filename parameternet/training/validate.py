@@ -11,16 +11,16 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from parameternet.data.sources import Source, Unreadable, is_stream, notes_of, open_dataset
+from parameternet.data.sources import Source, is_stream, notes_of, open_dataset
 from parameternet.models import loading
 from parameternet.text import printable
 from parameternet.training import distributed
-from parameternet.training.data import eval_loader, stop_workers, stream_loader
 from parameternet.training.distributed import Place
 from parameternet.training.errors import DataError, DivergedError, missing_model
 from parameternet.training.evaluate import evaluate
+from parameternet.training.loaders import eval_loader, stop_workers, stream_loader
 from parameternet.training.recipe import Recipe
-from parameternet.training.report import Reporter
+from parameternet.training.report import Reporter, SkippedImages
 
 AGREE = 0.1  # points of top-1 between a recorded figure and a measured one that machines may differ by
 
@@ -66,14 +66,13 @@ def validate(
         torch.set_num_threads(threads)
     with distributed.place(device) as place:
         network, config = load(model)
-        loader = _Loader(data, config, batch_size, workers, place, reporter or Reporter())
+        reporter = reporter or Reporter()
+        loader = _Loader(data, config, batch_size, workers, place, reporter)
         network = network.to(place.device)
         network = network.to(memory_format=torch.channels_last) if channels_last else network
         start = time.monotonic()
-        found = evaluate(
-            network, loader, place, amp=amp, channels_last=channels_last, progress=loader.reporter.validating
-        )
-        unreadable = sorted(place.union(loader.bad))
+        found = evaluate(network, loader, place, amp=amp, channels_last=channels_last, progress=reporter.validating)
+        loader.skipped.share(place)
         stop_workers(loader.loader)
     if not found["images"]:
         raise DataError(f"not one image of {data!r} could be read")
@@ -87,7 +86,7 @@ def validate(
         "architecture": config["architecture"],
         **found,
         "top1_interval": interval(found["top1"], found["images"]),
-        "unreadable": unreadable,
+        "unreadable": loader.skipped.names,
         "input_size": list(loader.config["input_size"]),
         "crop_pct": loader.config["crop_pct"],
         "interpolation": loader.config["interpolation"],
@@ -130,7 +129,7 @@ class _Loader:
     def __init__(
         self, data: str | dict, config: dict[str, Any], batch_size: int, workers: int, place: Place, reporter: Reporter
     ):
-        self.reporter, self.bad = reporter, {}
+        self.skipped = SkippedImages(reporter)
         self.config = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
         dataset = open_dataset(data, "validation", batch_size=batch_size)
         source = Source(dataset, str(data))
@@ -141,7 +140,7 @@ class _Loader:
             recipe = Recipe(workers=workers)
             self.loader = stream_loader(dataset, recipe, batch_size, place.device, False, self.config)
         else:
-            self.loader = eval_loader(source, self.config, batch_size, workers, place, self._unreadable)
+            self.loader = eval_loader(source, self.config, batch_size, workers, place, self.skipped.add)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -149,10 +148,6 @@ class _Loader:
     def __iter__(self) -> Any:
         for images, labels in self.loader:
             yield images, labels if self.labels is None else self.labels[labels]
-
-    def _unreadable(self, item: Unreadable) -> None:
-        self.bad[item.name] = item.why
-        self.reporter.note(f"skipped an unreadable image: {item.name} ({item.why})")
 
 
 def _names(config: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from test_teacher import ask, network, taught, write  # noqa: F401
 from parameternet.training import CheckpointError, DataError, Interrupted, Reporter, run, validate
 from parameternet.training.checkpoint import load_last, save_last
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
+from parameternet.training.trainer import Trainer
 
 
 class Notes(Reporter):

@@ -12,17 +12,10 @@ from PIL import Image
 
 from parameternet.data.sources import Source, Unreadable, open_dataset
 from parameternet.training import DataError
-from parameternet.training.data import (
-    EvalBatches,
-    Images,
-    Key,
-    TrainBatches,
-    check_classes,
-    eval_loader,
-    make_loader,
-    train_transforms,
-)
+from parameternet.training.batches import EvalBatches, Images, Key, TrainBatches
+from parameternet.training.datasets import check_classes
 from parameternet.training.distributed import Place
+from parameternet.training.loaders import eval_loader, make_loader, train_transforms
 from parameternet.training.sources import Memory
 
 CPU = torch.device("cpu")

@@ -9,20 +9,21 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import RandomResizedCrop
 
 from parameternet.training import DataError, RecipeError, Reporter
-from parameternet.training.data import TrainBatches, eval_loader
+from parameternet.training.batches import TrainBatches
 from parameternet.training.device_data import (
     Augment,
     DeviceBatches,
     DevicePixels,
     Kept,
-    _jitter,
-    _random_boxes,
-    _sample,
+    jitter,
+    random_boxes,
+    sample,
 )
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
 from parameternet.training.hub_config import data_config
+from parameternet.training.loaders import eval_loader
 from parameternet.training.sources import Source, Unreadable, open_dataset
+from parameternet.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def test_without_augmentation_nothing_is_flipped_or_coloured(pictures, plain):
 
 def test_without_augmentation_nothing_is_erased(tmp_path, plain):
     r = plain(no_aug=True, reprob=1.0, cache_size=28, input_size=28)
-    assert Trainer(r, tmp_path, Place(0, 1, CPU), Reporter()).erase is None
+    assert Trainer(r, tmp_path, Place(0, 1, CPU), Reporter()).learner.erase is None
 
 
 def test_normalisation_is_that_of_the_recipe(pictures, plain):
@@ -86,10 +87,10 @@ def test_boxes_and_flips_copy_the_right_pixels():
     images = torch.arange(2 * 3 * 12 * 10, dtype=torch.float32).reshape(2, 3, 12, 10) % 251
     boxes = torch.tensor([[2.0, 3.0, 6.0, 6.0], [4.0, 0.0, 6.0, 6.0]])  # left, top, width, height
     for mode in ("bilinear", "bicubic"):
-        got = _sample(images, boxes, torch.tensor([[1.0, 1.0], [1.0, 1.0]]), 6, mode)
+        got = sample(images, boxes, torch.tensor([[1.0, 1.0], [1.0, 1.0]]), 6, mode)
         assert torch.allclose(got[0], images[0, :, 3:9, 2:8], atol=1e-2)
         assert torch.allclose(got[1], images[1, :, 0:6, 4:10], atol=1e-2)
-        got = _sample(images, boxes, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), 6, mode)
+        got = sample(images, boxes, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), 6, mode)
         assert torch.allclose(got[0], images[0, :, 3:9, 2:8].flip(-1), atol=1e-2)
         assert torch.allclose(got[1], images[1, :, 0:6, 4:10].flip(-2), atol=1e-2)
 
@@ -98,7 +99,7 @@ def test_boxes_and_flips_copy_the_right_pixels():
 def test_crops_are_distributed_as_those_of_torchvision(height, width):
     scale, ratio, draws = [0.08, 1.0], [0.75, 4 / 3], 4000
     torch.manual_seed(0)
-    ours = _random_boxes(torch.rand(draws, 22), height, width, scale, ratio)
+    ours = random_boxes(torch.rand(draws, 22), height, width, scale, ratio)
     picture = torch.empty(3, height, width)
     boxes = [RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(draws)]
     theirs = torch.tensor([[left, top, w, h] for top, left, h, w in boxes], dtype=torch.float32)
@@ -111,7 +112,7 @@ def test_crops_are_distributed_as_those_of_torchvision(height, width):
 
 
 def test_a_shape_that_never_fits_gives_the_largest_crop_at_the_centre():
-    boxes = _random_boxes(torch.rand(5, 22), 10, 100, [0.9, 1.0], [0.75, 4 / 3])
+    boxes = random_boxes(torch.rand(5, 22), 10, 100, [0.9, 1.0], [0.75, 4 / 3])
     assert torch.allclose(boxes, torch.tensor([50 - 20 / 3, 0.0, 40 / 3, 10.0]).expand(5, 4), atol=1e-4)
 
 
@@ -122,8 +123,8 @@ def test_colours_change_as_pillow_changes_them():
         factors = torch.ones(1, 3)
         factors[0, position] = 1.3
         expected = np.asarray(enhance(Image.fromarray(pixels)).enhance(1.3), dtype=np.float32)
-        assert np.abs(_jitter(images, factors)[0].permute(1, 2, 0).numpy() - expected).max() <= 2  # they round
-    assert torch.allclose(_jitter(images, torch.ones(1, 3)), images, atol=1e-3)
+        assert np.abs(jitter(images, factors)[0].permute(1, 2, 0).numpy() - expected).max() <= 2  # they round
+    assert torch.allclose(jitter(images, torch.ones(1, 3)), images, atol=1e-3)
 
 
 def test_a_picture_s_draws_depend_on_seed_epoch_and_index_alone(pictures, plain):

@@ -16,7 +16,7 @@ from parameternet import files
 from parameternet.training import RecipeError, Reporter, TrainingError, run
 from parameternet.training.checkpoint import load_last
 from parameternet.training.distributed import Place, agree_on_life, choose_device
-from parameternet.training.engine import Trainer
+from parameternet.training.trainer import Trainer
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from test_run import load_rows, same_state
 
 from parameternet import files, weights
 from parameternet.hub import release
-from parameternet.hub.release import record, replace_folder
+from parameternet.hub.release import record
 from parameternet.training import (
     CheckpointError,
     DataError,
@@ -27,14 +27,15 @@ from parameternet.training import (
     Interrupted,
     RecipeError,
     Reporter,
-    engine,
     run,
     validate,
 )
 from parameternet.training import checkpoint as checkpoints
+from parameternet.training import trainer as trainers
 from parameternet.training.checkpoint import load_last, save_last, save_weights
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
+from parameternet.training.learner import Learner
+from parameternet.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,23 +147,26 @@ def test_records_of_many_releases_are_all_kept(tmp_path):
     assert len(json.loads(path.read_text())) == 30
 
 
-def test_a_release_ended_while_it_replaces_the_old_checkpoint_leaves_it(tmp_path, monkeypatch):
-    folder, fresh = tmp_path / "a.x", tmp_path / ".a.x.new"
-    for path in (folder, fresh):
-        path.mkdir()
-        (path / "who").write_text(path.name)
-    real = Path.rename
+def test_a_release_interrupted_while_replacing_the_old_checkpoint_keeps_it(tmp_path, recipe, pictures, monkeypatch):
+    run(recipe(epochs=1), tmp_path / "run")
+    name, shelf = "test_efficientnet.x", tmp_path / "shelf"
+    arguments = (tmp_path / "run", name, str(pictures / "val"))
+    release(*arguments, destination=shelf, workers=0)
+    before = {path.name: path.read_bytes() for path in (shelf / name).iterdir()}
+    real, refused = Path.rename, []
 
     def refuse(self, target):
-        if self == fresh:
+        if Path(target) == shelf / name and not refused:
+            refused.append(self)
             raise KeyboardInterrupt
         return real(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(KeyboardInterrupt):
-            replace_folder(folder, fresh)
-    assert (folder / "who").read_text() == "a.x"
+            release(*arguments, destination=shelf, workers=0)
+    assert refused
+    assert {path.name: path.read_bytes() for path in (shelf / name).iterdir()} == before
 
 
 # --------------------------------------------------------------------------------------------------- not a number
@@ -170,10 +174,10 @@ def test_a_release_ended_while_it_replaces_the_old_checkpoint_leaves_it(tmp_path
 
 def poison(monkeypatch, after: int, what: str) -> None:
     """After so many updates the network's weights or batch statistics (or the average's) become NaN or infinite."""
-    real, seen = engine.Trainer._update, []
+    real, seen = Learner.update, []
 
-    def update(self):
-        real(self)
+    def update(self, number):
+        real(self, number)
         seen.append(1)
         if len(seen) == after:
             network = self.ema.module if what.startswith("average") else self.model
@@ -183,7 +187,7 @@ def poison(monkeypatch, after: int, what: str) -> None:
                 else:
                     network.classifier.bias[0] = math.inf if what.endswith("inf") else math.nan
 
-    monkeypatch.setattr(engine.Trainer, "_update", update)
+    monkeypatch.setattr(Learner, "update", update)
 
 
 def all_finite(path) -> bool:
@@ -234,8 +238,8 @@ def test_a_checkpoint_in_an_epoch_is_never_of_a_diverged_network(tmp_path, recip
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, recipe, monkeypatch, value):
-    real = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: {**real(*a, **k), "loss": value, "top1": 100.0})
+    real = trainers.evaluate
+    monkeypatch.setattr(trainers, "evaluate", lambda *a, **k: {**real(*a, **k), "loss": value, "top1": 100.0})
     with pytest.raises(DivergedError, match=f"epoch 1: the validation loss is {value}"):
         run(recipe(), tmp_path)
     assert not (tmp_path / "best.safetensors").exists()
@@ -294,7 +298,7 @@ def test_a_run_resumes_when_init_and_class_names_are_gone(tmp_path, recipe):
     names.unlink()
     run(recipe(**changes), tmp_path / "stopped")
     same_state(tmp_path / "whole", tmp_path / "stopped")
-    with pytest.raises(CheckpointError, match="init: no weights at"):
+    with pytest.raises(CheckpointError, match="init: no such folder or file: "):
         run(recipe(init=str(tmp_path / "init")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -24,7 +24,7 @@ from parameternet.training import (
 from parameternet.training.build import freeze, make_model, make_optimizer
 from parameternet.training.checkpoint import load_last
 from parameternet.training.distributed import Place
-from parameternet.training.engine import Trainer
+from parameternet.training.trainer import Trainer
 
 
 class Notes(Reporter):
@@ -97,7 +97,7 @@ def load_rows(folder):
 @pytest.mark.parametrize("stop_after", [2, 6, 8], ids=["middle-of-first", "end-of-first", "middle-of-second"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, recipe, whole, stop_after, workers):
-    with pytest.raises(Interrupted, match="goes on from there") as stop:
+    with pytest.raises(Interrupted, match="run the same command to resume") as stop:
         run(recipe(workers=workers), tmp_path, Stop(stop_after))
     assert stop.value.signum == signal.SIGINT
     before = json.loads(load_last(tmp_path)["progress"])
@@ -164,7 +164,7 @@ def test_float16_keeps_its_scale_over_a_resume(tmp_path, recipe):
         run(recipe(amp="float16"), tmp_path, Stop(2))
     assert load_last(tmp_path)["scaler"]["scale"] > 0
     trainer = Trainer(recipe(amp="float16"), tmp_path, Place(0, 1, torch.device("cpu")), Reporter())
-    assert trainer.scaler.state_dict() == load_last(tmp_path)["scaler"]
+    assert trainer.learner.scaler.state_dict() == load_last(tmp_path)["scaler"]
 
 
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(tmp_path, recipe):
@@ -212,7 +212,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, recipe, monkeypatc
     reporter = Notes()
     monkeypatch.setattr(os, "fsync", failing)
     run(recipe(checkpoint_minutes=0, val=None, epochs=1), tmp_path, reporter)
-    assert any("the one before it still stands" in note for note in reporter.notes)
+    assert any("the previous checkpoint is intact" in note for note in reporter.notes)
     assert json.loads(load_last(tmp_path)["progress"])["epoch"] == 1
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -280,7 +280,7 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
         (dict(train=None), "names no training data"),
         (dict(batch_size=400), "do not fill one update"),
         (dict(device="quantum"), "device 'quantum' cannot be used"),
-        (dict(init="nowhere"), "no weights at nowhere"),
+        (dict(init="nowhere"), "init: 'nowhere' is neither a folder, nor a file"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(tmp_path, recipe, changes, message):
@@ -356,13 +356,13 @@ def test_curves_are_left_out_where_matplotlib_is_missing(tmp_path, recipe, monke
 
 def test_mixing_stops_at_its_epoch(tmp_path, recipe, monkeypatch):
     seen = []
-    real = Trainer._train_epoch
+    real = Trainer.train_epoch
 
     def watched(self):
         real(self)
-        seen.append(self.mixup.mixup_enabled)
+        seen.append(self.learner.mixup.mixup_enabled)
 
-    monkeypatch.setattr(Trainer, "_train_epoch", watched)
+    monkeypatch.setattr(Trainer, "train_epoch", watched)
     run(recipe(epochs=3, mixup_off_epoch=2, val=None), tmp_path)
     assert seen == [True, True, False]
 
@@ -384,7 +384,7 @@ def test_a_best_that_cannot_be_written_waits_for_a_better_epoch(tmp_path, recipe
     assert any("No space left" in note for note in reporter.notes)
     assert weights.read(tmp_path / "best.safetensors")
     calls.clear()
-    with pytest.raises(CheckpointError, match="make room"):
+    with pytest.raises(CheckpointError, match="Free some space"):
         run(recipe(val=None, epochs=1), tmp_path / "short", reporter)
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from parameternet.training import Reporter, engine, load_recipe, run
+from parameternet.training import Reporter, load_recipe, run, run_folder
 
 
 class Kill(Reporter):
@@ -17,7 +17,7 @@ class Kill(Reporter):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-engine._TAKEOVER = float(os.environ.get("TAKEOVER", engine._TAKEOVER))
+run_folder.TAKEOVER_SECONDS = float(os.environ.get("TAKEOVER", run_folder.TAKEOVER_SECONDS))
 run(load_recipe(sys.argv[1]), sys.argv[2], Kill())
 
 # A thread of gloo that outlives the run can abort the process at its end.

@@ -1,0 +1,148 @@
+"""The network with everything that changes it: loss, gradients, optimizer, schedule, EMA."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from timm.utils import ModelEmaV3
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch import Tensor, nn
+
+from parameternet.training import build
+from parameternet.training.distributed import Place
+from parameternet.training.divergence import first_not_finite
+from parameternet.training.evaluate import autocast
+from parameternet.training.randomness import STEP, mix, seed_all
+from parameternet.training.recipe import Recipe
+
+
+class Learner:
+    """A network and one way to train it. `model` has the weights; `network` is what is called in training.
+
+    Args:
+        r: the recipe.
+        num_classes: outputs of the network.
+        place: this process; with others, gradients are averaged over all of them.
+        updates_per_epoch: for the learning rate schedule.
+        start: False if a checkpoint's weights are loaded later, so that `init` is not read.
+
+    Raises:
+        RecipeError, CheckpointError: as the functions of `build`.
+    """
+
+    def __init__(self, r: Recipe, num_classes: int, place: Place, updates_per_epoch: int, start: bool):
+        self.r, self.place, self.share = r, place, r.batch_size // place.world
+        self.model = self._make_model(num_classes, start)
+        self.frozen = build.freeze(self.model, r.freeze)
+        self.optimizer = build.make_optimizer(r, self.model)
+        self.scheduler = build.make_scheduler(r, self.optimizer, updates_per_epoch)
+        self.ema = ModelEmaV3(self.model, decay=r.ema_decay, use_warmup=True) if r.ema_decay else None
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=r.amp == "float16")
+        self.mixup = build.make_mixup(r, num_classes)
+        self.criterion = build.make_loss(r)
+        erases = r.reprob and not r.no_aug
+        self.erase = RandomErasing(r.reprob, mode=r.remode, device=place.device) if erases else None
+        self.network = self._wrapped()
+
+    def _make_model(self, num_classes: int, start: bool) -> nn.Module:
+        r, device = self.r, self.place.device
+        model = build.make_model(r, num_classes, start=start).to(device)
+        if r.sync_bn and self.place.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if r.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        build.check_sizes(r, model, num_classes, device, self.share)
+        return model
+
+    def _wrapped(self) -> nn.Module:
+        network = torch.compile(self.model) if self.r.compile else self.model
+        if self.place.world == 1:
+            return network
+        ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and saved as the best: the EMA, where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Put the network into training mode, frozen parts excepted, and switch mixing on or off."""
+        self.network.train()
+        for module in self.frozen:
+            module.eval()
+        if self.mixup:
+            self.mixup.mixup_enabled = not self.r.mixup_off_epoch or epoch < self.r.mixup_off_epoch
+
+    def backward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+        """Add the gradients of one batch, and return its mean loss.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: (B,), or (B, classes) with a teacher.
+            epoch, step: position in the run, from which everything random is drawn.
+        """
+        seed_all(mix(STEP, self.r.seed, epoch, step, self.place.rank))
+        updating = (step + 1) % self.r.accumulate == 0
+        with nullcontext() if updating or self.place.world == 1 else self.network.no_sync():
+            with autocast(self.place.device, self.r.amp):
+                loss = self._loss(images, labels, self.r.size_at(epoch))
+            self.scaler.scale(loss / self.r.accumulate).backward()
+        return loss.detach()
+
+    def _loss(self, images: Tensor, labels: Tensor, size: int) -> Tensor:
+        if not len(images):  # every image is unreadable, and other processes wait for our (zero) gradients
+            return self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
+        if len(images) == 1 < self.share:  # batch norm needs two values per channel
+            images, labels = torch.cat([images] * 2), torch.cat([labels] * 2)
+        if self.erase:
+            images = self.erase(images)
+        if self.mixup:
+            even = len(images) // 2 * 2  # mixing pairs images, and an unreadable one leaves its partner alone
+            images, labels = self.mixup(images[:even], labels[:even])
+        if self.r.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.criterion(self.network(images), labels)
+
+    def update(self, number: int) -> None:
+        """Update the weights from the gradients; `number` counts updates from 1."""
+        if self.r.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), self.r.clip_grad, mode=self.r.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step=number)
+        if self.scheduler:
+            self.scheduler.step_update(number)
+
+    def not_finite(self) -> dict[str, str | None]:
+        """Return the first tensor with NaN or infinity of the weights and of their EMA; None if there is none."""
+        networks = {"weights": self.model} | ({"averaged weights": self.ema.module} if self.ema else {})
+        return {words: first_not_finite(network.state_dict().items()) for words, network in networks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes in training. The schedule follows from the number of updates."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; other keys are ignored."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
