@@ -57,6 +57,9 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         model_arguments(weights.config(f"local-dir:{cfg.file}"))  # timm has read it, and checks nothing
     elif cfg.source == "hf-hub" and cfg.hf_hub_id:
         model_arguments(weights.config(f"hf-hub:{cfg.hf_hub_id}", kwargs.get("cache_dir")))
+    if cfg.source in ("local-dir", "hf-hub"):  # a config that came with weights does not say where they are
+        cleared = {"url": "", "state_dict": None, "hf_hub_filename": None, "custom_load": False}
+        cfg, overlay = dataclasses.replace(cfg, **cleared), {**cleared, **overlay}
     state_dict = overlay.get("state_dict") or weights.resolve(cfg.to_dict(), kwargs.get("cache_dir"))
     overlay = {**overlay, "source": "", "state_dict": state_dict}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
