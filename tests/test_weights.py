@@ -409,8 +409,10 @@ def test_random_bytes_are_refused(tmp_path):
 
 
 FORMER = """
-FILE_NAME CONFIG_NAME DIGEST PACKAGED WeightsError WeightsNotFound UnknownWeights WeightsDamaged shipped known hub places
-local resolve find config packaged unknown no_weights_in read save metadata tensors_digest conversion hub_reason hub_cause
+FILE_NAME CONFIG_NAME DIGEST PACKAGED WeightsError WeightsNotFound UnknownWeights WeightsDamaged
+shipped known hub places
+local resolve find config packaged unknown no_weights_in read save metadata tensors_digest conversion
+hub_reason hub_cause
 hub_damage
 """
 
