@@ -406,3 +406,18 @@ def test_random_bytes_are_refused(tmp_path):
         path.write_bytes(random.Random(seed).randbytes(seed * 7))
         with pytest.raises(weights.WeightsError):
             weights.read(path)
+
+
+FORMER = """
+FILE_NAME CONFIG_NAME DIGEST PACKAGED WeightsError WeightsNotFound UnknownWeights WeightsDamaged
+shipped known hub places
+local resolve find config packaged unknown no_weights_in read save metadata tensors_digest conversion
+hub_reason hub_cause
+hub_damage
+"""
+
+
+def test_the_public_names_of_0_1_0_are_still_there():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(getattr(weights, name) is not None for name in FORMER.split())

@@ -1,4 +1,4 @@
-"""A checkpoint's way to the Hub: verified first, shown if wished, and then one commit or none."""
+"""Publish a checkpoint on the Hub: verify it, show what would be uploaded, and upload it in one commit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from parameternet.text import without_local_paths
 __all__ = ["File", "OtherWeights", "PublishError", "Published", "publish"]
 
 CARD = "README.md"
-# how it came about, where that is known
+# the training record, where it exists
 _ALONG = (
     *("recipe.yaml", "history.csv", "curves.png", "routing.png", "init_recipe.yaml", "init_history.csv"),
     *(f"{name}.{kind}" for name in COMPARISONS for kind in ("md", "png")),
@@ -44,7 +44,7 @@ class OtherWeights(PublishError):
 
 @dataclass(frozen=True)
 class File:
-    """A file of the checkpoint, and how the repository's stands to it: "new", "changed" or "same"."""
+    """A file of the checkpoint, and how it compares with the repository's: "new", "changed" or "same"."""
 
     path: str
     bytes: int
@@ -53,7 +53,7 @@ class File:
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` found and did: the address of the commit, or None if there was nothing to commit."""
+    """The result of `publish`; `commit` is the address of the commit, or None if nothing was committed."""
 
     repository: str
     files: tuple[File, ...]
@@ -61,7 +61,7 @@ class Published:
 
     @property
     def replaces_weights(self) -> bool:
-        """Would other weights go that are there now?"""
+        """Whether the repository holds other weights, which this would replace."""
         return any(file.path == weights.FILE_NAME and file.state == "changed" for file in self.files)
 
 
@@ -74,25 +74,25 @@ def publish(
     private: bool = False,
     token: str | None = None,
 ) -> Published:
-    """Put a checkpoint on the Hub: card, config.json, model.safetensors and how it was trained, in one commit.
+    """Upload a checkpoint to the Hub in one commit: card, config.json, model.safetensors and training record.
 
-    The repository is made if there is none. Files that are there already are left alone, and if all are, nothing is
-    committed. A README.md that somebody wrote by hand goes as it is; otherwise the card is written for `repo_id`.
+    Creates the repository if it does not exist. Uploads only files that differ, and commits nothing if none does. A
+    README.md that was written by hand is uploaded as it is; otherwise the card is written for `repo_id`.
 
     Args:
-        source: As for `parameternet.models.loading.parse_source`. Paths of this machine are taken out of what goes.
+        source: As for `parameternet.models.loading.parse_source`. Local paths are removed from what is uploaded.
         repo_id: `ORG/NAME`.
-        revision: The branch, made from main if there is none; None: main.
-        dry_run: Only look what would go; needs no right to write.
-        overwrite: Replace other weights that are there.
-        private: Nobody else may see a repository that is made.
-        token: None: this machine's own (`hf auth login` or HF_TOKEN).
+        revision: The branch, created from main if it does not exist; None: main.
+        dry_run: Only report what would be uploaded; needs no write access.
+        overwrite: Replace other weights in the repository.
+        private: Create a private repository.
+        token: None: the stored token (`hf auth login` or HF_TOKEN).
 
     Raises:
-        WeightsNotFound, WeightsDamaged: the local files are not whole; nothing was sent.
-        OtherWeights: other weights are there, and `overwrite` is False.
-        PublishError: the Hub did not take it. Nothing has changed there but for a new empty repository or branch,
-            unless the connection broke after the commit; publishing again tells.
+        WeightsNotFound, WeightsDamaged: the local files are missing or damaged; nothing was uploaded.
+        OtherWeights: the repository holds other weights, and `overwrite` is False.
+        PublishError: the upload failed. At most an empty repository or branch was created, unless the connection
+            broke after the commit; publish again to find out.
     """
     files = _read(source, repo_id)
     api = HfApi(token=token, library_name="parameternet")
@@ -116,13 +116,13 @@ def publish(
             [CommitOperationAdd(path, files[path]) for path in changed],
             commit_message=f"Publish {describe(source)[0]}",
             revision=revision,
-            parent_commit=head or None,  # refused if somebody else has committed since we looked
+            parent_commit=head or None,  # reject the commit if the branch has changed since
         )
     return Published(repo_id, planned.files, commit.commit_url)
 
 
 def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
-    """The files that go, path -> content. What is verified is what goes: each is read once."""
+    """The files to upload, path -> content. Each is read once, so the verified bytes are the uploaded bytes."""
     name, config, folder = describe(source)
     found = loading.parse_source(source)
     if found.kind == "checkpoint" and folder is None:
@@ -145,7 +145,7 @@ def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
 
 
 def _config(file: Path, config: dict[str, Any]) -> bytes:
-    """The config.json next to the weights as it is, if there is one and it names no path of this machine."""
+    """The config.json next to the weights as it is, if it exists and holds no local path."""
     path = file.with_name(weights.CONFIG_NAME)
     if path.is_file():
         data = path.read_bytes()
@@ -164,7 +164,7 @@ def _public_recipe(path: Path) -> bytes:
 
 
 def _public_weights(data: bytes, tensors: dict[str, Tensor], words: dict[str, str]) -> bytes:
-    """The weights file as it is, or written anew where its header names a path of this machine."""
+    """The weights file as it is, or rewritten if its header holds a local path."""
     cleaned = {key: without_local_paths(value) for key, value in words.items() if key != "config"}
     if "config" in words:
         config = weights.parse_config(words["config"], "the config in the header of the weights")
@@ -186,7 +186,7 @@ def _card(source: str | Path, folder: Path | None, repo_id: str) -> str:
 
 
 def _there(api: HfApi, repo_id: str, revision: str | None, paths: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """(newest commit, path -> what the Hub knows of the file); None: no such repository or branch."""
+    """(newest commit, path -> the Hub's facts on the file); None: no such repository or branch."""
     try:
         head = api.model_info(repo_id, revision=revision).sha or ""
         return head, {file.path: file for file in api.get_paths_info(repo_id, paths, revision=head or revision)}
@@ -214,5 +214,5 @@ def _make(api: HfApi, repo_id: str, revision: str | None, private: bool) -> None
 def _in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the network, and whichever HTTP library the client of the day speaks through
+    except Exception as error:  # whatever the HTTP library of the installed client raises
         raise PublishError(f"{repo_id}: {weights.hub_reason(error, token)}") from weights.hub_cause(error, token)

@@ -1,4 +1,4 @@
-"""timm's builder, with checkpoints that are verified before they reach a network."""
+"""timm's model builder, with verified checkpoints and untrusted configs."""
 
 import dataclasses
 import inspect
@@ -30,15 +30,15 @@ __all__ = [
     "public_config",
 ]
 
-# Arguments of timm's that say where weights come from and how they are loaded. A config must not set them, or an
-# unverified file would replace the verified weights.
+# timm's arguments besides the network's own: where weights come from and how they are loaded. A config that came with
+# weights must not set them, or unverified files could replace the verified ones.
 LOADING = {
     name
     for function in (timm.create_model, build_model_with_cfg)
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 } | {"features_only", "out_indices", "feature_cls"}
-# Of what a config says about its weights, where they are is not for it to say.
+# Keys of pretrained_cfg that say where weights are; a config that came with weights must not set them either.
 PLACES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACES
 
@@ -46,17 +46,19 @@ DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACE
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """`timm.models.build_model_with_cfg`, except that `pretrained=True` reads through `parameternet.weights`.
 
-    timm reads whatever file it finds; here the content is checked against its recorded digest first, and passed to
-    timm's own loading (filter, other input channels, other classes, strictness) as a state dict.
+    The verified tensors go through timm's own loading (filter, input channels, classes, strictness) as a state dict.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get("pretrained_cfg"), pretrained_cfg_overlay=overlay)
     if cfg.source == "local-dir" and cfg.file:
-        model_arguments(weights.config(f"local-dir:{cfg.file}"))  # timm has read it, and checks nothing
+        model_arguments(weights.config(f"local-dir:{cfg.file}"))  # timm reads it without checks
     elif cfg.source == "hf-hub" and cfg.hf_hub_id:
         model_arguments(weights.config(f"hf-hub:{cfg.hf_hub_id}", kwargs.get("cache_dir")))
+    if cfg.source in ("local-dir", "hf-hub"):
+        cleared = {"url": "", "state_dict": None, "hf_hub_filename": None, "custom_load": False}
+        cfg, overlay = dataclasses.replace(cfg, **cleared), {**cleared, **overlay}
     state_dict = overlay.get("state_dict") or weights.resolve(cfg.to_dict(), kwargs.get("cache_dir"))
     overlay = {**overlay, "source": "", "state_dict": state_dict}
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
@@ -69,9 +71,9 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
     """The network that a config in timm's Hub layout describes, with its weights.
 
     Args:
-        config: `architecture`, `pretrained_cfg` and, where they matter, `model_args`, `num_classes`, `label_names` and
-            `label_descriptions`; the latter three end in the network's `pretrained_cfg`. What it says of places where
-            weights may be is passed over.
+        config: `architecture`, `pretrained_cfg` and optionally `model_args`, `num_classes`, `label_names` and
+            `label_descriptions`; the last three are copied to the network's `pretrained_cfg`. Places of weights in it
+            are ignored.
         source: Where the weights are, as `weights.resolve` reads it: `state_dict=` verified tensors, `file=`,
             `source=` and `hf_hub_id=`, or `tag=`.
 
@@ -119,7 +121,7 @@ def buildable(config: Mapping[str, Any], what: str) -> Iterator[None]:
 
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of classes and the `model_args` of a config in timm's Hub layout: what its network is built with.
+    """The number of classes and the `model_args` of a config: the arguments that build its network.
 
     Raises:
         WeightsDamaged: the architecture is not registered, the config would make timm load something, as
@@ -137,7 +139,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json asks for {', '.join(foreign)} in model_args, which are not arguments of a network: its "
             "weights come only from the file next to it. Remove them from config.json"
         )
-    # An architecture's own default may differ from the checkpoint's classes.
+    # The architecture's default may differ from the checkpoint's number of classes.
     classes = config.get("num_classes", config["pretrained_cfg"].get("num_classes", 1000))
     if classes != arguments.get("num_classes", classes):
         raise weights.WeightsDamaged(
@@ -154,7 +156,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without paths of this machine; class names are kept."""
+    """`config` without local paths; class names are kept."""
     labels = ("label_names", "label_descriptions")
     cleaned = {key: value if key in labels else without_local_paths(value) for key, value in config.items()}
     cfg = config.get("pretrained_cfg") or {}
@@ -193,7 +195,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
 
 
 def forget_tensors(module: nn.Module, source: str | None) -> None:
-    """The configuration outlives the loading; the tensors in it need not. The source says where they came from."""
+    """Remove the loaded tensors from `pretrained_cfg`, which would keep them alive; `source` is recorded there."""
     if (getattr(module, "pretrained_cfg", None) or {}).get("state_dict"):
         kept = {**module.pretrained_cfg, "state_dict": None, "source": source}
         module.pretrained_cfg = module.default_cfg = {name: v for name, v in kept.items() if v is not None}

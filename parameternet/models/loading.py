@@ -1,10 +1,10 @@
-"""From text to a model: the one way in for every command, every field of a recipe and every call from Python.
+"""Load a model from text: for every command, every field of a recipe and every call from Python.
 
 >>> load("parameternet_50m.tin200").config["num_classes"]
 200
 
-The same text means the same model everywhere, whatever is in the current folder. Bytes are checked against every known
-digest before a tensor reaches a network, and a config passes through an allow-list.
+The same text means the same model everywhere, whatever is in the current folder. Every known digest is verified before
+a tensor reaches a network, and configs are restricted to an allow-list of keys.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Source:
 
     @property
     def path_name(self) -> str | None:
-        """The name of the folder or file as given, without its path; None for other kinds."""
+        """The name of the given folder or file, without its location; None for other kinds."""
         given = self.text.removeprefix("local-dir:")
         return Path(given).expanduser().absolute().name if self.kind == "file" else None
 
 
 class LoadedModel(NamedTuple):
-    """A network in evaluation mode, its config in timm's Hub layout, and whether a digest vouches for its weights."""
+    """A network in evaluation mode, its config in timm's Hub layout, and whether a digest verified its weights."""
 
     model: nn.Module
     config: dict[str, Any]
@@ -82,7 +82,7 @@ class LoadedModel(NamedTuple):
 
 
 def parse_source(text: str | Path | Source) -> Source:
-    """What `text` names. Names with weights come before folders and files; `./NAME` is always a path.
+    """Find what `text` names. Names with weights take precedence over folders and files; `./NAME` is always a path.
 
     Args:
         text: A checkpoint `architecture.tag`, of this package or of timm; an architecture (its first checkpoint); a run
@@ -179,16 +179,16 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
 
     Args:
         source: As for `parse_source`.
-        dense: Take timm's own networks too, not only those of this package.
+        dense: Accept timm's own networks too, not only those of this package.
         architecture: timm's name of the network, for a file that has no config.
 
     Returns:
-        The network, its config and whether a digest vouches for the weights: the recorded one, the Hub's, or the one
-        that `weights.save` writes into a file.
+        The network, its config, and whether a digest verified the weights: the recorded one, the Hub's, or the one
+        that `weights.save` writes to the header.
 
     Raises:
-        UnknownWeights, WeightsNotFound: there is no such model; the message says what was tried.
-        WeightsDamaged: bytes or a config that are not what they should be, or that disagree with one another.
+        UnknownWeights, WeightsNotFound: no such model; the message says what was tried.
+        WeightsDamaged: weights or config are not what they should be, or contradict each other.
         ValueError: a network of timm where `dense` is False.
     """
     source = parse_source(source)
@@ -204,7 +204,7 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
 
 
 def refuse_dense(source: Source) -> None:
-    """Refuse the name of a network of timm, for what takes those of this package alone.
+    """Reject the name of one of timm's networks, where only networks of this package are accepted.
 
     Raises:
         UnknownWeights: it is one.
@@ -217,7 +217,7 @@ def refuse_dense(source: Source) -> None:
 
 
 def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
-    """The weights file of a source, downloaded if it has to be, and what its SHA-256 must be, one of several; none:
+    """The weights file of a source, downloaded if necessary, and the SHA-256 digests accepted for it; none if
     unknown. Read it with `weights.read_all`, which checks both.
 
     Raises:
@@ -250,7 +250,7 @@ def read_config(source: str | Path | Source) -> dict[str, Any]:
 
 
 def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], bool]:
-    """Tensors, the words in the file's header, and whether a digest vouches for the tensors."""
+    """Tensors, the metadata in the file's header, and whether a digest verified the tensors."""
     path, sha256 = weights_file(source)
     tensors, words = weights.read_all(path, *sha256)
     return tensors, words, bool(sha256) or weights.DIGEST in words
@@ -283,8 +283,8 @@ def _config(
     """The config of a source: the file's own metadata, then `config.json`.
 
     Raises:
-        WeightsDamaged: both are there and disagree, or one is not what it should be.
-        WeightsNotFound: neither is there.
+        WeightsDamaged: they contradict each other, or one is not what it should be.
+        WeightsNotFound: neither exists.
     """
     if source.kind == "checkpoint":
         found = catalogue.config(source.name)
@@ -314,7 +314,7 @@ def _config(
 
 
 def _embedded(source: Source, words: Mapping[str, str]) -> dict[str, Any] | None:
-    """The config in a file's header, held against its digest where there is one."""
+    """The config in a file's header, verified by its digest if there is one."""
     if "config" not in words:
         return None
     where = f"the config in the header of {source.path or source.text}"
@@ -345,7 +345,7 @@ def _short(value: Any) -> str:
 
 
 def _of_timm(name: str) -> dict[str, Any]:
-    """What timm's registry says of one of its own networks or of an architecture of ours, as a config."""
+    """The config of one of timm's networks or of an architecture of this package, from timm's registry."""
     architecture = name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(name)
     cfg = cfg.to_dict() if cfg else {}
@@ -359,7 +359,7 @@ def _of_timm(name: str) -> dict[str, Any]:
 
 
 def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for a file that has none, of the network that the caller names."""
+    """A config for a file without one, for the architecture that the caller names."""
     if not timm.is_model(name):
         raise ValueError(f"{source.path} does not say which network it is of, and timm knows no {name!r}")
     cfg = timm.get_pretrained_cfg(name)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import checkpoints
 import pytest
+import timm
 import torch
 import yaml
 from click.testing import CliRunner
@@ -261,3 +262,41 @@ def test_a_bad_config_is_refused_by_every_command(name, place, other, hub, tmp_p
     if place != "Hub":
         asked = [path for method, path, _ in hub.requests[before:] if "somebody/net" in path]
         assert not asked, asked
+
+
+@pytest.mark.parametrize("place", ["beside", "header", "Hub"])
+def test_a_config_does_not_say_where_weights_are(place, other, hub, tmp_path):
+    places = {
+        "url": f"{hub.address}/somebody/net/resolve/main/model.safetensors",
+        "file": str(other / weights.FILE_NAME),
+        "hf_hub_id": "somebody/net",
+        "hf_hub_filename": weights.FILE_NAME,
+        "source": "hf-hub",
+        "custom_load": True,
+        "state_dict": {"a": [1]},
+    }
+    config = checkpoints.config()
+    config["pretrained_cfg"] |= places
+    wanted = checkpoints.network().state_dict()
+    folder = checkpoints.write(tmp_path / "net")
+    (folder / weights.CONFIG_NAME).write_text(json.dumps(config))
+    checkpoint.save_weights(tmp_path / "net.safetensors", wanted, config)
+    hub.put("somebody/bad", folder)
+    hub.put("somebody/net", other)
+    text = {"beside": str(folder), "header": str(tmp_path / "net.safetensors"), "Hub": "hf-hub:somebody/bad"}[place]
+    models = [loading.load(text).model]
+    if place != "header":
+        name = text if place == "Hub" else f"local-dir:{text}"
+        models.append(timm.create_model(name, pretrained=True))
+    for model in models:
+        assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+    assert not [path for _, path, _ in hub.requests if "somebody/net" in path]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint_path", "features_only", "pretrained_cfg_overlay", "contradicting num_classes"]
+)
+def test_timm_refuses_what_a_folder_must_not_ask_for(name, other, tmp_path):
+    folder = checkpoints.write(tmp_path / "net", **json.loads(json.dumps(BAD[name]).replace("OTHER", str(other))))
+    with pytest.raises((weights.WeightsDamaged, TypeError)):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -298,7 +298,7 @@ def test_a_run_resumes_when_init_and_class_names_are_gone(tmp_path, recipe):
     names.unlink()
     run(recipe(**changes), tmp_path / "stopped")
     same_state(tmp_path / "whole", tmp_path / "stopped")
-    with pytest.raises(CheckpointError, match="init: no weights at .*: no such folder or file"):
+    with pytest.raises(CheckpointError, match=r"init: no weights at .*: no such folder or file"):
         run(recipe(init=str(tmp_path / "init")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
