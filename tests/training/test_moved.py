@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 MOVED = {
+    "recipe": {"Rule": "fields"},
     "engine": {"Progress": "meters", "StopSignals": "signals", "Trainer": "trainer", "run": "trainer"},
     "data": {
         **dict.fromkeys(["EvalBatches", "Images", "Key", "TrainBatches", "collate"], "batches"),

@@ -117,7 +117,7 @@ def test_the_card_tells_of_the_teacher(taught, pictures, tmp_path):
     ("changes", "message"),
     [
         (dict(cache="ram"), "cache=device"),
-        (dict(mixup=0.2), "no mixup and cutmix"),
+        (dict(mixup=0.2), "mixup=0 and cutmix=0"),
         (dict(teacher_share=1.5), "from 0 to 1, got 1.5"),
     ],
 )
