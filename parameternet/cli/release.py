@@ -6,7 +6,7 @@ import click
 
 from parameternet import training
 from parameternet.cli._output import echo
-from parameternet.cli._run import Terminal, speaks_plainly
+from parameternet.cli._run import Terminal, handle_errors
 
 
 @click.command()
@@ -20,7 +20,7 @@ from parameternet.cli._run import Terminal, speaks_plainly
 @click.option("--workers", default=2, show_default=True, help="Processes that read images.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
-@speaks_plainly
+@handle_errors
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.
 

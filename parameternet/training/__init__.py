@@ -1,6 +1,6 @@
-"""Training and validation on timm's parts: recipe -> loaders -> Trainer -> run folder -> checkpoint.
+"""Training and validation with timm: recipe -> loaders -> Trainer -> run folder -> checkpoint.
 
-`load_recipe` reads a recipe, `run` trains by it, `validate` measures a network, `release` makes a checkpoint of a run.
+`load_recipe` reads a recipe, `run` trains by it, `validate` measures a model, `release` makes a checkpoint of a run.
 """
 
 from parameternet.training.errors import (

@@ -201,7 +201,7 @@ def test_too_little_memory_and_nothing_to_read_are_said(pictures, plain, tmp_pat
     "changes", [{"auto_augment": "rand-m3"}, {"crop_mode": "rkrc"}, {"interpolation": "random"}], ids=str
 )
 def test_what_is_done_picture_by_picture_is_refused(plain, changes):
-    with pytest.raises(RecipeError, match=f"cache: device has no .*{next(iter(changes))}.* cache=ram"):
+    with pytest.raises(RecipeError, match=f"cache: device does not support .*{next(iter(changes))}.* cache=ram"):
         Augment(plain(**changes), 10, CPU)
 
 
