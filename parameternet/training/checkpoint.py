@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parameternet import files, weights
+from parameternet.deprecation import moved
 from parameternet.models.loading import BEST
 from parameternet.training.errors import CheckpointError, FolderInUse
 
@@ -22,6 +23,8 @@ __all__ = ["BEST", "LAST", "claimed", "load_last", "save_last", "save_weights"]
 LAST = "last.ckpt"
 _MAGIC = b"parameternet-last-1 "  # then the SHA-256 of the rest, as 64 hexadecimal digits, and a newline
 _HEADER = len(_MAGIC) + 65
+
+__getattr__ = moved(__name__, {"read_weights": "parameternet.models.loading:read_tensors"})
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:

@@ -10,10 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parameternet.data.sources import Source, Unreadable, open_dataset
+from parameternet.data.sources import Source, Unreadable
+from parameternet.deprecation import moved
 from parameternet.training.errors import DataError
 
-__all__ = ["Memory", "Source", "Unreadable", "decoded", "free_memory", "open_dataset"]
+__all__ = ["Memory", "decoded", "free_memory"]
+
+__getattr__ = moved(
+    __name__, {name: f"parameternet.data.sources:{name}" for name in ("classes_of", "is_stream", "open_dataset")}
+)
 
 _MIB = 1 << 20
 

@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet.data.sources import Source, is_stream, notes_of, open_dataset
+from parameternet.deprecation import moved
 from parameternet.models import loading
 from parameternet.text import printable
 from parameternet.training import distributed
@@ -23,6 +24,8 @@ from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter, SkippedImages
 
 AGREE = 0.1  # tolerance between recorded and measured top-1, in points: machines differ
+
+__getattr__ = moved(__name__, {"read_config": "parameternet.models.loading:read_config"})
 
 
 def validate(

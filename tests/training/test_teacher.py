@@ -7,11 +7,11 @@ from pictures import COLOURS
 from stopping import Stop
 
 from parameternet import upcycle
+from parameternet.data.sources import Source, open_dataset
 from parameternet.training import DataError, Interrupted, RecipeError, release, run, teacher
 from parameternet.training.checkpoint import load_last, save_weights
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
-from parameternet.training.sources import Source, open_dataset
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
