@@ -43,11 +43,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 import parameternet  # noqa: F401  registers the networks
+from parameternet.data.sources import Source, open_dataset
 from parameternet.layers import Router
 from parameternet.surgery import upcycle
 from parameternet.training.batches import Images, Key, TrainBatches, collate
 from parameternet.training.loaders import make_loader
-from parameternet.training.sources import Source, open_dataset
 
 RESULT = ROOT / "benchmarks" / "results" / "finetune.csv"
 NETWORK = "dynamic_efficientnet_lite0"

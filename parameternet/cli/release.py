@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet.cli.output import echo
-from parameternet.cli.terminal import Terminal, speaks_plainly
+from parameternet.cli.terminal import Terminal, handle_errors
 from parameternet.hub import release as make
 
 
@@ -20,7 +20,7 @@ from parameternet.hub import release as make
 @click.option("--workers", default=2, show_default=True, help="Processes that read images.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
-@speaks_plainly
+@handle_errors
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.
 

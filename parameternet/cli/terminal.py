@@ -1,4 +1,4 @@
-"""What the commands of training share: how a run is shown, and how it ends."""
+"""Shared by the training commands: progress on the terminal, errors and exit codes."""
 
 import functools
 import signal
@@ -12,11 +12,11 @@ from parameternet import training, weights
 from parameternet.cli.output import echo
 from parameternet.text import printable, printable_lines
 
-__all__ = ["Terminal", "speaks_plainly"]
+__all__ = ["Terminal", "handle_errors"]
 
 
-def speaks_plainly(command: Callable) -> Callable:
-    """Errors of training become sentences with exit code 1; a signal becomes exit code 128 + its number."""
+def handle_errors(command: Callable) -> Callable:
+    """Show errors of training without a traceback, with exit code 1; a signal gives exit code 128 + its number."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -34,7 +34,7 @@ def speaks_plainly(command: Callable) -> Callable:
 
 
 class Terminal(training.Reporter):
-    """Shows a run: a progress bar on a terminal, lines where the output is piped."""
+    """Show a run: a progress bar on a terminal, plain lines if the output is piped."""
 
     def __init__(self) -> None:
         self.bar = None
@@ -69,19 +69,19 @@ class Terminal(training.Reporter):
         if self.live:
             self._draw("teacher", step, steps)
         elif step == steps:
-            self._say(f"the teacher has answered {steps} batches")
+            self._say(f"teacher: predictions for {steps} batches")
 
     def epoch(self, row: dict[str, Any], best: bool) -> None:
         self._clear()
         score = "" if row["top1"] is None else f"  top1 {row['top1']:.2f}  top5 {row['top5']:.2f}"
         mark = "  best" if best else ""
-        pace = f"{row['images_per_second']:.0f} images/s  data {row['data_share']:.1%}"
+        pace = f"{row['images_per_second']:.0f} images/s  waiting for data {row['data_share']:.1%}"
         self._say(
             f"epoch {row['epoch']}  train loss {row['train_loss']:.4f}{score}  {row['seconds']:.0f} s  {pace}{mark}"
         )
 
     def note(self, text: str) -> None:
-        self._say(printable(text), err=True)  # names of files, which must not break the line
+        self._say(printable(text), err=True)  # file names may hold control characters
 
     def close(self) -> None:
         self._clear()

@@ -6,7 +6,7 @@ import click
 
 from parameternet import training
 from parameternet.cli.output import echo
-from parameternet.cli.terminal import Terminal, speaks_plainly
+from parameternet.cli.terminal import Terminal, handle_errors
 from parameternet.training.recipe import allowed
 
 
@@ -25,17 +25,22 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "overrides",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Override a field, e.g. lr=0.1; of two for one field the last holds.",
+    help="Override a field, e.g. lr=0.1; the last override of a field wins.",
 )
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
 @click.option(
-    "--fields", is_flag=True, is_eager=True, expose_value=False, callback=_fields, help="List a recipe's fields."
+    "--fields",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_fields,
+    help="List the recipe fields.",
 )
-@speaks_plainly
+@handle_errors
 def train(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
     """Train by RECIPE, a YAML file. Resumes if the run folder exists.
 
-    Many processes: torchrun --nproc-per-node N -m parameternet.cli.train RECIPE
+    Several processes: torchrun --nproc-per-node N -m parameternet.cli.train RECIPE
     """
     result = training.run(
         training.load_recipe(recipe, overrides), output or Path("runs") / recipe.stem, reporter=Terminal()

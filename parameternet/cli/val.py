@@ -1,4 +1,4 @@
-"""`parameternet val MODEL --data VAL`: measure a checkpoint, and hold the figure against the recorded one."""
+"""`parameternet val MODEL --data VAL`: measure a checkpoint and compare with its recorded accuracy."""
 
 import sys
 
@@ -6,24 +6,24 @@ import click
 
 from parameternet import training
 from parameternet.cli.output import echo, print_json
-from parameternet.cli.terminal import Terminal, speaks_plainly
+from parameternet.cli.terminal import Terminal, handle_errors
 
 
 @click.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Labelled images: a folder, a .tar, hfds/NAME, wds/FOLDER:shards.")
-@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
-@click.option("--workers", default=2, show_default=True, help="Processes that read images.")
+@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
+@click.option("--workers", default=2, show_default=True, help="Data loading workers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
-@click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @click.option("--amp", type=click.Choice(["float16", "bfloat16"]), help="Mixed precision.")
-@click.option("--channels-last", is_flag=True, help="Memory format.")
+@click.option("--channels-last", is_flag=True, help="Use the channels_last memory format.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@speaks_plainly
+@handle_errors
 def val(model: str, data: str, as_json: bool, **measuring) -> None:
     """Measure MODEL: a name, a run folder, a weights folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.
 
-    Exits with 1 where the checkpoint records another top-1 for these images (more than 0.1 points away).
+    Exits with 1 if the measured top-1 differs from the recorded one by more than 0.1 points.
     """
     terminal = Terminal()
     try:

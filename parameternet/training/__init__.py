@@ -1,6 +1,6 @@
-"""Training and validation on timm's parts: recipe -> loaders -> Trainer -> run folder.
+"""Training and validation with timm: recipe -> loaders -> Trainer -> run folder.
 
-`load_recipe` reads a recipe, `run` trains with it, `validate` measures a network.
+`load_recipe` reads a recipe, `run` trains with it, `validate` measures a model.
 """
 
 from parameternet.deprecation import moved

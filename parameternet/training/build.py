@@ -1,4 +1,4 @@
-"""From a recipe to a network, its optimiser, schedule and loss: all of timm's making."""
+"""Make the network, optimizer, schedule and loss of a recipe, with timm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from parameternet.training.errors import CheckpointError, RecipeError, missing_m
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
 
-# Arguments of timm's create_model that a field of the recipe stands for, or that change what it returns.
+# Arguments of timm's create_model that a recipe field sets, or (None) that change what it returns.
 _OWN_FIELD = {
     "num_classes": "num_classes",
     "drop_rate": "drop_rate",
@@ -44,14 +44,15 @@ _OWN_FIELD = {
 
 
 def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
-    """The recipe's network with `num_classes` outputs, weights from its seed or from `init`.
+    """Make the recipe's network, with weights from `init` or random ones from the seed.
 
     Args:
-        start: False for a run that resumes: its checkpoint has the weights, and `init` may be gone.
+        num_classes: outputs of the network.
+        start: False for a run that resumes: the checkpoint has the weights, and `init` may be gone.
 
     Raises:
-        RecipeError: timm does not know the name, or the network does not take `model_kwargs`.
-        CheckpointError: `init` does not fit.
+        RecipeError: timm does not have the model, or the network does not take `model_kwargs`.
+        CheckpointError: the weights of `init` do not fit.
     """
     if not timm.is_model(r.model):
         raise RecipeError(f"model: unknown model {r.model!r}{nearest(r.model.split('.')[0], timm.list_models())}")
@@ -61,14 +62,14 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
     if r.drop_path_rate:
         arguments["drop_path_rate"] = r.drop_path_rate
     pretrained = start and r.init == "pretrained"
-    if pretrained and not catalogue.is_ours(r.model):  # timm would read whatever it finds
+    if pretrained and not catalogue.is_ours(r.model):  # timm would read unverified files
         with missing_model("init"):
             arguments["pretrained_cfg_overlay"] = {"state_dict": loading.read_tensors(r.model), "source": ""}
     try:
         model = timm.create_model(r.model, pretrained=pretrained, **arguments)
     except (weights.WeightsError, OSError):
         raise
-    except Exception as error:  # a constructor may fail by anything on values that it was not written for
+    except Exception as error:  # constructors raise anything for unexpected values
         if not r.model_kwargs and not isinstance(error, TypeError):
             raise
         raise RecipeError(_unbuilt(r, error)) from error
@@ -87,14 +88,14 @@ def _check_model_kwargs(r: Recipe) -> None:
     for name, value in r.model_kwargs.items():
         if name in _OWN_FIELD:
             field = _OWN_FIELD[name]
-            hint = f"set the field {field} instead" if field else "a classifier is trained here"
+            hint = f"set the field {field} instead" if field else "only classifiers are trained"
             raise RecipeError(f"model_kwargs: {name} is not an argument of the network: {hint}, got {value!r}")
         if name == "in_chans" and value != 3:
-            raise RecipeError(f"model_kwargs: in_chans must be 3, got {value!r}: images are read as RGB, grey ones too")
+            raise RecipeError(f"model_kwargs: in_chans must be 3, got {value!r}: every image is read as RGB")
 
     empty = [name for name, value in r.model_kwargs.items() if value is None]
     known = _arguments(r.model) if empty else []
-    for name in empty:  # timm leaves these out, and would pass over a misspelt one
+    for name in empty:  # timm drops None, so a misspelt name would go unnoticed
         if name not in known:
             raise RecipeError(_unknown(r, name, known))
 
@@ -112,7 +113,7 @@ def _unbuilt(r: Recipe, error: Exception) -> str:
 
 
 def _arguments(model: str) -> list[str]:
-    """Names of arguments that a network's class and its layers of this package take."""
+    """Return the names of arguments that a network's class takes."""
     with torch.device("meta"):
         kind = type(timm.create_model(model))
     names = [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
@@ -121,14 +122,14 @@ def _arguments(model: str) -> list[str]:
 
 @torch.no_grad()
 def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.device, share: int) -> None:
-    """Send one black image of each side that the recipe names through `model`, and leave the model as it was.
+    """Check that `model` takes images of every size in the recipe. The model is left unchanged.
 
     Args:
-        share: images a step and process.
+        share: images per step and process.
 
     Raises:
-        RecipeError: the network takes no images of that side, does not answer with one number a class, or cannot
-            normalise over a single image.
+        RecipeError: the network does not take images of a size, does not return (B, num_classes), or cannot compute
+            batch norm on a single image.
     """
     training = model.training
     sides = {stage["input_size"]: "resolution_schedule" for stage in r.resolution_schedule}
@@ -140,11 +141,11 @@ def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.dev
         except Exception as error:
             given = f" with model_kwargs {r.model_kwargs}" if r.model_kwargs else ""
             raise RecipeError(
-                f"{field}: {r.model}{given} takes no images of {side} x {side}: {type(error).__name__}: {error}"
+                f"{field}: {r.model}{given} does not take images of {side} x {side}: {type(error).__name__}: {error}"
             ) from error
         if getattr(answer, "shape", None) != (1, num_classes):
             raise RecipeError(
-                f"model_kwargs: {r.model} with {r.model_kwargs} does not answer with {num_classes} numbers an image"
+                f"model_kwargs: {r.model} with {r.model_kwargs} does not return {num_classes} logits per image"
             )
         if share == 1 and field != "test_input_size":
             _check_one_image(model, torch.zeros(1, 3, side, side, device=device))
@@ -154,17 +155,17 @@ def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.dev
 def _check_one_image(model: nn.Module, image: Tensor) -> None:
     try:
         deepcopy(model).train()(image)
-    except ValueError as error:  # batch norm, where a map has one position
-        raise RecipeError(f"batch_size: one image a process is too few for this network: {error}") from error
+    except ValueError as error:  # batch norm of a 1 x 1 feature map
+        raise RecipeError(f"batch_size: one image per process is too few for this network: {error}") from error
 
 
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
-    """Load `state` into `model`; a classifier of another size is left as it was initialised.
+    """Load `state` into `model`, except for a classifier of another size.
 
-    Dense kernels are split among the experts of dynamic layers, which then compute the same (`surgery.upcycle`).
+    Dense kernels are upcycled: the experts of a dynamic layer compute the same at first (`surgery.upcycle`).
 
     Raises:
-        CheckpointError: tensors other than the classifier's do not fit, with their names.
+        CheckpointError: names the tensors, other than the classifier's, that do not fit.
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     state = upcycle_state_dict(dynamic_timm.filtered(state, model, architecture), model, neutral=True)
@@ -177,8 +178,8 @@ def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str |
     unknown = [name for name in kept if name not in mine]
     if unfit or unknown:
         raise CheckpointError(
-            f"{where} is of another network than this {type(model).__name__}: {len(unfit)} tensors missing or of "
-            f"another shape {unfit[:3]}, {len(unknown)} unknown {unknown[:3]}; check model and model_kwargs"
+            f"{where} does not fit this {type(model).__name__}: {len(unfit)} tensors missing or of another shape "
+            f"{unfit[:3]}, {len(unknown)} unknown {unknown[:3]}; check model and model_kwargs"
         )
     model.load_state_dict(kept, strict=False)
 
@@ -189,13 +190,14 @@ def _classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
-    """Stop training what `patterns` name, and return the modules that must stay in evaluation mode.
+    """Freeze parts of a network, and return the modules that must stay in evaluation mode.
 
-    A pattern is the name of a module or parameter, or a shell pattern over such names; it takes what lies below with
-    it. Batch norms inside keep their statistics.
+    Args:
+        patterns: names of modules or parameters, or shell patterns; submodules are included. Frozen batch norms keep
+            their statistics.
 
     Raises:
-        RecipeError: a pattern that names nothing.
+        RecipeError: a pattern matches nothing.
     """
     modules = dict(model.named_modules())
     frozen = []
@@ -203,7 +205,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
         found = [name for name in modules if name and fnmatch.fnmatch(name, pattern)]
         parameters = [p for name, p in model.named_parameters() if fnmatch.fnmatch(name, pattern)]
         if not found and not parameters:
-            raise RecipeError(f"freeze: {pattern!r} names no part of the network{nearest(pattern, modules)}")
+            raise RecipeError(f"freeze: {pattern!r} matches no part of the network{nearest(pattern, modules)}")
         frozen += [modules[name] for name in found]
         for parameter in [*parameters, *(p for name in found for p in modules[name].parameters())]:
             parameter.requires_grad_(False)
@@ -211,10 +213,10 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
 
 
 def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; frozen parameters are left out.
+    """Make timm's optimizer for all parameters that are not frozen.
 
     Raises:
-        RecipeError: unknown name, wrong arguments, or nothing left to train.
+        RecipeError: unknown name, wrong arguments, or every parameter is frozen.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise RecipeError(f"freeze: {r.freeze} leaves nothing to train")
@@ -228,9 +230,9 @@ def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=r.layer_decay,
             **_tuples(r.opt_kwargs),
         )
-    except Exception as error:  # optimisers fail by anything on arguments that they were not written for
+    except Exception as error:  # optimizers raise anything for unexpected arguments
         given = f" with opt_kwargs {r.opt_kwargs}" if r.opt_kwargs else nearest(r.opt, list_optimizers())
-        raise RecipeError(f"opt: optimiser {r.opt!r}: {error}{given}") from error
+        raise RecipeError(f"opt: optimizer {r.opt!r}: {error}{given}") from error
 
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +240,11 @@ def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """timm's schedule, in updates. It has no state but the number of updates, which `step_update` is told."""
+    """Make timm's schedule, stepped by `step_update(updates)`; None for `sched: none`. It has no other state.
+
+    Raises:
+        RecipeError: unknown name, or wrong arguments.
+    """
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -254,7 +260,7 @@ def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoc
     except Exception as error:
         given = f" with sched_kwargs {r.sched_kwargs}" if r.sched_kwargs else ""
         raise RecipeError(f"sched: schedule {r.sched!r}{given}: {error}; {_SCHEDULES}") from error
-    if scheduler is None and r.sched != "none":  # older versions of timm pass over a name that they do not know
+    if scheduler is None and r.sched != "none":  # older versions of timm ignore unknown names
         raise RecipeError(f"sched: unknown schedule {r.sched!r}; {_SCHEDULES}")
     return scheduler
 
@@ -263,14 +269,14 @@ _SCHEDULES = "timm has cosine, tanh, step, multistep, poly, and none"
 
 
 def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None when the recipe has neither."""
+    """Make timm's mixup and cutmix; None if the recipe has neither."""
     if not r.mixes:
         return None
     return Mixup(r.mixup, r.cutmix, prob=r.mixup_prob, label_smoothing=r.smoothing, num_classes=num_classes)
 
 
 def make_loss(r: Recipe) -> nn.Module:
-    """timm's loss for the recipe's targets: soft where images are mixed or a teacher speaks, smoothed, or plain."""
+    """Make timm's loss for the recipe's targets: soft with mixing or a teacher, else smoothed or plain labels."""
     soft = r.mixes or r.teacher is not None
     if r.bce:
         return BinaryCrossEntropy(smoothing=0.0 if soft else r.smoothing)

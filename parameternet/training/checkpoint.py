@@ -1,4 +1,4 @@
-"""The files of a run that hold tensors: `last.ckpt`, to go on from, and `best.safetensors`, to use."""
+"""Read and write the tensors of a run: `last.ckpt` to resume from, `best.safetensors` to use."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ import torch
 from torch import Tensor
 
 from parameternet import files, weights
+from parameternet.deprecation import moved
 from parameternet.models.loading import BEST
 from parameternet.training.errors import CheckpointError, FolderInUse
 
 __all__ = ["BEST", "LAST", "claimed", "load_last", "save_last", "save_weights"]
 
 LAST = "last.ckpt"
-_MAGIC = b"parameternet-last-1 "  # then 64 hexadecimal digits and a newline: the SHA-256 of what follows
+_MAGIC = b"parameternet-last-1 "  # then the SHA-256 of the rest, as 64 hexadecimal digits, and a newline
 _HEADER = len(_MAGIC) + 65
+
+__getattr__ = moved(__name__, {"read_weights": "parameternet.models.loading:read_tensors"})
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run (tensors, numbers, text, lists, dictionaries) to `last.ckpt`, whole or not at all.
+    """Write the state of a run to `last.ckpt` atomically.
+
+    Args:
+        state: tensors, numbers, text, lists and dictionaries.
 
     Raises:
-        OSError: the disk is full or refuses; the old file stands.
+        OSError: the file cannot be written; the old one is intact.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -39,10 +45,10 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_last(folder: Path) -> dict[str, Any]:
-    """Read `last.ckpt` and check its digest. Tensors arrive on the CPU; nothing but plain data is unpickled.
+    """Read `last.ckpt` and verify its digest. Tensors are loaded to the CPU, with `weights_only=True`.
 
     Raises:
-        CheckpointError: no such file, not one of ours, or damaged.
+        CheckpointError: no such file, another format, or damaged.
     """
     path = folder / LAST
     try:
@@ -51,19 +57,19 @@ def load_last(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; is {folder} a run folder?") from error
     payload = memoryview(content)[_HEADER:]
     if content[:_HEADER] != _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        raise CheckpointError(f"{path} is damaged: its content is not what was written; restore a copy or start again")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match; restore a copy or start again")
     return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
 
 
 def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write weights as safetensors, with the network's config (timm's Hub form) in the metadata."""
+    """Write weights as safetensors, with the network's config (timm's Hub format) in the metadata."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     weights.save(state, path, {"config": json.dumps(config)})
 
 
 @contextmanager
 def claimed(lock: Path, what: str, timeout: float = 0.0) -> Iterator[None]:
-    """Hold a lock file for the length of the block; see `files.lock`.
+    """Hold a lock file inside the block; see `files.lock`.
 
     Raises:
         FolderInUse: another process, or another thread of this one, holds it.

@@ -1,7 +1,7 @@
-"""Data that lies on the device (`cache: device`): decoded once to bytes, augmented there, a whole batch at a time.
+"""Images on the training device (`cache: device`): decoded once, augmented there one batch at a time.
 
-Nothing is read, decoded or moved while a network trains, so that a fast device does not wait. A training image's draws
-depend on (seed, epoch, index) alone, as everywhere here: runs resume exactly, for any number of processes.
+A fast device never waits for data, because nothing is read, decoded or moved during training. Augmentation depends on
+(seed, epoch, index) alone, so runs resume exactly, for any number of processes.
 """
 
 from __future__ import annotations
@@ -25,23 +25,27 @@ from parameternet.training.randomness import IMAGE, mix
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import decoded, free_memory
 
-_TRIES = 10  # for a crop that fits, as torchvision's RandomResizedCrop has them
+_TRIES = 10  # for a crop that fits, as in torchvision's RandomResizedCrop
 _SAMPLED = ("nearest", "bilinear", "bicubic")  # interpolations of torch's grid_sample
 _MIB = 1 << 20
 
 
 class DevicePixels:
-    """All images of a source as bytes on a device: `pixels` (N, 3, H, W), `labels` (N,), `readable` (N,) on the CPU.
-
-    `digest` is the SHA-256 of pixels and labels.
+    """All images of a source as uint8 on a device.
 
     Args:
-        source: read once, from the first image to the last.
-        side: images are resized (bicubic) and cropped at the centre to this square; None: they all have one size.
-        report: told of images that cannot be read.
+        source: read once, in order.
+        side: images are resized (bicubic) and center-cropped to this square; None if all have the same size.
+        report: called with each unreadable image.
+
+    Attributes:
+        pixels: (N, 3, H, W), on the device.
+        labels: (N,), on the device.
+        readable: (N,), on the CPU.
+        digest: SHA-256 of pixels and labels.
 
     Raises:
-        DataError: images of several sizes and no `side`; too little memory; not one readable image.
+        DataError: images of several sizes without `side`, too little memory, or no readable image.
     """
 
     def __init__(self, source: Source, side: int | None, device: torch.device, report: Report):
@@ -72,8 +76,8 @@ class DevicePixels:
         size = self.pixels.shape[-1], self.pixels.shape[-2]
         if other := next((image.size for image in images if image.size != size), None):
             raise DataError(
-                f"cache: device keeps images of one size, and {self.source.where} has {size[0]} x {size[1]} and "
-                f"{other[0]} x {other[1]}: set cache_size, the side to which they are resized and cropped"
+                f"cache: device needs images of one size, but {self.source.where} has {size[0]} x {size[1]} and "
+                f"{other[0]} x {other[1]}: set cache_size to resize and crop them"
             )
         rows = torch.stack([_bytes(image) for image in images])
         hashed.update(rows.numpy())
@@ -86,8 +90,8 @@ class DevicePixels:
         needed, free = math.prod(shape), free_memory(self.device)
         if free is not None and needed > free:
             raise DataError(
-                f"cache: device needs {needed // _MIB:,} MiB for {self.source.where}, and {free // _MIB:,} MiB are "
-                f"free on {self.device}: lower cache_size, or set cache=none"
+                f"cache: device needs {needed // _MIB:,} MiB for {self.source.where}, and {self.device} has "
+                f"{free // _MIB:,} MiB free: lower cache_size, or set cache=none"
             )
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
@@ -102,10 +106,13 @@ def _bytes(image: Image.Image) -> Tensor:
 
 
 class DeviceBatches:
-    """Training batches of `DevicePixels`: float32 images (B, 3, S, S), normalised, and what they are taught.
+    """Training batches of `DevicePixels`: float32 images (B, 3, S, S), normalised, and their targets.
 
-    Images that could not be read leave their batch. `batches` says which images, in which order, of which side.
-    `targets` gives a row for each image by its index; None: int64 labels (B,).
+    Unreadable images are left out of their batch.
+
+    Args:
+        batches: samples the keys of each batch.
+        targets: one row per image, by index; None for the int64 labels (B,).
     """
 
     def __init__(self, data: DevicePixels, batches: TrainBatches, augment: Augment, targets: Any = None):
@@ -125,17 +132,16 @@ class DeviceBatches:
 
 
 class Augment:
-    """timm's training transform for a whole batch at once: crop, flips, colours, normalisation.
+    """Apply timm's training transform to a whole batch: crop, flips, color jitter, normalisation.
 
-    Crops are sampled from the cached bytes between pixels; colours change in the order brightness, contrast,
-    saturation. Transforms that work on one picture alone (auto_augment, other crops) are refused.
+    Crops are interpolated from the cached images; jitter changes brightness, contrast and saturation, in this order.
 
     Args:
         r: a recipe with `cache: device`.
-        images: how many the data set has.
+        images: size of the dataset.
 
     Raises:
-        RecipeError: the recipe asks for something that is not done in batches.
+        RecipeError: the recipe has a transform of single images (auto_augment, other crops).
     """
 
     def __init__(self, r: Recipe, images: int, device: torch.device):
@@ -145,14 +151,14 @@ class Augment:
             "interpolation": None if r.interpolation in _SAMPLED else r.interpolation,
         }
         if asked := {name: value for name, value in alone.items() if value}:
-            raise RecipeError(f"cache: device has no {asked}: take cache=ram, or leave it out")
+            raise RecipeError(f"cache: device does not support {asked}: use cache=ram, or remove it")
         self.r, self.images, self.device = r, images, device
         self.mean = 255 * torch.tensor(r.mean, device=device)[:, None, None]
         self.std = 255 * torch.tensor(r.std, device=device)[:, None, None]
         self.epoch = -1
 
     def __call__(self, pixels: Tensor, index: Tensor, epoch: int, side: int) -> Tensor:
-        """uint8 pixels (B, 3, H, W) of the images `index` (B,) as float32 (B, 3, side, side) for `epoch`."""
+        """Augment uint8 pixels (B, 3, H, W) of the images `index` (B,) into float32 (B, 3, side, side)."""
         if epoch != self.epoch:
             self.epoch, self.draws = epoch, self._draw(epoch)
         draws = self.draws[index]
@@ -165,12 +171,12 @@ class Augment:
         return (images - self.mean) / self.std
 
     def _draw(self, epoch: int) -> Tensor:
-        """Numbers from 0 to 1 for every image: crops' areas and shapes, place, flips, colours."""
+        """Draw numbers from 0 to 1 for every image: areas and shapes of crops, position, flips, colors."""
         generator = torch.Generator().manual_seed(mix(IMAGE, self.r.seed, epoch))
         return torch.rand(self.images, 2 * _TRIES + 7, generator=generator).to(self.device)
 
     def _boxes(self, draws: Tensor, height: int, width: int) -> Tensor:
-        """Crops (B, 4) as left, top, width, height in pixels."""
+        """Return crops (B, 4): left, top, width, height in pixels."""
         r = self.r
         if r.no_aug:
             side = min(height, width)
@@ -181,7 +187,12 @@ class Augment:
 
 
 def random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ratio: list[float]) -> Tensor:
-    """Random areas and aspect ratios; the first of a few tries that fits, else the largest crop at the centre."""
+    """Draw crops (B, 4) as torchvision's RandomResizedCrop does: left, top, width, height in pixels.
+
+    Args:
+        draws: (B, 2 * tries + 2), from 0 to 1. If no try fits into the image, the largest centered crop is taken.
+        scale, ratio: ranges of the area's fraction and of the aspect ratio.
+    """
     tries, place = draws[:, :-2].unflatten(1, (_TRIES, 2)), draws[:, -2:]
     low, high = math.log(ratio[0]), math.log(ratio[1])
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
@@ -198,8 +209,13 @@ def random_boxes(draws: Tensor, height: int, width: int, scale: list[float], rat
 
 
 def sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolation: str) -> Tensor:
-    """What is in boxes (B, 4; left, top, width, height), at `side` pixels; flips (B, 2) are 1 or -1 for x and y."""
-    if not len(images):  # none of a batch could be read, and torch samples no empty one
+    """Crop, flip and resize images (B, 3, H, W) to (B, 3, side, side).
+
+    Args:
+        boxes: (B, 4), left, top, width, height.
+        flips: (B, 2), 1 or -1 for x and y.
+    """
+    if not len(images):  # every image is unreadable, and grid_sample rejects an empty batch
         return images.new_empty(0, 3, side, side)
     whole = boxes.new_tensor([images.shape[-1], images.shape[-2]])
     extent = boxes[:, 2:] / whole
@@ -210,7 +226,7 @@ def sample(images: Tensor, boxes: Tensor, flips: Tensor, side: int, interpolatio
 
 
 def jitter(images: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor an image (B, 3)."""
+    """Change brightness, contrast and saturation of images (B, 3, H, W) by factors (B, 3)."""
     brightness, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     images = (images * brightness).clamp(0, 255)
     mean = _grey(images).mean((2, 3), keepdim=True)
@@ -219,12 +235,12 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow has them
+    weights = images.new_tensor([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow
     return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 
 class Kept:
-    """A loader whose batches are kept on their device, as bytes, when it has been read once; they stay the same."""
+    """Keep a loader's batches on the device, as uint8, after reading them once."""
 
     def __init__(self, loader: PrefetchLoader, device: torch.device):
         self.loader, self.device = loader, device

@@ -1,4 +1,4 @@
-"""One process, or many that torchrun has started: who am I, and what do we say together."""
+"""One process, or several started by torchrun: rank, device and communication."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from parameternet.training.errors import RecipeError, TrainingError
 
 @dataclass
 class Place:
-    """A process among `world`: its rank and its device."""
+    """One of `world` processes."""
 
     rank: int
     world: int
     device: torch.device
-    control: Any = None  # group for a few bytes between the CPUs; the gradients have their own
+    control: Any = None  # process group for a few bytes between CPUs; gradients use the default group
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` added over all processes (on the CPU)."""
+        """Sum `values` over all processes; the result is on the CPU."""
         values = values.detach().cpu()
         if self.world > 1:
             dist.all_reduce(values, group=self.control)
         return values
 
     def largest(self, value: int) -> int:
-        """The largest `value` that any process has."""
+        """Return the largest `value` of all processes."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
@@ -49,17 +49,17 @@ class Place:
         return int(tensor)
 
     def union(self, items: dict) -> dict:
-        """The items of all processes."""
+        """Merge the dictionaries of all processes."""
         return {key: value for one in self.gather(items) for key, value in one.items()}
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's tensors, in place."""
+        """Broadcast the first process's tensors, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def gather(self, item: Any) -> list[Any]:
-        """`item` of every process, in the order of their ranks."""
+        """Return the `item` of every process, by rank."""
         if self.world == 1:
             return [item]
         everyone: list[Any] = [None] * self.world
@@ -67,7 +67,7 @@ class Place:
         return everyone
 
     def agreed(self, action: Callable[[], Any]) -> None:
-        """Run `action` in the first process alone; what it raises on purpose is raised in every process."""
+        """Run `action` in the first process; a `TrainingError` is raised in every process."""
         problem = None
         if self.first:
             try:
@@ -86,7 +86,7 @@ class Place:
 
 @contextmanager
 def place(device: str = "auto") -> Iterator[Place]:
-    """This process's place; joins the others where torchrun has set RANK and WORLD_SIZE."""
+    """Yield this process's place, and join the others if torchrun has set RANK and WORLD_SIZE."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else None)
     if world == 1:
@@ -97,27 +97,27 @@ def place(device: str = "auto") -> Iterator[Place]:
     try:
         yield here
     finally:
-        # A thread of gloo that lets go of its last tensor after the interpreter has ended aborts the process. Threads
-        # end with their group, and a group with the last that knows it: networks with gradients to share are cycles.
+        # A gloo thread that frees its last tensor after the interpreter has exited aborts the process. Threads end with
+        # their group, which DistributedDataParallel modules keep alive in reference cycles.
         here.control = None
         gc.collect()
         dist.destroy_process_group()
 
 
 def _join(backend: str) -> None:
-    # After a restart torchrun's store still holds the addresses of processes that ended, and new ones would connect to
-    # them: each life of the run has its own keys.
+    # After a restart torchrun's store still has the addresses of processes that ended, and new ones would connect to
+    # them, so each start of the run has its own keys.
     store, rank, world = next(iter(dist.rendezvous("env://")))
     life = agree_on_life(store, rank, world)
     dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
 
 
 def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
-    """A name that exactly the processes now running share, whatever earlier ones left in the store.
+    """Agree on a name shared by exactly the running processes, whatever earlier ones left in the store.
 
-    torchrun's count of restarts is none: it is each host's own, and a host that joins again begins at 0.
-    The first process proposes a random name; it is agreed on when every other one has answered, and finds its own
-    answer among those that the first one has read. A name from an earlier life has other answers, or never gets all.
+    torchrun's restart count is not such a name: each host counts its own, and a host that joins again begins at 0.
+    The first process proposes a random name, every other process answers with a random text, and the name counts once
+    a process finds its answer among those that the first one read. A name from an earlier start has other answers.
     """
     mine = secrets.token_hex(8)
     if rank == 0:
@@ -135,10 +135,13 @@ def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is the first accelerator there is, or the CPU; with `local_rank`, that process's own.
+    """Return a device; `auto` is the first accelerator, or the CPU.
+
+    Args:
+        local_rank: index of the GPU for `cuda`; None for the current one.
 
     Raises:
-        RecipeError: a device that torch does not know or does not see.
+        RecipeError: torch cannot use the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What can go wrong in a run, said so that the reader knows what to do next."""
+"""Errors of training, validation and release."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ __all__ = [
 
 
 class RecipeError(TrainingError, ValueError):
-    """A recipe that cannot be meant: unknown key, wrong type, value out of its range, contradicting fields."""
+    """A wrong recipe: unknown key, wrong type, value out of range, contradicting fields."""
 
 
 class CheckpointError(TrainingError, ValueError):
-    """A checkpoint that is missing, damaged or of another network."""
+    """A checkpoint that is missing, damaged or does not fit."""
 
 
 class MissingModel(CheckpointError, weights.WeightsNotFound):
-    """A model that is named and is not there: both kinds, as callers catch either."""
+    """A model that does not exist. Callers may catch either base."""
 
 
 @contextmanager
 def missing_model(field: str = "") -> Iterator[None]:
-    """Raise what says that there is no such model as `MissingModel`, with a recipe's field in front.
+    """Turn errors about a missing model into `MissingModel`, with a recipe's field in front.
 
     Raises:
-        MissingModel: no such name, folder, file or config, or a file of another format.
-        WeightsDamaged: as it came.
+        MissingModel: no such name, folder, file or config, or an unsupported file format.
+        WeightsDamaged: unchanged, but for the field.
     """
     prefix = f"{field}: " if field else ""
     try:
@@ -51,7 +51,7 @@ def missing_model(field: str = "") -> Iterator[None]:
 
 
 class FolderInUse(TrainingError):
-    """Another process writes the folder."""
+    """Another process writes to the folder."""
 
 
 class DivergedError(TrainingError):
@@ -59,7 +59,7 @@ class DivergedError(TrainingError):
 
 
 class Interrupted(TrainingError):
-    """A signal asked the run to stop, and the checkpoint has been written.
+    """A signal stopped the run; the checkpoint is written.
 
     `signum` is the signal's number; a command exits with 128 + `signum`.
     """
@@ -70,6 +70,6 @@ class Interrupted(TrainingError):
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
-    """`; closest: a, b` for an error message, or an empty string when nothing is near."""
+    """Return `; closest: a, b` for an error message, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.5)
     return f"; closest: {', '.join(close)}" if close else ""

@@ -1,4 +1,4 @@
-"""How right a network is on a loader: the one place where accuracy is counted."""
+"""Measure the accuracy of a network on a loader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parameternet.training.distributed import Place
 
 
 def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
-    """Mixed precision on `device`: `amp` is null, float16 or bfloat16."""
+    """Return the autocast context of `device` for `amp`: None, float16 or bfloat16."""
     return torch.autocast(device.type, dtype=getattr(torch, amp or "bfloat16"), enabled=amp is not None)
 
 
@@ -28,12 +28,12 @@ def evaluate(
     channels_last: bool = False,
     progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Top-1, top-5 (percent), cross-entropy and the number of images, over all processes together.
+    """Measure top-1, top-5 (percent), the cross-entropy and the number of images, over all processes.
 
     Args:
-        model: put into evaluation mode, and left there.
+        model: put into evaluation mode.
         loader: yields images (B, 3, H, W) and labels (B,) on the place's device.
-        progress: told (step, steps) after each batch; what it raises ends the evaluation.
+        progress: called with (step, steps) after each batch; an exception ends the evaluation.
     """
     model.eval()
     steps = len(loader)
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def _count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # stays on the device: asking for numbers after each batch would wait for it
+    # Counts stay on the device: reading them after each batch would wait for it.
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.full_like(loss, len(labels))])

@@ -1,4 +1,4 @@
-"""What a run tells about itself: history.csv, curves.png and, where it is installed, TensorBoard."""
+"""The history of a run: history.csv, curves.png and, if installed, TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all epochs to history.csv; what was not measured stays empty."""
+    """Write all epochs to history.csv; values that were not measured are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -42,10 +42,10 @@ def _short(value: Any) -> Any:
 
 
 def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> bool:
-    """Draw loss, accuracy and learning rate over the epochs to curves.png. False where matplotlib is missing."""
+    """Plot loss, accuracy and learning rate to curves.png. Return False if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # the canvas of a file: no display, no global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
@@ -65,7 +65,7 @@ def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> bool:
 
 
 class Board:
-    """Scalars for TensorBoard under the run folder; does nothing where TensorBoard is not installed."""
+    """Write scalars for TensorBoard into the run folder, if TensorBoard is installed."""
 
     def __init__(self, folder: Path):
         self.writer = None
@@ -82,6 +82,6 @@ class Board:
                     self.writer.add_scalar(name, value, row["epoch"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close the file."""
         if self.writer is not None:
             self.writer.close()

@@ -1,4 +1,4 @@
-"""A trained network described as timm's Hub layout has it: how to build it, feed it and name its answers."""
+"""The config of trained weights in timm's Hub format: model, preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parameternet.training.recipe import Recipe
 
 
 def data_config(r: Recipe) -> dict[str, Any]:
-    """How images are prepared for validation, as arguments of timm's `create_transform`."""
+    """Return the preprocessing for validation, as arguments of timm's `create_transform`."""
     interpolation = "bicubic" if r.interpolation == "random" else r.interpolation
     return dict(
         input_size=(3, r.test_size, r.test_size),
@@ -26,14 +26,14 @@ def data_config(r: Recipe) -> dict[str, Any]:
 
 
 def class_labels(path: str | None, classes: list[str] | None, num_classes: int) -> dict[str, Any]:
-    """`label_names` (ids, in the order of the outputs) and, where known, `label_descriptions` (words by id).
+    """Return `label_names` (ids, in the order of the outputs) and, if known, `label_descriptions` (names by id).
 
     Args:
-        path: lines `id<TAB>words`, or words alone in the order of the outputs.
-        classes: ids that the data has, in the order of their labels.
+        path: a file of lines `id<TAB>name`, or names alone in the order of the outputs; None if there is none.
+        classes: ids of the data, in the order of their labels.
 
     Raises:
-        DataError: the file does not name the classes of the data.
+        DataError: the file does not have the classes of the data.
     """
     if path is None:
         return {"label_names": classes} if classes else {}
@@ -44,21 +44,23 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
     ids = [line[0] for line in lines]
     if len(ids) != num_classes:
-        raise DataError(f"class_names {path} has {len(ids)} lines, the network {num_classes} classes: one line a class")
-    if any(len(line) == 1 for line in lines):  # words alone
+        raise DataError(
+            f"class_names {path} has {len(ids)} lines, but the network has {num_classes} classes: one line per class"
+        )
+    if any(len(line) == 1 for line in lines):  # names alone
         names = classes or ids
         return {"label_names": names, "label_descriptions": dict(zip(names, ids, strict=True))}
     if classes and sorted(ids) != sorted(classes):
         odd = sorted(set(classes) - set(ids))
         raise DataError(
-            f"class_names {path} lacks classes of the data: {printable(', '.join(odd[:5]))}; its first column must be "
-            "the names of the class folders"
+            f"class_names {path} lacks classes of the data: {printable(', '.join(odd[:5]))}; its first column must "
+            "have the names of the class folders"
         )
     return {"label_names": classes or ids, "label_descriptions": dict(lines)}
 
 
 def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run's weights, in timm's Hub form."""
+    """Return the config of a run's weights, in timm's Hub format."""
     own = model.pretrained_cfg
     pretrained_cfg = {
         **data,
@@ -75,7 +77,7 @@ def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[s
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         **labels,
-        # The number of classes is said once, above: transformers hands it on beside these arguments.
+        # transformers passes num_classes together with these arguments, so it must not be among them.
         "model_args": {name: value for name, value in r.model_kwargs.items() if name != "num_classes"},
         "pretrained_cfg": pretrained_cfg,
     }

@@ -1,7 +1,7 @@
-"""Randomness without state: every draw is a function of the seed and of where in the run it happens.
+"""Random numbers as a function of the seed and the position in a run, without state.
 
 An image's augmentation depends on (seed, epoch, index), a step's mixing and dropout on (seed, epoch, step, rank). So
-the number of workers does not matter, and a run resumes in the middle of an epoch by knowing where it was.
+the number of workers does not matter, and a run can resume in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import struct
 import numpy as np
 import torch
 
-IMAGE, STEP, ORDER, INIT = range(4)  # what is drawn: different purposes never share a stream
+IMAGE, STEP, ORDER, INIT = range(4)  # purposes, which never share a stream
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from whole numbers; the same on every machine and in every version of Python."""
+    """Hash integers into a 63-bit seed, the same on every machine and in every version of Python."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch (every device)."""
+    """Seed Python, NumPy and torch on every device."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed Python, numpy and torch's CPU generator: what a worker's transforms draw from."""
+    """Seed Python, NumPy and torch's CPU generator, which a worker's transforms use."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Images of a source decoded once (`cache: ram`), and the room that there is for them."""
+"""Images decoded once into memory (`cache: ram`), and the memory that is free."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from parameternet.data.sources import Source, Unreadable, open_dataset
+from parameternet.data.sources import Source, Unreadable
+from parameternet.deprecation import moved
 from parameternet.training.errors import DataError
 
-__all__ = ["Memory", "Source", "Unreadable", "decoded", "free_memory", "open_dataset"]
+__all__ = ["Memory", "decoded", "free_memory"]
+
+__getattr__ = moved(
+    __name__, {name: f"parameternet.data.sources:{name}" for name in ("classes_of", "is_stream", "open_dataset")}
+)
 
 _MIB = 1 << 20
 
 
 class Memory:
-    """The images of another source, decoded once. Pixels lie in large blocks that forked workers share."""
+    """Decode the images of a source once, into large blocks of memory that forked workers share."""
 
     def __init__(self, source: Source):
         self.classes, self.where, self.name = source.classes, source.where, source.name
-        self.items: list[Unreadable | tuple[int, int]] = []  # what is wrong, or (block, offset)
+        self.items: list[Unreadable | tuple[int, int]] = []  # an unreadable image, or (block, offset)
         self.shapes = np.zeros((len(source), 2), np.int32)
         self.labels = np.zeros(len(source), np.int64)
         self.blocks: list[np.ndarray] = []
@@ -58,7 +63,7 @@ class Memory:
         return place
 
     def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Image `index` (RGB) and its label, or what was wrong with it when it was decoded."""
+        """Return image `index` (RGB) and its label, or why it is unreadable."""
         item = self.items[index]
         if isinstance(item, Unreadable):
             return item
@@ -68,14 +73,14 @@ class Memory:
 
 
 def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
-    """Every image of a source, in slices: the index of the first, and what `read` gave. A pool of threads decodes."""
+    """Decode every image of a source with a pool of threads; yield slices as (first index, results of `read`)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(source), 1024):  # the pool would hold every decoded image at once
+        for start in range(0, len(source), 1024):  # without slices all decoded images would be in memory
             yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Bytes that can be used on a device (None: in main memory, without swapping), where the system tells."""
+    """Return free bytes on a CUDA device, else of main memory without swapping; None if unknown."""
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

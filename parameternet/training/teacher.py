@@ -1,7 +1,6 @@
-"""What a teacher says of the training images: asked once, before the first step, then mixed into the labels.
+"""Distillation (arXiv:1503.02531): a teacher's predictions, computed once and mixed into the labels.
 
-A network learns more from how alike classes look to one that knows them than from labels alone (distillation,
-arXiv:1503.02531). The teacher sees whole images, the student crops of them.
+The teacher sees whole images, the student crops of them.
 """
 
 from __future__ import annotations
@@ -36,19 +35,20 @@ Progress = Callable[[int, int], None]
 def answers(
     r: Recipe, data: DevicePixels, classes: list[str] | None, folder: Path, place: Place, progress: Progress
 ) -> Tensor:
-    """The teacher's probabilities for every image of `data`, float16 (N, classes) on its device.
+    """Return the teacher's probabilities for every image of `data`, float16 (N, classes) on its device.
 
-    They are kept in the run folder, so that a run that resumes does not ask again. They are taken from there only for
-    the same pixels and labels and, where its file still exists, the same teacher.
+    They are saved in the run folder. A resumed run reads them if pixels, labels and teacher are the same; the teacher
+    itself may be gone by then.
 
     Args:
         r: a recipe with a `teacher`.
-        classes: what the data calls its classes, in the order of the labels.
-        progress: told (batches done, batches) of this process's share.
+        classes: names of the data's classes, in the order of the labels.
+        folder: the run folder.
+        progress: called with (batches done, batches) of this process.
 
     Raises:
-        CheckpointError, WeightsError: no such teacher, or damaged, or it answers with NaN.
-        DataError: a teacher that does not know the classes.
+        CheckpointError, WeightsError: no such teacher, damaged weights, or NaN in its predictions.
+        DataError: the teacher does not have the classes.
     """
     path, asked = folder / ANSWERS, _question(r, data, classes)
     if path.is_file() and asked.items() <= weights.metadata(path).items():
@@ -56,8 +56,8 @@ def answers(
     found = place.sum(_ask(r, data, classes, place, progress).float()).half()
     if not torch.isfinite(found).all():
         raise CheckpointError(
-            f"teacher: {r.teacher} answers some images with NaN or infinity: its weights are unusable, or amp "
-            f"({r.amp}) is too narrow for it"
+            f"teacher: {r.teacher} predicts NaN or infinity for some images: its weights are unusable, or amp={r.amp} "
+            "overflows; try amp=null"
         )
     if place.first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def answers(
 
 
 def _question(r: Recipe, data: DevicePixels, classes: list[str] | None) -> dict[str, str]:
-    """All that the answers depend on, by content."""
+    """Return everything that the predictions depend on, by content."""
     asked = {"teacher": str(r.teacher), "size": str(r.teacher_size), "images": data.digest}
     asked["classes"] = json.dumps(classes)
     if digest := _digest(str(r.teacher)):
@@ -75,7 +75,7 @@ def _question(r: Recipe, data: DevicePixels, classes: list[str] | None) -> dict[
 
 
 def _digest(teacher: str) -> str | None:
-    """SHA-256 of a teacher's weights and config; None where they are gone, or known by their name alone."""
+    """Return the SHA-256 of a teacher's weights and config; None if they are gone or not local files."""
     try:
         source = loading.parse_source(teacher)
     except weights.WeightsError:
@@ -92,7 +92,7 @@ def _digest(teacher: str) -> str | None:
 
 @torch.inference_mode()
 def _ask(r: Recipe, data: DevicePixels, classes: list[str] | None, place: Place, progress: Progress) -> Tensor:
-    """This process's share of the images; the others' rows are zero."""
+    """Predict this process's share of the images; other rows are zero."""
     with missing_model("teacher"):
         network, config = load(r.teacher)
     columns = translation(classes, config, place)
@@ -113,14 +113,14 @@ def _ask(r: Recipe, data: DevicePixels, classes: list[str] | None, place: Place,
 
 
 def _plain(network: nn.Module, images: Tensor) -> nn.Module:
-    """The same answers sooner: normalisation folded in, and what was upcycled and never trained on dense again."""
+    """Return a faster network with the same predictions: batch norm folded, untrained dynamic layers collapsed."""
     if any(isinstance(module, DynamicConv) for module in network.modules()):
         network, _ = collapse(network, [images], inplace=True)
     return fuse(network)
 
 
 class _Preparation:
-    """Bytes (B, 3, H, W) as the teacher's config wants them, at `teacher_size`."""
+    """Preprocess uint8 images (B, 3, H, W) by the teacher's config, at `teacher_size`."""
 
     def __init__(self, r: Recipe, config: dict, device: torch.device):
         found = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)
@@ -134,13 +134,13 @@ class _Preparation:
 
 
 class Targets:
-    """What a batch is taught. Without a teacher its labels (B,), with one the mixture of both (B, classes).
+    """Soft targets (B, classes) of a batch: the labels mixed with the teacher's predictions.
 
     Args:
         labels: of all images, (N,).
         answers: the teacher's probabilities, (N, classes).
-        share: of the teacher's answers in the mixture; the labels have the rest.
-        smoothing: of the labels.
+        share: weight of the teacher; the labels have the rest.
+        smoothing: label smoothing.
     """
 
     def __init__(self, labels: Tensor, answers: Tensor, share: float, smoothing: float):

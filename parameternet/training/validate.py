@@ -1,4 +1,4 @@
-"""Validation: what a network gets right on labelled images, prepared as its own checkpoint says."""
+"""Validation: accuracy on labelled images, with the preprocessing of the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from parameternet.data.sources import Source, is_stream, notes_of, open_dataset
+from parameternet.deprecation import moved
 from parameternet.models import loading
 from parameternet.text import printable
 from parameternet.training import distributed
@@ -22,7 +23,9 @@ from parameternet.training.loaders import eval_loader, stop_workers, stream_load
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter, SkippedImages
 
-AGREE = 0.1  # points of top-1 between a recorded figure and a measured one that machines may differ by
+AGREE = 0.1  # tolerance between recorded and measured top-1, in points: machines differ
+
+__getattr__ = moved(__name__, {"read_config": "parameternet.models.loading:read_config"})
 
 
 def validate(
@@ -37,30 +40,30 @@ def validate(
     channels_last: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure a network on labelled images. Started by torchrun, the processes share the images.
+    """Measure a model on labelled images. Under torchrun, the processes share the images.
 
     Args:
         model: as for `parameternet.models.loading.parse_source`: a name, a run folder, a weights folder, a
             .safetensors file, `local-dir:DIR`, `hf-hub:ORG/NAME`; networks of timm too.
         data: as a recipe's `val`: a folder, a tar, `hfds/...`, `wds/...`.
-        batch_size: images a step and process.
-        workers: processes that read, for each process that computes.
+        batch_size: images per step and process.
+        workers: data loading workers per process.
         device: auto, cpu, cuda, ...
-        threads: of each process; None: torch's choice.
+        threads: CPU threads per process; None: torch's default.
         amp: mixed precision: None, float16 or bfloat16.
         channels_last: memory format of images and weights.
-        reporter: hears of steps and of images that cannot be read.
+        reporter: called at each step and for unreadable images.
 
     Returns:
         top1, top5 (percent), top1_interval (half the width of the 95 % interval, points), loss (cross-entropy),
-        images (counted, each once), unreadable (names), input_size [3, H, W], crop_pct, interpolation, parameters,
-        seconds, device, threads, model, architecture, recorded (top-1 that the checkpoint claims for as many images, or
-        None) and agrees (whether they are within 0.1 points, or None).
+        images (number), unreadable (names), input_size [3, H, W], crop_pct, interpolation, parameters, seconds, device,
+        threads, model, architecture, recorded (top-1 in the checkpoint for as many images, or None) and agrees (whether
+        both are within 0.1 points, or None).
 
     Raises:
-        CheckpointError, WeightsError: no such model, or damaged.
-        DataError: no images, or of classes that the network does not have.
-        DivergedError: the network's loss is NaN or infinite.
+        CheckpointError, WeightsError: no such model, or damaged weights.
+        DataError: no images, or classes that the model does not have.
+        DivergedError: the loss is NaN or infinite.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -78,8 +81,8 @@ def validate(
         raise DataError(f"not one image of {data!r} could be read")
     if not math.isfinite(found["loss"]):
         raise DivergedError(
-            f"the loss of {model} on {data} is {found['loss']}, so that its accuracy means nothing. Try amp=null (it "
-            f"was {amp}), or other weights"
+            f"the loss of {model} on {data} is {found['loss']}, so its accuracy is meaningless. Try amp=null (it was "
+            f"{amp}), or other weights"
         )
     return {
         "model": str(model),
@@ -99,24 +102,24 @@ def validate(
 
 
 def interval(top1: float, images: int) -> float:
-    """Half the width of the 95 % interval of an accuracy (percent) counted on `images`, in points."""
+    """Return half the width of the 95 % confidence interval of an accuracy (percent) on `images`, in points."""
     share = top1 / 100
     return 196 * math.sqrt(share * (1 - share) / images)
 
 
 def _compare(results: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
-    # A figure on other images is no claim about these.
+    # A result on another number of images is not comparable.
     same = results.get("top1") is not None and results.get("images") == found["images"]
     recorded = results["top1"] if same else None
     return {"recorded": recorded, "agrees": abs(recorded - found["top1"]) <= AGREE if same else None}
 
 
 def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with its weights, and its config in timm's Hub form; networks of timm too.
+    """Load a model, of this package or of timm, and its config in timm's Hub format.
 
     Raises:
-        CheckpointError: neither a place nor a name that timm knows.
-        WeightsError: weights that are missing or damaged.
+        CheckpointError: no such file, folder or model name.
+        WeightsError: missing or damaged weights.
     """
     with missing_model():
         found = loading.load(model, dense=True)
@@ -124,7 +127,7 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 class _Loader:
-    """Validation batches for a network's config, with labels turned into the network's own."""
+    """Validation batches by a model's config, with the data's labels translated into the model's."""
 
     def __init__(
         self, data: str | dict, config: dict[str, Any], batch_size: int, workers: int, place: Place, reporter: Reporter
@@ -156,10 +159,12 @@ def _names(config: dict[str, Any]) -> list[str]:
 
 
 def translation(classes: list[str] | None, config: dict[str, Any], place: Place) -> torch.Tensor | None:
-    """Table from the data's labels to the network's, or None where they are the same. A part of the classes will do.
+    """Return a table from the data's labels to the model's; None if they are the same.
+
+    The data may have only some of the model's classes.
 
     Raises:
-        DataError: the network does not know one of the classes.
+        DataError: the model does not have one of the classes.
     """
     names = _names(config)
     if classes is None or classes == names:
@@ -170,8 +175,8 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise DataError(
-            f"the data has {len(classes)} classes, the network {outputs}, and it does not know "
-            f"{printable(', '.join(unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: give the data that it was "
-            "trained for"
+            f"the data has {len(classes)} classes, the model has {outputs}, without "
+            f"{printable(', '.join(unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: use data with the classes it "
+            "was trained on"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)

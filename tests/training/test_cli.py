@@ -71,12 +71,12 @@ def test_errors_are_one_sentence(tmp_path, recipe_file, arguments, message):
 
 def test_the_fields_are_listed_with_their_documentation():
     done = call(train, "--fields")
-    assert "weight_decay: 0.05\n    weight decay; none on biases and norms\n    at least 0\n" in done.output
+    assert "weight_decay: 0.05\n    weight decay; not applied to biases and norms\n    at least 0\n" in done.output
     assert (
-        "scale: [0.08, 1.0]\n    training crop: share of the area, from, to\n    2 numbers, each above 0 "
+        "scale: [0.08, 1.0]\n    training crop: fraction of the area, [from, to]\n    2 numbers, each above 0 "
         in done.output
     )
-    assert "no_aug: False\n    no augmentation at all: resize and centre crop\n    true or false\n" in done.output
+    assert "no_aug: False\n    no augmentation: resize and center crop only\n    true or false\n" in done.output
 
 
 def test_signals_leave_a_checkpoint_and_their_code(tmp_path, recipe):

@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import RandomResizedCrop
 
+from parameternet.data.sources import Source, Unreadable, open_dataset
 from parameternet.training import DataError, RecipeError, Reporter
 from parameternet.training.batches import TrainBatches
 from parameternet.training.device_data import (
@@ -22,7 +23,6 @@ from parameternet.training.device_data import (
 from parameternet.training.distributed import Place
 from parameternet.training.hub_config import data_config
 from parameternet.training.loaders import eval_loader
-from parameternet.training.sources import Source, Unreadable, open_dataset
 from parameternet.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def test_too_little_memory_and_nothing_to_read_are_said(pictures, plain, tmp_pat
     "changes", [{"auto_augment": "rand-m3"}, {"crop_mode": "rkrc"}, {"interpolation": "random"}], ids=str
 )
 def test_what_is_done_picture_by_picture_is_refused(plain, changes):
-    with pytest.raises(RecipeError, match=f"cache: device has no .*{next(iter(changes))}.* cache=ram"):
+    with pytest.raises(RecipeError, match=f"cache: device does not support .*{next(iter(changes))}.* cache=ram"):
         Augment(plain(**changes), 10, CPU)
 
 

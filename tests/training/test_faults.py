@@ -331,10 +331,10 @@ FIXED = dict(dynamic_img_size=False)
         (dict(model_kwargs=dict(num_classes=4)), "num_classes is not an argument.*set the field num_classes"),
         (dict(model_kwargs=dict(drop_rate=0.1)), "set the field drop_rate"),
         (dict(model_kwargs=dict(checkpoint_path="x.pth")), "set the field init"),
-        (dict(model_kwargs=dict(features_only=True)), "a classifier is trained here"),
+        (dict(model_kwargs=dict(features_only=True)), "only classifiers are trained"),
         (dict(model_kwargs=dict(stem_size="wide")), "model_kwargs: test_efficientnet cannot be built"),
         (dict(model_kwargs=dict(stem_size=-1)), "model_kwargs: test_efficientnet cannot be built"),
-        (dict(model_kwargs=dict(global_pool="")), "test_efficientnet with .*global_pool.* takes no images"),
+        (dict(model_kwargs=dict(global_pool="")), "test_efficientnet with .*global_pool.* does not take images"),
         (dict(model="parameternet_50m", model_kwargs=dict(num_expert=4)), "'num_expert'; closest: num_experts"),
         (dict(model="test_vit", model_kwargs=dict(img_size=64) | FIXED), "input_size: test_vit with .* of 32 x 32"),
         (dict(model="test_vit", model_kwargs=dict(img_size=32) | FIXED, test_input_size=48), "test_input_size.* 48"),
@@ -345,8 +345,8 @@ FIXED = dict(dynamic_img_size=False)
             ),
             "resolution_schedule: .* of 16 x 16",
         ),
-        (dict(opt_kwargs=dict(betta=1)), "opt: optimiser 'adamw'.*betta"),
-        (dict(opt_kwargs=dict(betas=[2.0, 0.9])), "opt: optimiser 'adamw'"),
+        (dict(opt_kwargs=dict(betta=1)), "opt: optimizer 'adamw'.*betta"),
+        (dict(opt_kwargs=dict(betas=[2.0, 0.9])), "opt: optimizer 'adamw'"),
         (dict(sched_kwargs=dict(nonsense=1)), "sched: schedule 'cosine'.*nonsense"),
         (dict(train="/no/such"), "train: '/no/such' does not exist"),
         (dict(val=dict(root="/no/such")), "val: cannot read images"),
@@ -379,6 +379,6 @@ def test_a_teacher_that_answers_with_nan_is_refused_and_nothing_is_kept(tmp_path
     state["classifier.bias"][1] = math.nan
     save_weights(path, state, config)
     taught = dict(cache="device", cache_size=32, auto_augment=None, mixup=0.0, cutmix=0.0, teacher=str(path))
-    with pytest.raises(CheckpointError, match=r"teacher: .* answers some images with NaN"):
+    with pytest.raises(CheckpointError, match=r"teacher: .* predicts NaN"):
         run(recipe(**taught), tmp_path / "run")
     assert not (tmp_path / "run").exists()

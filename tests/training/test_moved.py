@@ -5,6 +5,10 @@ import importlib
 import pytest
 
 MOVED = {
+    "checkpoint": {"read_weights": "parameternet.models.loading:read_tensors"},
+    "recipe": {"Rule": "fields"},
+    "validate": {"read_config": "parameternet.models.loading"},
+    "sources": dict.fromkeys(["classes_of", "is_stream", "open_dataset"], "parameternet.data.sources"),
     "engine": {"Progress": "meters", "StopSignals": "signals", "Trainer": "trainer", "run": "trainer"},
     "data": {
         **dict.fromkeys(["EvalBatches", "Images", "Key", "TrainBatches", "collate"], "batches"),
@@ -18,10 +22,11 @@ MOVED = {
 @pytest.mark.parametrize(("old", "name", "new"), [(o, n, p) for o, names in MOVED.items() for n, p in names.items()])
 def test_a_moved_name_is_the_same_object_and_warns(old, name, new):
     module = importlib.import_module(f"parameternet.training.{old}")
-    place = f"parameternet.training.{new}"
-    with pytest.warns(DeprecationWarning, match=rf"use {place}\.{name}"):
+    place, _, new_name = (new if "." in new else f"parameternet.training.{new}").partition(":")
+    new_name = new_name or name
+    with pytest.warns(DeprecationWarning, match=rf"use {place}\.{new_name}"):
         found = getattr(module, name)
-    assert found is getattr(importlib.import_module(place), name)
+    assert found is getattr(importlib.import_module(place), new_name)
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -67,7 +67,7 @@ def test_overrides_replace_any_field(tmp_path, override, field, value):
                     {"until_epoch": 3, "input_size": 48},
                 ]
             },
-            "rising epochs",
+            "must increase",
         ),
     ],
 )
@@ -236,7 +236,7 @@ def test_values_of_another_type_are_named_with_their_field(name, value):
         (dict(epochs=5, warmup_epochs=50), "warmup_epochs must be at most epochs, got 50, and epochs is 5"),
         (dict(warmup_epochs=1, lr=1e-3, warmup_lr=1), "warmup_lr must be at most lr"),
         (dict(lr=0.1, min_lr=0.2), "min_lr must be at most lr"),
-        (dict(sched="none", warmup_epochs=1), "has no warm-up: set warmup_epochs=0"),
+        (dict(sched="none", warmup_epochs=1), "no warmup: set warmup_epochs=0"),
         (dict(epochs=5, mixup_off_epoch=6), "mixup_off_epoch must be at most epochs"),
         (dict(clip_mode="agc", clip_grad=5), "clip_grad must be at most 1 with clip_mode agc"),
         (dict(scale=[0.5, 2]), "scale must be at most 1 with crop_mode rrc"),
@@ -251,14 +251,14 @@ def test_fields_that_contradict_each_other(values, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 0.1\nepochs: 3\nlr: 0.2\n", "the key 'lr' is there twice, in lines 1 and 3"),
-        ("model_kwargs:\n  a: 1\n  a: 2\n", "the key 'a' is there twice, in lines 2 and 3"),
-        ("model_kwargs: {a: 1, 'a': 2}\n", "the key 'a' is there twice"),
-        ("resolution_schedule: [{until_epoch: 1, until_epoch: 2, input_size: 3}]", "'until_epoch' is there twice"),
+        ("lr: 0.1\nepochs: 3\nlr: 0.2\n", "duplicate key 'lr' in lines 1 and 3"),
+        ("model_kwargs:\n  a: 1\n  a: 2\n", "duplicate key 'a' in lines 2 and 3"),
+        ("model_kwargs: {a: 1, 'a': 2}\n", "duplicate key 'a'"),
+        ("resolution_schedule: [{until_epoch: 1, until_epoch: 2, input_size: 3}]", "duplicate key 'until_epoch'"),
         ("data_name: 2026-99-99", "not valid YAML"),
     ],
 )
-def test_a_key_that_is_there_twice_is_an_error(tmp_path, text, message):
+def test_a_duplicate_key_is_an_error(tmp_path, text, message):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
@@ -274,7 +274,7 @@ def test_a_file_that_is_not_utf8_is_said(tmp_path):
 def test_of_two_overrides_of_one_key_the_last_holds_but_none_has_a_key_twice(tmp_path):
     path = write(tmp_path, lr=1.0)
     assert load_recipe(path, ["lr=2", "lr=3"]).lr == 3
-    with pytest.raises(RecipeError, match=r"model_kwargs .*'a' is there twice"):
+    with pytest.raises(RecipeError, match=r"model_kwargs .*duplicate key 'a'"):
         load_recipe(path, ["model_kwargs={a: 1, a: 2}"])
 
 

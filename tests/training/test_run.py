@@ -272,10 +272,10 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
     ("changes", "message"),
     [
         (dict(model="test_efficientnett"), "closest: test_efficientnet"),
-        (dict(opt="adamv"), "optimiser 'adamv'.*closest: adam"),
+        (dict(opt="adamv"), "optimizer 'adamv'.*closest: adam"),
         (dict(sched="cosinus"), "schedule 'cosinus'.*timm has cosine"),
         (dict(model_kwargs=dict(nonsense=1)), "nonsense"),
-        (dict(freeze=["blockz"]), "freeze: 'blockz' names no part.*closest: blocks"),
+        (dict(freeze=["blockz"]), "freeze: 'blockz' matches no part.*closest: blocks"),
         (dict(freeze=["*"]), "leaves nothing to train"),
         (dict(train=None), "names no training data"),
         (dict(batch_size=400), "do not fill one update"),
@@ -300,7 +300,7 @@ def test_fine_tuning_takes_the_body_and_a_new_classifier(tmp_path, recipe, whole
 
 
 def test_fine_tuning_from_another_network_is_refused(recipe, whole):
-    with pytest.raises(CheckpointError, match="is of another network than this ResNet"):
+    with pytest.raises(CheckpointError, match="does not fit this ResNet"):
         make_model(recipe(init=str(whole), model="test_resnet"), num_classes=3)
 
 

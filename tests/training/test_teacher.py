@@ -7,12 +7,12 @@ from pictures import COLOURS
 from stopping import Stop
 
 from parameternet import upcycle
+from parameternet.data.sources import Source, open_dataset
 from parameternet.hub import release
 from parameternet.training import DataError, Interrupted, RecipeError, run, teacher
 from parameternet.training.checkpoint import load_last, save_weights
 from parameternet.training.device_data import DevicePixels
 from parameternet.training.distributed import Place
-from parameternet.training.sources import Source, open_dataset
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -119,7 +119,7 @@ def test_the_card_tells_of_the_teacher(taught, pictures, tmp_path):
     ("changes", "message"),
     [
         (dict(cache="ram"), "cache=device"),
-        (dict(mixup=0.2), "no mixup and cutmix"),
+        (dict(mixup=0.2), "mixup=0 and cutmix=0"),
         (dict(teacher_share=1.5), "from 0 to 1, got 1.5"),
     ],
 )
@@ -130,5 +130,5 @@ def test_what_a_teacher_cannot_do_is_refused(taught, changes, message):
 
 def test_a_teacher_that_does_not_know_the_classes_is_refused(taught, tmp_path):
     write(tmp_path / "other.safetensors", network(), ["red", "yellow", "pink", "green"])
-    with pytest.raises(DataError, match="does not know blue"):
+    with pytest.raises(DataError, match="without blue: use data"):
         run(taught(teacher=str(tmp_path / "other.safetensors")), tmp_path / "run")
