@@ -175,7 +175,7 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise DataError(
-            f"the model's {outputs} classes lack {few(unknown)} of the data's {len(classes)}: use data with the classes "
-            "that it was trained on"
+            f"the model's {outputs} classes lack {few(unknown)} of the data's {len(classes)}: use data with the "
+            "classes that it was trained on"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)
