@@ -414,9 +414,7 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(tmp_path, recipe, mon
 
 
 def test_a_dynamic_network_starts_from_its_trained_static_baseline(tmp_path, recipe):
-    plain = dict(
-        model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False}
-    )
+    plain = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False})
     run(recipe(**plain), tmp_path / "static")
     static = make_model(recipe(**plain, init=str(tmp_path / "static")), 3).eval()
     dynamic = make_model(recipe(**{**plain, "model_kwargs": {}}, init=str(tmp_path / "static")), 3).eval()
