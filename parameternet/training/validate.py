@@ -11,10 +11,10 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from parameternet.data.labels import few
 from parameternet.data.sources import Source, is_stream, notes_of, open_dataset
 from parameternet.deprecation import moved
 from parameternet.models import loading
-from parameternet.text import printable
 from parameternet.training import distributed
 from parameternet.training.distributed import Place
 from parameternet.training.errors import DataError, DivergedError, missing_model
@@ -175,8 +175,7 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise DataError(
-            f"the data has {len(classes)} classes, the model has {outputs}, without "
-            f"{printable(', '.join(unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: use data with the classes it "
-            "was trained on"
+            f"the model's {outputs} classes lack {few(unknown)} of the data's {len(classes)}: use data with the "
+            "classes that it was trained on"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)

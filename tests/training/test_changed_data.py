@@ -1,4 +1,4 @@
-"""A run never goes on with other images or labels than it began with, and nothing it skips stays unsaid."""
+"""A run never resumes on other images or labels, and reports every image that it skips."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Notes(Reporter):
 
 
 def same_state(a, b) -> None:
-    """Both folders hold bitwise the same run: weights, average, optimiser, progress and best weights."""
+    """Both folders hold bitwise the same run: weights, EMA, optimizer, progress and best weights."""
     a_state, b_state = load_last(a), load_last(b)
     for part in ("model", "ema"):
         for name, value in a_state[part].items():
@@ -239,7 +239,7 @@ def test_nan_stops_with_advice_and_without_a_checkpoint_of_it(tmp_path, recipe):
         assert math.isfinite(json.loads(load_last(tmp_path)["progress"])["loss_sum"])
 
 
-def test_unreadable_images_are_counted_and_survived(tmp_path, recipe):
+def test_unreadable_images_are_counted_and_skipped(tmp_path, recipe):
     draw(tmp_path / "train", 4, seed=0)
     for name in ("blue/blue_1", "red/red_0"):
         (tmp_path / "train" / f"{name}.png").write_bytes(b"?")
@@ -249,7 +249,7 @@ def test_unreadable_images_are_counted_and_survived(tmp_path, recipe):
     assert load_rows(tmp_path / "run")[-1]["unreadable"] == "2"
 
 
-def test_a_batch_of_nothing_but_unreadable_images_is_survived(tmp_path, recipe):
+def test_batches_in_which_every_image_is_unreadable_are_skipped(tmp_path, recipe):
     draw(tmp_path / "train", 2, seed=0)
     for path in (tmp_path / "train").rglob("*.png"):
         path.write_bytes(b"?")
@@ -413,11 +413,11 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(tmp_path, recipe, mon
     assert written[-1] == "closed"
 
 
-def test_a_dynamic_network_starts_from_its_trained_static_twin(tmp_path, recipe):
-    twin = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False})
-    run(recipe(**twin), tmp_path / "static")
-    static = make_model(recipe(**twin, init=str(tmp_path / "static")), 3).eval()
-    dynamic = make_model(recipe(**{**twin, "model_kwargs": {}}, init=str(tmp_path / "static")), 3).eval()
+def test_a_dynamic_network_starts_from_its_trained_static_baseline(tmp_path, recipe):
+    plain = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False})
+    run(recipe(**plain), tmp_path / "static")
+    static = make_model(recipe(**plain, init=str(tmp_path / "static")), 3).eval()
+    dynamic = make_model(recipe(**{**plain, "model_kwargs": {}}, init=str(tmp_path / "static")), 3).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(dynamic(x), static(x), atol=1e-5)

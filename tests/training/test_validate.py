@@ -75,7 +75,7 @@ def test_classes_that_the_network_does_not_know_are_named(trained, tmp_path):
     draw(tmp_path / "more", 1, seed=0, classes=("red",))
     shutil.copytree(tmp_path / "more" / "red", tmp_path / "violet", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "more")
-    with pytest.raises(DataError, match=r"without violet: use data"):
+    with pytest.raises(DataError, match=r"classes lack violet of the data's"):
         validate(trained, str(tmp_path), workers=0)
 
 
