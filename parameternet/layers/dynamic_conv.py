@@ -15,6 +15,7 @@ from .strategies import ConvParams
 __all__ = ["DynamicConv", "Router", "set_temperature"]
 
 ROUTING = ("sigmoid", "softmax")
+NORMS = ("l2", None)
 
 
 class _Affine(nn.Module):
@@ -50,18 +51,23 @@ class Router(_Affine):
     Args:
         in_channels: Channels of the tensor that it reads.
         num_experts: Routing weights of each image.
-        activation: 'sigmoid' (the released code; the weights are independent) or 'softmax' (they sum to one).
-        hidden: None for the single linear layer of the released code; a width for the two-layer perceptron of the
-            paper's text, with a ReLU between the layers.
+        activation: 'sigmoid' (the weights are independent) or 'softmax' (they sum to one).
+        hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
         temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
             anneal it with `set_temperature`. A sigmoid router has no buffer.
+        norm: None is the router of the released code. 'l2' divides the averages by their length, multiplies them by the
+            parameter `scale`, and starts the last layer at zero, so that routing is the same for every image at first.
+            Without it, one optimiser step moves the logits further the wider the layer is, and routers saturate.
 
-    There is no normalisation layer, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525.
+    A state dict without `scale` is one of a router without normalisation, as in 0.1.0; loading it switches to that.
+    Nothing depends on other images, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525; the
+    normalisation is ours.
     """
 
     if TYPE_CHECKING:
         temperature: Tensor | None
         hidden: _Affine | None
+        scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class Router(_Affine):
         temperature: float = 1.0,
         device=None,
         dtype=None,
+        norm: str | None = None,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
@@ -79,17 +86,33 @@ class Router(_Affine):
             raise ValueError(f"routing must be one of {', '.join(ROUTING)}, got {activation!r}")
         if hidden is not None and hidden < 1:
             raise ValueError(f"routing_hidden must be None or at least 1, got {hidden}")
+        if norm not in NORMS:
+            raise ValueError(f"routing_norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         _check_temperature(temperature)
         super().__init__(in_channels if hidden is None else hidden, num_experts, device=device, dtype=dtype)
         self.hidden = None if hidden is None else _Affine(in_channels, hidden, device=device, dtype=dtype)
         self.softmax = activation == "softmax"
         self.num_experts = num_experts
-        scale = torch.tensor(float(temperature), device=device) if self.softmax else None
-        self.register_buffer("temperature", scale)
+        temperatures = torch.tensor(float(temperature), device=device) if self.softmax else None
+        self.register_buffer("temperature", temperatures)
+        # One number in a vector: some wrappers take no parameters without dimensions.
+        scale = None if norm is None else nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.register_parameter("scale", scale)
+        if norm is not None:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    __jit_unused_properties__ = ("norm",)
+
+    @property
+    def norm(self) -> str | None:
+        """'l2' or None, as given."""
+        return None if self.scale is None else "l2"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
         super().__setstate__(state)
+        self._parameters.setdefault("scale", None)
         if not self.softmax:
             self._buffers["temperature"] = None
             self._non_persistent_buffers_set.discard("temperature")
@@ -97,6 +120,11 @@ class Router(_Affine):
             linear = self.hidden
             self.hidden = _Affine(linear.in_features, linear.out_features, device="meta").train(linear.training)
             self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict and f"{prefix}scale" not in state_dict:
+            self.scale = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -112,7 +140,15 @@ class Router(_Affine):
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if self.hidden is None:
+        scale = self.scale
+        if scale is not None:
+            pooled = x.mean((2, 3), dtype=dtype)
+            # The small number bounds the gradient where a feature map is all zero.
+            pooled = pooled * (scale.to(dtype) * torch.rsqrt(pooled.square().sum(1, keepdim=True) + 1e-6))
+            if self.hidden is not None:
+                pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
+            logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
+        elif self.hidden is None:
             logits = _linear_of_mean(x, self.weight, self.bias, dtype)
         else:
             hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
@@ -123,7 +159,9 @@ class Router(_Affine):
         return torch.sigmoid(logits)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}"
+        return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}" + (
+            ", norm='l2'" if self.scale is not None else ""
+        )
 
 
 def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +205,7 @@ class DynamicConv(nn.Module):
         num_experts: Kernels to mix.
         routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor; None:
             no router, every call is given routing weights.
-        routing_hidden, temperature: As of `Router`; not with a shared router.
+        routing_hidden, temperature, routing_norm: As of `Router`; not with a shared router.
         strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
             it can be changed later.
 
@@ -208,6 +246,7 @@ class DynamicConv(nn.Module):
         strategy: str | None = None,
         device=None,
         dtype=None,
+        routing_norm: str | None = None,
     ) -> None:
         super().__init__()
         self.strategy: str | None = strategy
@@ -224,9 +263,11 @@ class DynamicConv(nn.Module):
         if routing is None:
             self.routing = None
         elif isinstance(routing, Router):
-            self.routing = _shared(routing, in_channels, num_experts, routing_hidden)
+            self.routing = _shared(routing, in_channels, num_experts, routing_hidden, routing_norm)
         else:
-            self.routing = Router(in_channels, num_experts, routing, routing_hidden, temperature, device, dtype)
+            self.routing = Router(
+                in_channels, num_experts, routing, routing_hidden, temperature, device, dtype, routing_norm
+            )
         self.num_experts = num_experts
         shape = (num_experts * out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -300,15 +341,18 @@ def _positive(**pairs: int | tuple[int, ...]) -> list[tuple[int, int]]:
     return [pair(value) for value in pairs.values()]
 
 
-def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | None) -> Router:
+def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | None, norm: str | None) -> Router:
     reads = router.in_features if router.hidden is None else router.hidden.in_features
     if (reads, router.num_experts) != (in_channels, num_experts):
         raise ValueError(
             f"the shared router reads {reads} channels and weighs {router.num_experts} experts, this convolution has "
             f"in_channels={in_channels} and num_experts={num_experts}"
         )
-    if hidden is not None:
-        raise ValueError(f"routing_hidden={hidden} has no effect with a shared router: pass it to the Router")
+    if hidden is not None or norm is not None:
+        raise ValueError(
+            f"routing_hidden={hidden} and routing_norm={norm!r} have no effect with a shared router: pass them to the "
+            "Router"
+        )
     return router
 
 

@@ -98,6 +98,7 @@ class Experts(NamedTuple):
     num_experts: int = 4
     routing: str = "softmax"
     routing_hidden: int | None = None
+    routing_norm: str | None = None
     recipe: dict[str, Any] | None = None
 
 
@@ -117,6 +118,7 @@ def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
         kinds=("pointwise", "depthwise"),
         routing=experts.routing,
         routing_hidden=experts.routing_hidden,
+        routing_norm=experts.routing_norm,
         share_routers=False,  # as the released network: a router for each convolution
         inplace=True,
     )
@@ -246,7 +248,9 @@ def _entrypoint(name: str, source: Source) -> Callable[..., nn.Module]:
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
-    create.__doc__ = f"timm's {source.name} with dynamic convolutions: `num_experts`, `routing`, `routing_hidden`."
+    create.__doc__ = (
+        f"timm's {source.name} with dynamic convolutions: `num_experts`, `routing`, `routing_hidden`, `routing_norm`."
+    )
     return create
 
 

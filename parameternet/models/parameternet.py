@@ -80,7 +80,7 @@ class ParameterNet(nn.Module):
         stages: Block table, as above.
         width: Factor of all widths, which are rounded to multiples of 4.
         num_experts: Kernels that each dynamic convolution mixes.
-        routing, routing_hidden, temperature: As of DynamicConv.
+        routing, routing_hidden, temperature, routing_norm: As of DynamicConv.
         dynamic: False builds the plain static network of the same size.
         num_classes, in_chans, global_pool, drop_rate, drop_path_rate: As everywhere in timm. Stochastic depth grows
             linearly from 0 at the first block to `drop_path_rate` at the last.
@@ -106,6 +106,7 @@ class ParameterNet(nn.Module):
         act_layer: str | type[nn.Module] = "hard_swish",
         device=None,
         dtype=None,
+        routing_norm: str | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -117,6 +118,7 @@ class ParameterNet(nn.Module):
                 routing=routing,
                 routing_hidden=routing_hidden,
                 temperature=temperature,
+                routing_norm=routing_norm,
             )
         act_layer = get_act_layer(act_layer)
         self.num_classes = num_classes

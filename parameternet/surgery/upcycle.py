@@ -52,6 +52,7 @@ class Upcycling:
     routing: str
     routing_hidden: int | None
     layers: tuple[Layer, ...]
+    routing_norm: str | None = None
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -86,6 +87,7 @@ def upcycle(
     seed: int = 0,
     probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
+    routing_norm: str | None = None,
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
 
@@ -106,8 +108,8 @@ def upcycle(
             network that is trained elsewhere, too. They stay by default: constants, as the table of YOLO's box
             distribution, and frozen stages, whose experts would stay as they start. In a network that is frozen as a
             whole, as one for inference, only tables of whole numbers stay.
-        routing, routing_hidden: As of DynamicConv. Fine-tuned, softmax routers chose among experts, and sigmoid ones
-            came to scale the whole kernel (benchmarks/finetune.py).
+        routing, routing_hidden, routing_norm: As of DynamicConv. After fine-tuning, softmax routers chose among
+            experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
@@ -134,7 +136,7 @@ def upcycle(
     trained = any(parameter.requires_grad for parameter in model.parameters())
     seen = inspect_convs(model, probe)
     layers = tuple(chosen.layer(name, conv, seen, share_routers, trained) for name, conv in _convolutions(model))
-    done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers))
+    done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers), routing_norm)
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
         raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
@@ -159,7 +161,9 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
         Layer(name, kind_of(conv), _shape(conv), None if name in routers else "not in the recipe", routers.get(name))
         for name, conv in convolutions.items()
     )
-    done = Upcycling(recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers)
+    done = Upcycling(
+        recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers, recipe.get("routing_norm")
+    )
     return _convert(model, done, _Start(noise, seed=seed))
 
 
@@ -380,7 +384,14 @@ def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
 
 @torch.no_grad()
 def _neutral_router(conv: nn.Conv2d, done: Upcycling, start: _Start, name: str) -> Router:
-    router = Router(conv.in_channels, done.num_experts, done.routing, done.routing_hidden, device=conv.weight.device)
+    router = Router(
+        conv.in_channels,
+        done.num_experts,
+        done.routing,
+        done.routing_hidden,
+        device=conv.weight.device,
+        norm=done.routing_norm,
+    )
     router.weight.zero_()
     router.bias.fill_(0.0 if router.softmax else math.log(start.neutral_weight / (1 - start.neutral_weight)))
     if start.router_std:
