@@ -19,7 +19,7 @@ ROOMS = {
     "parameternet.layers": "STRATEGIES ConvBnAct DynamicConv GhostBottleneck GhostModule Recording Router "
     "dynamic_conv2d record_routing_weights set_temperature",
     "parameternet.prediction": "DEFAULT_MODEL ImageLike Predictor Result class_names draw expand load read_image",
-    "parameternet.routing": "LayerRouting Routing Row Sample draw find_images measure",
+    "parameternet.routing": "Ablated LayerRouting Routing Row Sample ablate draw find_images measure",
     "parameternet.surgery": "collapse compare convert_condconv dilate fuse measure_routing upcycle upcycle_state_dict",
 }
 PAIRS = [(module, name) for module, names in OLD.items() for name in names if module != "parameternet.yolo"]

@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from parameternet.cli.output import echo, print_json, print_table
+from parameternet.cli.terminal import Terminal, handle_errors
 from parameternet.layers.recording import dynamic_layers
 from parameternet.prediction import Predictor
-from parameternet.routing import LayerRouting, Routing, draw, find_images, measure
+from parameternet.routing import Ablated, LayerRouting, Routing, ablate, draw, find_images, measure
 from parameternet.text import printable
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
@@ -38,9 +39,18 @@ def _plot_path(_: click.Context, __: click.Parameter, path: Path) -> Path:
 )
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Images per step.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
+@click.option("--ablate", "ablating", is_flag=True, help="Measure top-1 without parts of the routing instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@handle_errors
 def routing(
-    name: str, images: tuple[str, ...], per_class: int, output: Path, batch_size: int, device: str | None, as_json: bool
+    name: str,
+    images: tuple[str, ...],
+    per_class: int,
+    output: Path,
+    batch_size: int,
+    device: str | None,
+    ablating: bool,
+    as_json: bool,
 ) -> None:
     """Show which experts of NAME the given IMAGES use, as a table and a heat map.
 
@@ -51,8 +61,15 @@ def routing(
     entropy of the mean shares. "experts in use" is the effective number of experts, "active" counts those with a mean
     share of at least 1 / (10 E).
 
+    With --ablate, IMAGES is one labelled data set, as for `parameternet val`. Top-1 is measured with the network's own
+    routing weights; with their mean over the data set; with mean shares but each image's own sum (the loss is what the
+    choice of experts is worth); with own shares but the mean sum (what a gain per image is worth); and without each
+    expert.
+
     Images that cannot be read are listed and skipped, and the exit code is 1.
     """
+    if ablating:
+        return _ablate(name, images, batch_size, device, as_json)
     predictor = Predictor(name, device)
     dynamic_layers(predictor.model)  # fail before searching for images, which may take long
     found = measure(predictor, find_images(images, per_class), batch_size)
@@ -63,6 +80,25 @@ def routing(
     echo(f"heat map: {output}", err=True)
     if found.unreadable:
         sys.exit(1)
+
+
+def _ablate(name: str, images: tuple[str, ...], batch_size: int, device: str | None, as_json: bool) -> None:
+    if len(images) != 1:
+        raise click.UsageError(f"--ablate takes one data set of labelled images, got {len(images)}")
+    terminal = Terminal()
+    try:
+        rows = ablate(name, images[0], batch_size=batch_size, device=device or "auto", reporter=terminal)
+    finally:
+        terminal.close()
+    if as_json:
+        print_json([row._asdict() for row in rows])
+    else:
+        headers = ("routing weights", "top-1", "difference")
+        print_table(headers, [_cells(row) for row in rows], right=headers[1:])
+
+
+def _cells(row: Ablated) -> tuple[str, str, str]:
+    return row.routing, f"{row.top1:.2f}", "" if row.routing == "own" else f"{row.difference:+.2f}"
 
 
 def _show(found: Routing) -> None:

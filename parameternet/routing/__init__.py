@@ -5,10 +5,11 @@
 """
 
 from parameternet.deprecation import moved
+from parameternet.routing.ablation import Ablated, ablate
 from parameternet.routing.measure import LayerRouting, Routing, Row, Sample, find_images, measure
 from parameternet.routing.plot import draw
 
-__all__ = ["LayerRouting", "Routing", "Row", "Sample", "draw", "find_images", "measure"]
+__all__ = ["Ablated", "LayerRouting", "Routing", "Row", "Sample", "ablate", "draw", "find_images", "measure"]
 
 __getattr__ = moved(
     __name__,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ __getattr__ = moved(__name__, {"read_config": "parameternet.models.loading:read_
 
 def validate(
     model: str | Path,
-    data: str | dict,
+    data: str | Path | dict,
     *,
     batch_size: int = 128,
     workers: int = 2,
@@ -39,6 +41,7 @@ def validate(
     amp: str | None = None,
     channels_last: bool = False,
     reporter: Reporter | None = None,
+    around: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Measure a model on labelled images. Under torchrun, the processes share the images.
 
@@ -53,6 +56,7 @@ def validate(
         amp: mixed precision: None, float16 or bfloat16.
         channels_last: memory format of images and weights.
         reporter: called at each step and for unreadable images.
+        around: called with the network; the context it returns is entered while images are measured.
 
     Returns:
         top1, top5 (percent), top1_interval (half the width of the 95 % interval, points), loss (cross-entropy),
@@ -65,6 +69,7 @@ def validate(
         DataError: no images, or classes that the model does not have.
         DivergedError: the loss is NaN or infinite.
     """
+    data = str(data) if isinstance(data, Path) else data
     if threads:
         torch.set_num_threads(threads)
     with distributed.place(device) as place:
@@ -74,7 +79,8 @@ def validate(
         network = network.to(place.device)
         network = network.to(memory_format=torch.channels_last) if channels_last else network
         start = time.monotonic()
-        found = evaluate(network, loader, place, amp=amp, channels_last=channels_last, progress=reporter.validating)
+        with around(network):
+            found = evaluate(network, loader, place, amp=amp, channels_last=channels_last, progress=reporter.validating)
         loader.skipped.share(place)
         stop_workers(loader.loader)
     if not found["images"]:
