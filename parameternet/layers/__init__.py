@@ -1,9 +1,10 @@
 """The dynamic convolution: layer, router, function, and the Ghost blocks that use it."""
 
-from .dynamic_conv import DynamicConv, Router, set_temperature
+from .dynamic_conv import DynamicConv
 from .functional import STRATEGIES, dynamic_conv2d
 from .ghost import ConvBnAct, GhostBottleneck, GhostModule
 from .recording import Recording, record_routing_weights
+from .router import Router, set_temperature
 
 __all__ = [
     "STRATEGIES",

@@ -1,0 +1,185 @@
+"""Router: from an image's features to its routing weights."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autocast import autocast_dtype, without_autocast
+
+__all__ = ["Router", "set_temperature"]
+
+ROUTING = ("sigmoid", "softmax")
+NORMS = ("l2", None)
+
+
+class _Affine(nn.Module):
+    """Weight (out, in) and bias (out,), drawn as torch.nn.Linear draws them, for a matrix product of pooled vectors.
+
+    Not a torch.nn.Linear: tools that replace, quantise or adapt every Linear of a network call what they put in its
+    place with what a Linear takes, and would miss that its weight is read here.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as torch.nn.Linear does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bound = self.in_features**-0.5 if self.in_features > 0 else 0.0
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Router(_Affine):
+    """Map each image to its routing weights: global average -> linear -> sigmoid or softmax.
+
+    Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), under autocast too:
+    a saturated half-precision sigmoid has no gradient.
+
+    Args:
+        in_channels: Channels of the tensor that it reads.
+        num_experts: Routing weights of each image.
+        activation: 'sigmoid' (the weights are independent) or 'softmax' (they sum to one).
+        hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
+        temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
+            anneal it with `set_temperature`. A sigmoid router has no buffer.
+        norm: None is the router of the released code. 'l2' divides the averages by their length, multiplies them by the
+            parameter `scale`, and starts the last layer at zero, so that routing is the same for every image at first.
+            Without it, one optimiser step moves the logits further the wider the layer is, and routers saturate.
+
+    A state dict without `scale` is one of a router without normalisation, as in 0.1.0; loading it switches to that.
+    Nothing depends on other images, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525; the
+    normalisation is ours.
+    """
+
+    if TYPE_CHECKING:
+        temperature: Tensor | None
+        hidden: _Affine | None
+        scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int = 4,
+        activation: str = "sigmoid",
+        hidden: int | None = None,
+        temperature: float = 1.0,
+        device=None,
+        dtype=None,
+        norm: str | None = None,
+    ) -> None:
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if activation not in ROUTING:
+            raise ValueError(f"routing must be one of {', '.join(ROUTING)}, got {activation!r}")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"routing_hidden must be None or at least 1, got {hidden}")
+        if norm not in NORMS:
+            raise ValueError(f"routing_norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+        _check_temperature(temperature)
+        super().__init__(in_channels if hidden is None else hidden, num_experts, device=device, dtype=dtype)
+        self.hidden = None if hidden is None else _Affine(in_channels, hidden, device=device, dtype=dtype)
+        self.softmax = activation == "softmax"
+        self.num_experts = num_experts
+        temperatures = torch.tensor(float(temperature), device=device) if self.softmax else None
+        self.register_buffer("temperature", temperatures)
+        # One number in a vector: some wrappers take no parameters without dimensions.
+        scale = None if norm is None else nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.register_parameter("scale", scale)
+        if norm is not None:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    __jit_unused_properties__ = ("norm",)
+
+    @property
+    def norm(self) -> str | None:
+        """'l2' or None, as given."""
+        return None if self.scale is None else "l2"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
+        super().__setstate__(state)
+        self._parameters.setdefault("scale", None)
+        if not self.softmax:
+            self._buffers["temperature"] = None
+            self._non_persistent_buffers_set.discard("temperature")
+        if isinstance(self.hidden, nn.Linear):
+            linear = self.hidden
+            self.hidden = _Affine(linear.in_features, linear.out_features, device="meta").train(linear.training)
+            self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict and f"{prefix}scale" not in state_dict:
+            self.scale = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._route(x)
+        if autocast_dtype(x.device.type) is None:
+            return self._route(x)
+        return self._route_outside_autocast(x)
+
+    @torch.jit.unused
+    def _route_outside_autocast(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device.type):
+            return self._route(x)
+
+    def _route(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = self.scale
+        if scale is not None:
+            pooled = x.mean((2, 3), dtype=dtype)
+            # The small number bounds the gradient where a feature map is all zero.
+            pooled = pooled * (scale.to(dtype) * torch.rsqrt(pooled.square().sum(1, keepdim=True) + 1e-6))
+            if self.hidden is not None:
+                pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
+            logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
+        elif self.hidden is None:
+            logits = _linear_of_mean(x, self.weight, self.bias, dtype)
+        else:
+            hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
+            logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
+        temperature = self.temperature
+        if temperature is not None:
+            return torch.softmax(logits / temperature.to(dtype), dim=1)
+        return torch.sigmoid(logits)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}" + (
+            ", norm='l2'" if self.scale is not None else ""
+        )
+
+
+def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight @ x.mean((2, 3)) + bias` computed in `dtype`, (B, in, H, W) -> (B, out)."""
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        # A graph must divide by the size of the image that it is given, not of the one that it was recorded with.
+        return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
+    return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def set_temperature(model: nn.Module, temperature: float) -> int:
+    """Set the temperature of every softmax router in `model` (for annealing); returns how many there are."""
+    _check_temperature(temperature)
+    routers = [m for m in model.modules() if isinstance(m, Router) and m.softmax]
+    for router in routers:
+        assert router.temperature is not None
+        router.temperature.fill_(temperature)
+    return len(routers)
