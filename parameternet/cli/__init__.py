@@ -34,7 +34,7 @@ class Commands(click.Group):
     """Import a command when it is used, and report errors in a sentence."""
 
     def list_commands(self, ctx: click.Context) -> Sequence[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]  # not list(): parameternet.cli.list hides it once it is imported
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -54,7 +54,7 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):  # click would import every command for this
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([*COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -101,7 +101,7 @@ def test_pickles_and_weights_without_a_config_are_refused(trained, tmp_path, pic
     with pytest.raises(CheckpointError, match="no other kind is read"):
         validate(tmp_path / "x.pth", str(pictures / "val"))
     weights.save(weights.read(trained / "best.safetensors"), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"config\.json must lie beside it"):
+    with pytest.raises(CheckpointError, match=r"config\.json must be next to it"):
         validate(tmp_path, str(pictures / "val"))
 
 
