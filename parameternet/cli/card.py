@@ -11,11 +11,13 @@ from parameternet.hub import write_card
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The file.  [default: print it]")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: print the card]"
+)
 def card(checkpoint: str, output: Path | None) -> None:
     """Write the card of CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) from its config and measured results.
 
-    Its header is in the Hub's form; `parameternet publish` writes one by itself.
+    The header is Hub metadata. `parameternet publish` writes a card by itself.
     """
     text = write_card(checkpoint)
     if output is None:

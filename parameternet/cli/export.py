@@ -1,4 +1,4 @@
-"""`parameternet export`: a network as a file for another runtime."""
+"""`parameternet export`: write a network for another runtime."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ from parameternet.models.summary import registered
     type=click.Choice(FORMS),
     default="computed",
     show_default=True,
-    help="Kernels mixed in the graph, the fast way; or constant ones, for TensorRT and mobile runtimes.",
+    help="computed: kernels are mixed in the graph (fast); constant: for TensorRT and mobile runtimes.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Images at once.  [default: any number]")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size.  [default: any]")
 @click.option("--size", type=click.IntRange(min=1), help="Height and width.  [default: the checkpoint's]")
-@click.option("--dynamic-size", is_flag=True, help="Leave height and width free; slower in some runtimes.")
-@click.option("--output", type=click.Path(path_type=Path), help="The file.  [default: NAME with the format's ending]")
-@click.option("--opset", type=int, help="Version of ONNX's operators.  [default: the exporter's choice]")
-@click.option("--untrained", is_flag=True, help="An architecture with random weights, to try a runtime or measure it.")
+@click.option("--dynamic-size", is_flag=True, help="Allow any height and width; slower in some runtimes.")
+@click.option("--output", type=click.Path(path_type=Path), help="File.  [default: NAME with the format's suffix]")
+@click.option("--opset", type=int, help="ONNX opset.  [default: the exporter's choice]")
+@click.option("--untrained", is_flag=True, help="Export an architecture with random weights, to test a runtime.")
 def export(
     name: str,
     format_: str,
@@ -40,7 +40,7 @@ def export(
     opset: int | None,
     untrained: bool,
 ) -> None:
-    """Write NAME as a file for another runtime, run it, and keep it if it computes what the network does.
+    """Write NAME as a file for another runtime, run it, and keep it if it matches the network.
 
     NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained an
     architecture. The file carries preprocessing and class names. The exit code is 1 if it differs by more than 1e-4.

@@ -16,10 +16,10 @@ from parameternet.hub import release as make
 @click.option("--destination", type=click.Path(file_okay=False, path_type=Path), help="[default: weights/]")
 @click.option("--data-name", help="Name of the data set, for the card.  [default: the recipe's]")
 @click.option("--data-terms", help="Terms of its images, for the card.  [default: the recipe's]")
-@click.option("--batch-size", default=128, show_default=True, help="Images a step.")
-@click.option("--workers", default=2, show_default=True, help="Processes that read images.")
+@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
+@click.option("--workers", default=2, show_default=True, help="Data loading workers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
-@click.option("--threads", type=int, help="Threads that compute.  [default: torch's choice]")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @handle_errors
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.

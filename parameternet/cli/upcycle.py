@@ -1,4 +1,4 @@
-"""`parameternet upcycle SOURCE -o DIR`: a dense checkpoint as a dynamic one."""
+"""`parameternet upcycle SOURCE -o DIR`: convert a dense checkpoint to a dynamic one."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,27 +15,38 @@ from parameternet.surgery.upcycle import KINDS, NOISE
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR")
-@click.option("--experts", default=4, show_default=True, type=click.IntRange(min=1), help="Kernels that are mixed.")
-@click.option("--include", multiple=True, default=["*"], metavar="PATTERN", help="Only layers named so, as 'blocks.*'.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Not layers named so.")
+@click.option("--experts", default=4, show_default=True, type=click.IntRange(min=1), help="Kernels per layer.")
 @click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only such convolutions.  [default: all]"
+    "--include",
+    multiple=True,
+    default=["*"],
+    metavar="PATTERN",
+    help="Convert only layers that match.",
 )
-@click.option("--min-channels", default=1, show_default=True, type=click.IntRange(min=1), help="Leave smaller ones.")
-@click.option("--stem", is_flag=True, help="The first convolution, too.")
-@click.option("--head", is_flag=True, help="The head and squeeze-and-excitation, too.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers that match.")
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Convert only this kind.  [default: all]"
+)
+@click.option("--min-channels", default=1, show_default=True, type=click.IntRange(min=1), help="Leave smaller layers.")
+@click.option("--stem", is_flag=True, help="Convert the first convolution too.")
+@click.option("--head", is_flag=True, help="Convert the head and squeeze-and-excitation too.")
 @click.option("--routing", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True)
-@click.option("--noise", default=NOISE, show_default=True, help="Between experts, relative to the dense kernel.")
-@click.option("--seed", default=0, show_default=True, help="Of the noise.")
-@click.option("--architecture", metavar="NAME", help="timm's name of the network, for a file without a config.")
+@click.option(
+    "--noise",
+    default=NOISE,
+    show_default=True,
+    help="Std. between experts, relative to the kernel.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@click.option("--architecture", metavar="NAME", help="Name of the timm model, for a file without a config.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in DIR.")
-@click.option("--layers", is_flag=True, help="List every convolution, and why it stayed dense.")
+@click.option("--layers", is_flag=True, help="List every convolution, and why it was left dense.")
 def upcycle(source: str, output: Path, experts: int, kinds: tuple[str, ...], layers: bool, **options) -> None:
-    """Make a dynamic network of a dense one: the same function, more experts to train on with.
+    """Convert a dense network to a dynamic one that computes the same function, as a start for training.
 
-    SOURCE is a network of timm (resnet18.a1_in1k), hf-hub:ORG/NAME, local-dir:DIR, a run folder, a folder in the Hub's
-    layout, or a .safetensors file. DIR is then loaded by timm.create_model("local-dir:DIR", pretrained=True), by
-    `parameternet predict --model DIR`, and so on.
+    SOURCE is a timm model (resnet18.a1_in1k), hf-hub:ORG/NAME, local-dir:DIR, a run folder, a weights folder, or a
+    .safetensors file. Load the result with timm.create_model("local-dir:DIR", pretrained=True), `parameternet predict
+    --model DIR`, and so on.
     """
     dynamic, compared = upcycle_checkpoint(source, output, num_experts=experts, kinds=kinds or KINDS, **options)
     _show(dynamic, compared, layers)
@@ -55,7 +66,7 @@ def _show(dynamic: nn.Module, compared: Comparison, layers: bool) -> None:
     before, after = compared.flops
     rows = [
         ("parameters", count(compared.parameters[0]), count(compared.parameters[1])),
-        ("MACs an image", count(before.total), count(after.total)),
+        ("MACs per image", count(before.total), count(after.total)),
     ]
     print_table(("", "dense", "dynamic"), rows, right=("dense", "dynamic"))
     echo(f"\nlargest difference of outputs, relative to the largest output: {compared.difference:.1e}")

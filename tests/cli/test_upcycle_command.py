@@ -26,7 +26,7 @@ def test_it_reports_what_changed(file, tmp_path):
     rows = {line[0].strip(): line[-1].strip() for line in lines}
     assert rows["the stem"] == "1" and "depthwise, not pointwise" in rows and "fewer than 16 channels" in rows
     assert float(words.rpartition("largest output: ")[2].split()[0]) <= 1e-5
-    assert "parameters" in rows and "MACs an image" in rows
+    assert "parameters" in rows and "MACs per image" in rows
     assert "holds a checkpoint already" in run(*arguments, code=1).stderr
     every = run(*arguments, "--overwrite", "--layers").stdout
     assert "conv_stem" in every and "classifier" not in every
