@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from parameternet.cli.output import echo, print_json, print_table
-from parameternet.cli.terminal import Terminal, handle_errors
+from parameternet.cli.terminal import Terminal
 from parameternet.layers.recording import dynamic_layers
 from parameternet.prediction import Predictor
 from parameternet.routing import Ablated, LayerRouting, Routing, ablate, draw, find_images, measure
@@ -41,7 +41,6 @@ def _plot_path(_: click.Context, __: click.Parameter, path: Path) -> Path:
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--ablate", "ablating", is_flag=True, help="Measure top-1 without parts of the routing instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@handle_errors
 def routing(
     name: str,
     images: tuple[str, ...],
