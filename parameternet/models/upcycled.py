@@ -46,24 +46,27 @@ def upcycle_checkpoint(
         raise FileExistsError(
             f"{folder} holds a checkpoint already: choose another folder, or ask for it to be replaced"
         )
-    dense = loading.load(source, dense=True, architecture=architecture).model
+    dense, config, _ = loading.load(source, dense=True, architecture=architecture)
     dynamic = upcycle(dense, **options)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *dense.pretrained_cfg["input_size"], generator=generator)
     compared = compare(dense, dynamic, x)
     found = loading.parse_source(source)
     # Only the file's name: local paths do not leave the machine.
-    save_upcycled(dynamic, folder, found.path_name or found.name)
+    save_upcycled(dynamic, folder, found.path_name or found.name, config.get("model_args"))
     return dynamic, compared
 
 
-def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> None:
+def save_upcycled(
+    model: nn.Module, folder: str | Path, upcycled_from: str, model_args: Mapping[str, Any] | None = None
+) -> None:
     """Write an upcycled network of timm in the Hub's layout, with the recipe that builds it again.
 
     Args:
         model: A network that `upcycle` returned; its `pretrained_cfg` names timm's architecture.
         folder: Made if it is not there.
         upcycled_from: Words for the config: where the dense weights are from.
+        model_args: Further arguments that the dense network was built with; older releases of timm do not record them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def save_upcycled(model: nn.Module, folder: str | Path, upcycled_from: str) -> N
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     config = hub_layout(
         model,
-        {"source": cfg["architecture"], "recipe": model.upcycling.recipe()},
+        {**(model_args or {}), "source": cfg["architecture"], "recipe": model.upcycling.recipe()},
         **labels,
         architecture="dynamic_timm",
         pretrained_cfg=_plain(cfg),
