@@ -39,6 +39,7 @@ RESULT = ROOT / "benchmarks" / "results" / "routers.csv"
 COLUMNS = ("top1", "top5", "train_loss", "top1_mean", "top1_shares", "top1_sum", "experts", "spread")
 L2 = {"norm": "l2", "start": 0.0}
 RUNNING = {"norm": "running", "start": 0.0}
+CENTRED = {"norm": "centred", "start": 0.0}
 # Changes of the network; keys that `Probe` does not take are arguments of parameternet_50m.
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"dynamic": False},
@@ -60,6 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "running, zero start, 8 experts": {**RUNNING, "num_experts": 8},
     "running, hidden 1/16": {**RUNNING, "start": None, "hidden": True},
     "running, hidden 1/16, softmax": {**RUNNING, "start": None, "hidden": True, "act": "softmax"},
+    "centred, zero start": CENTRED,
+    "centred, zero start, softmax": {**CENTRED, "act": "softmax"},
+    "centred, drawn start, softmax": {**CENTRED, "start": 1.0, "act": "softmax"},
+    "centred, drawn start, softmax x gain": {**CENTRED, "start": 1.0, "act": "softmax_gain"},
+    "centred, drawn start": {**CENTRED, "start": 1.0},
     "l2, hidden 1/16": {**L2, "start": None, "hidden": True},
     "static, output gates": {"dynamic": False, "gate": True},
     "running, softmax, output gates": {**RUNNING, "act": "softmax", "gate": True},
@@ -72,6 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Normalise(nn.Module):
     """Pooled vectors (B, C) at unit scale: length 1 (l2, layernorm, running) or root mean square 1 (rms).
 
+    'centred' subtracts a running mean per channel and divides by the length of what is left plus a tenth of the mean's;
     'running' subtracts a running mean and divides by a running standard deviation per channel, as batch normalisation
     in evaluation mode does, and so takes a batch of 1; the first batch sets the statistics.
     """
@@ -79,7 +86,7 @@ class Normalise(nn.Module):
     def __init__(self, channels: int, norm: str | None) -> None:
         super().__init__()
         self.norm = norm
-        if norm == "running":
+        if norm in ("running", "centred"):
             self.register_buffer("mean", torch.zeros(channels))
             self.register_buffer("square", torch.ones(channels))
             self.register_buffer("steps", torch.zeros(()))
@@ -92,6 +99,11 @@ class Normalise(nn.Module):
             return p * root / p.norm(dim=1, keepdim=True).clamp_min(1e-6)
         if self.norm == "layernorm":
             return nn.functional.layer_norm(p, p.shape[1:]) / root
+        if self.norm == "centred":
+            if self.training:
+                self._update(p.detach())
+            apart = p - self.mean
+            return apart / (apart.norm(dim=1, keepdim=True) + 0.1 * self.mean.norm()).clamp_min(1e-6)
         if self.norm == "running":
             if self.training:
                 self._update(p.detach())
