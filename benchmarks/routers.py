@@ -43,6 +43,7 @@ CENTRED = {"norm": "centred", "start": 0.0}
 # Changes of the network; keys that `Probe` does not take are arguments of parameternet_50m.
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"dynamic": False},
+    "static, wider": {"dynamic": False, "width": 0.56},
     "default of 0.1.0": {"norm": None, "start": None},
     "l2, zero start": L2,
     "l2, zero start, 1 expert": {**L2, "num_experts": 1},
@@ -70,6 +71,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2, hidden 1/16, softmax": {**L2, "start": None, "hidden": True, "act": "softmax"},
     "l2, hidden 1/16, softmax x gain": {**L2, "start": None, "hidden": True, "act": "softmax_gain"},
     "rms, hidden 1/16": {"norm": "rms", "start": None, "hidden": True},
+    "rms, hidden 1/16, softmax x gain": {"norm": "rms", "start": None, "hidden": True, "act": "softmax_gain"},
+    "rms, hidden 1/16, softmax": {"norm": "rms", "start": None, "hidden": True, "act": "softmax"},
+    "rms, hidden 1/16, 1 expert": {"norm": "rms", "start": None, "hidden": True, "num_experts": 1},
+    "raw, hidden 1/16": {"norm": None, "start": None, "hidden": True},
+    "raw, hidden 1/16, 1 expert": {"norm": None, "start": None, "hidden": True, "num_experts": 1},
+    "raw, hidden 1/16, softmax x gain": {"norm": None, "start": None, "hidden": True, "act": "softmax_gain"},
     "l2, hidden 1/16, 1 expert": {**L2, "start": None, "hidden": True, "num_experts": 1},
     "static, output gates": {"dynamic": False, "gate": True},
     "running, softmax, output gates": {**RUNNING, "act": "softmax", "gate": True},
