@@ -133,6 +133,8 @@ def test_a_wheel_carries_configs_and_weights(tmp_path):
     for path in expected:
         name = f"parameternet/_shipped/{path.relative_to(ROOT).as_posix()}"
         assert sizes.get(name) == path.stat().st_size, name
+    modules = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    assert not modules - sizes.keys(), "setup.cfg names the packages of a wheel one by one"
     assert "parameternet/py.typed" in sizes and "parameternet/weights.json" in sizes
     unpacked = tmp_path / "unpacked"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
