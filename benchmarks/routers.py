@@ -40,49 +40,51 @@ COLUMNS = ("top1", "top5", "train_loss", "top1_mean", "top1_shares", "top1_sum",
 L2 = {"norm": "l2", "start": 0.0}
 RUNNING = {"norm": "running", "start": 0.0}
 CENTRED = {"norm": "centred", "start": 0.0}
-# Changes of the network; keys that `Probe` does not take are arguments of parameternet_50m.
+HIDDEN = {"start": None, "hidden": True}
+# Changes: keys of `Probe`; of `probe_parameternet_50m`; `recipe`, fields of the recipe; others are arguments of
+# parameternet_50m, and with `package` its own routers stay.
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"dynamic": False},
+    "static, lr 1.5e-3": {"dynamic": False, "recipe": {"lr": 1.5e-3}},
+    "static, lr 6e-3": {"dynamic": False, "recipe": {"lr": 6e-3}},
     "static, wider": {"dynamic": False, "width": 0.56},
-    "default of 0.1.0": {"norm": None, "start": None},
-    "l2, zero start": L2,
-    "l2, zero start, 1 expert": {**L2, "num_experts": 1},
-    "l2, zero start, softmax": {**L2, "act": "softmax"},
-    "l2, zero start, softmax x gain": {**L2, "act": "softmax_gain"},
-    "l2, near-zero start": {**L2, "start": 0.02},
-    "rms, zero start": {"norm": "rms", "start": 0.0},
-    "layernorm / sqrt(C), zero start": {"norm": "layernorm", "start": 0.0},
-    "running, zero start": RUNNING,
-    "running, zero start, 1 expert": {**RUNNING, "num_experts": 1},
-    "running, zero start, softmax": {**RUNNING, "act": "softmax"},
-    "running, zero start, softmax x gain": {**RUNNING, "act": "softmax_gain"},
-    "running, drawn start, softmax x gain": {**RUNNING, "start": 1.0, "act": "softmax_gain"},
-    "running, drawn start": {**RUNNING, "start": 1.0},
-    "running, drawn start, softmax": {**RUNNING, "start": 1.0, "act": "softmax"},
-    "running, zero start, 8 experts": {**RUNNING, "num_experts": 8},
-    "running, hidden 1/16": {**RUNNING, "start": None, "hidden": True},
-    "running, hidden 1/16, softmax": {**RUNNING, "start": None, "hidden": True, "act": "softmax"},
-    "centred, zero start": CENTRED,
-    "centred, zero start, softmax": {**CENTRED, "act": "softmax"},
-    "centred, drawn start, softmax": {**CENTRED, "start": 1.0, "act": "softmax"},
-    "centred, drawn start, softmax x gain": {**CENTRED, "start": 1.0, "act": "softmax_gain"},
-    "centred, drawn start": {**CENTRED, "start": 1.0},
-    "l2, hidden 1/16": {**L2, "start": None, "hidden": True},
-    "l2, hidden 1/16, softmax": {**L2, "start": None, "hidden": True, "act": "softmax"},
-    "l2, hidden 1/16, softmax x gain": {**L2, "start": None, "hidden": True, "act": "softmax_gain"},
-    "rms, hidden 1/16": {"norm": "rms", "start": None, "hidden": True},
-    "rms, hidden 1/16, softmax x gain": {"norm": "rms", "start": None, "hidden": True, "act": "softmax_gain"},
-    "rms, hidden 1/16, softmax": {"norm": "rms", "start": None, "hidden": True, "act": "softmax"},
-    "rms, hidden 1/16, 1 expert": {"norm": "rms", "start": None, "hidden": True, "num_experts": 1},
-    "raw, hidden 1/16": {"norm": None, "start": None, "hidden": True},
-    "raw, hidden 1/16, 1 expert": {"norm": None, "start": None, "hidden": True, "num_experts": 1},
-    "raw, hidden 1/16, softmax x gain": {"norm": None, "start": None, "hidden": True, "act": "softmax_gain"},
-    "l2, hidden 1/16, 1 expert": {**L2, "start": None, "hidden": True, "num_experts": 1},
+    "static, clip 1": {"dynamic": False, "recipe": {"clip_grad": 1.0}},
     "static, output gates": {"dynamic": False, "gate": True},
-    "running, softmax, output gates": {**RUNNING, "act": "softmax", "gate": True},
-    "running, zero start, scale 4": {**RUNNING, "scale": 4.0},
-    "running, drawn start, scale 4": {**RUNNING, "start": 1.0, "scale": 4.0},
-    "running, zero start, experts / 2": {**RUNNING, "draw": 0.5},
+    "default of 0.1.0": {"norm": None, "start": None},
+    "default of 0.1.0, clip 1": {"norm": None, "start": None, "recipe": {"clip_grad": 1.0}},
+    "l2": L2,
+    "l2, 1 expert": {**L2, "num_experts": 1},
+    "l2, lr 6e-3": {**L2, "recipe": {"lr": 6e-3}},
+    "l2, clip 1": {**L2, "recipe": {"clip_grad": 1.0}},
+    "l2, near-zero start": {**L2, "start": 0.02},
+    "l2, drawn start": {**L2, "start": 1.0},
+    "l2, x 4": {**L2, "scale": 4.0},
+    "l2, x 4, 1 expert": {**L2, "scale": 4.0, "num_experts": 1},
+    "l2, experts / 2": {**L2, "draw": 0.5},
+    "l2, experts x 2": {**L2, "draw": 2.0},
+    "l2, static blended in": {**L2, "blend": 780},
+    "l2, last stages": {**L2, "first_stage": 6},
+    "l2, softmax": {**L2, "act": "softmax"},
+    "l2, softmax, from 30": {**L2, "act": "softmax", "cool": 780},
+    "l2, softmax x 4": {**L2, "act": "softmax", "scale": 4.0},
+    "l2, softmax x gain": {**L2, "act": "softmax_gain"},
+    "l2, softmax, output gates": {**L2, "act": "softmax", "gate": True},
+    "l2, hidden": {**L2, **HIDDEN},
+    "l2, hidden, 1 expert": {**L2, **HIDDEN, "num_experts": 1},
+    "l2, hidden, softmax x gain": {**L2, **HIDDEN, "act": "softmax_gain"},
+    "rms": {"norm": "rms", "start": 0.0},
+    "rms, hidden": {"norm": "rms", **HIDDEN},
+    "layernorm / sqrt(C)": {"norm": "layernorm", "start": 0.0},
+    "running": RUNNING,
+    "running, x 4": {**RUNNING, "scale": 4.0},
+    "running, drawn start": {**RUNNING, "start": 1.0},
+    "centred": CENTRED,
+    "centred, drawn start": {**CENTRED, "start": 1.0},
+    "raw, hidden": {"norm": None, **HIDDEN},
+    "raw, hidden, 1 expert": {"norm": None, **HIDDEN, "num_experts": 1},
+    "package": {"package": True},
+    "package, 1 expert": {"package": True, "num_experts": 1},
+    "package, 8 experts": {"package": True, "num_experts": 8},
 }
 
 
@@ -136,22 +138,39 @@ class Probe(Router):
         start: Standard deviation of the logits' weights at the start; None: as torch.nn.Linear is drawn.
         act: sigmoid, softmax, or softmax_gain (softmax shares times twice a sigmoid).
         hidden: A hidden layer of a sixteenth, at least 16.
-        scale: Multiplies the normalised vector.
+        scale: Multiplies the normalised vector. Under Adam, as a learning rate of the last layer so many times higher.
+        blend: Steps over which routing goes from the first expert alone to the router's own weights (KernelWarehouse).
+        cool: Steps over which the temperature of softmax falls from 30 to 1 (dynamic convolution, ODConv).
     """
 
-    def __init__(self, channels, num_experts, norm=None, start=None, act="sigmoid", hidden=False, scale=1.0) -> None:
-        super().__init__(channels, num_experts)
+    def __init__(
+        self, channels, num_experts, norm=None, start=None, act="sigmoid", hidden=False, scale=1.0, blend=0, cool=0
+    ) -> None:
+        super().__init__(channels, num_experts, norm=None)
         self.normalise, self.act, self.factor = Normalise(channels, norm), act, scale
+        self.blend, self.cool = blend, cool
         width = max(16, channels // 16) if hidden else channels
         self.body = nn.Sequential(nn.Linear(channels, width), nn.ReLU()) if hidden else nn.Identity()
         self.out = nn.Linear(width, num_experts + (act == "softmax_gain"))
         del self.weight, self.bias
+        self.register_buffer("steps", torch.zeros(()))
         if start is not None:
             nn.init.normal_(self.out.weight, std=start) if start else nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
         logits = self.out(self.body(self.normalise(x.float().mean((2, 3))) * self.factor))
+        if self.cool:
+            logits = logits / (1 + 29 * (1 - self.steps / self.cool).clamp_min(0))
+        weights = self._activate(logits)
+        if self.blend:
+            first = nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), weights.shape[1])
+            weights = weights.lerp(first.to(weights.dtype), float((1 - self.steps / self.blend).clamp_min(0)))
+        return weights
+
+    def _activate(self, logits: Tensor) -> Tensor:
         if self.act == "softmax":
             return logits.softmax(1)
         if self.act == "softmax_gain":
@@ -178,17 +197,28 @@ class Gated(nn.Module):
 
 @register_model
 def probe_parameternet_50m(pretrained=False, probe="static", **kwargs) -> nn.Module:
-    changes = dict(VARIANTS[probe])
-    router = {key: changes.pop(key) for key in ("norm", "start", "act", "hidden", "scale") if key in changes}
+    changes = {key: value for key, value in VARIANTS[probe].items() if key != "recipe"}
+    router = {key: changes.pop(key) for key in _PROBE if key in changes}
     gate, draw = changes.pop("gate", False), changes.pop("draw", 1.0)
+    package, first_stage = changes.pop("package", False), changes.pop("first_stage", 0)
     model = timm.create_model("parameternet_50m", **kwargs, **changes)
-    for conv in [m for m in model.modules() if isinstance(m, DynamicConv)]:
-        conv.routing = Probe(conv.in_channels, conv.num_experts, **router)
+    for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, DynamicConv)]:
+        if first_stage and (not name.startswith("blocks.") or int(name.split(".")[1]) < first_stage):
+            parent, _, last = name.rpartition(".")
+            static = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                               conv.dilation, conv.groups, bias=False)  # fmt: skip
+            setattr(model.get_submodule(parent), last, static)
+            continue
+        if not package:
+            conv.routing = Probe(conv.in_channels, conv.num_experts, **router)
         conv.weight.data *= draw
     if gate:
-        _gate(model, router.get("norm") or "running")
+        _gate(model, router.get("norm") or "l2")
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": "probe_parameternet_50m"}
     return model
+
+
+_PROBE = ("norm", "start", "act", "hidden", "scale", "blend", "cool")
 
 
 def _gate(model: nn.Module, norm: str) -> None:
@@ -209,7 +239,8 @@ def run(variant: str, seed: int) -> None:
     from parameternet.training import run as train
 
     folder = folder_of(variant, seed)
-    sets = ["model=probe_parameternet_50m", f"seed={seed}", f"model_kwargs={json.dumps({'probe': variant})}"]
+    changes = {"seed": seed, "model_kwargs": {"probe": variant}, **VARIANTS[variant].get("recipe", {})}
+    sets = ["model=probe_parameternet_50m", *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
     train(load_recipe(RECIPE, sets), folder)
     if VARIANTS[variant].get("dynamic", True):
         (folder / "ablation.json").write_text(json.dumps(ablate(folder)))
