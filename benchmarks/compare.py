@@ -5,9 +5,10 @@
     python benchmarks/compare.py claim RECIPE --table                               what was measured, and the plot
     python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same for a checkpoint's card
 
-claim: do experts buy accuracy at equal FLOPs? The static twin, 4 experts with linear routers as in the released code,
-and 4 experts with a hidden layer of 32 in the routers as in the paper's text (MLP), for every seed; then, for the first
-seed alone, an ablation: other numbers of experts, softmax routing at temperatures 1 and 30.
+claim: do experts buy accuracy at equal FLOPs? For every seed: the static baseline; a static network widened to the
+multiply-adds of 4 experts at the training size; 4 experts; and 1 expert, which has the router but no choice. Then, for
+the first seed alone: other learning rates, other numbers of experts, other routers, and those of 0.1.0, which read the
+averages without normalisation (benchmarks/routers.py has more routers).
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
@@ -40,8 +41,8 @@ Row = dict[str, str]
 
 
 class Plan(NamedTuple):
-    """Variants as changes of a recipe. Those of `always` run with every seed, the others with the first; the first
-    variant is what the others are compared with."""
+    """Variants as changes of a recipe, which may be functions of it. Those of `always` run with every seed, the others
+    with the first; the first variant is what the others are compared with."""
 
     question: str
     always: dict[str, dict[str, Any]]
@@ -56,20 +57,37 @@ class Plan(NamedTuple):
         return next(iter(self.always))
 
 
+# Widths at which static networks have the multiply-adds of 4 experts at 64 pixels.
+WIDER = {"parameternet_50m": 0.56, "parameternet_300m": 1.73}
+OLD = {"routing_norm": "none"}
+
 PLANS = {
     "claim": Plan(
         "Do experts buy accuracy at equal FLOPs?",
         always={
             "static": {"model_kwargs": {"dynamic": False}},
+            "static, wider": {"model_kwargs": lambda r: {"dynamic": False, "width": WIDER[r.model]}},
+            "1 expert": {"model_kwargs": {"num_experts": 1}},
             "4 experts": {},
-            "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
         },
         once={
-            "1 expert": {"model_kwargs": {"num_experts": 1}},
+            "static, lr / 2": {"model_kwargs": {"dynamic": False}, "lr": lambda r: r.lr / 2},
+            "static, lr x 2": {"model_kwargs": {"dynamic": False}, "lr": lambda r: r.lr * 2},
+            "4 experts, lr x 2": {"lr": lambda r: r.lr * 2},
             "2 experts": {"model_kwargs": {"num_experts": 2}},
             "8 experts": {"model_kwargs": {"num_experts": 8}},
             "4 experts, softmax": {"model_kwargs": {"routing": "softmax"}},
-            "4 experts, softmax at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0}},
+            "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
+            "1 expert, router of 0.1.0": {"model_kwargs": {"num_experts": 1, **OLD}},
+            "2 experts, router of 0.1.0": {"model_kwargs": {"num_experts": 2, **OLD}},
+            "4 experts, router of 0.1.0": {"model_kwargs": OLD},
+            "4 experts, router of 0.1.0, slower": {"model_kwargs": OLD, "scale_router_lr": True},
+            "8 experts, router of 0.1.0": {"model_kwargs": {"num_experts": 8, **OLD}},
+            "4 experts, softmax of 0.1.0": {"model_kwargs": {"routing": "softmax", **OLD}},
+            "4 experts, softmax of 0.1.0 at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0, **OLD}},
+            "4 experts, MLP router of 0.1.0": {"model_kwargs": {"routing_hidden": 32, **OLD}},
+            "static, no clipping": {"model_kwargs": {"dynamic": False}, "clip_grad": None},
+            "4 experts, router of 0.1.0, no clipping": {"model_kwargs": OLD, "clip_grad": None},
         },
     ),
     "transfer": Plan(
@@ -140,8 +158,9 @@ def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> Run:
 
 def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
     """A variant's fields; arguments of the network are added to those of the recipe."""
+    given = {key: value(recipe) if callable(value) else value for key, value in variant.items()}
     return {
-        key: {**getattr(recipe, key), **value} if isinstance(value, dict) else value for key, value in variant.items()
+        key: {**getattr(recipe, key), **value} if isinstance(value, dict) else value for key, value in given.items()
     }
 
 

@@ -5,7 +5,8 @@
     python benchmarks/routers.py --table              what was measured
 
 Every variant is ParameterNet-50M of configs/train/parameternet_50m_claim.yaml with its routers replaced by a `Probe` of
-this file, so that the table can be made again whatever the package's default is. Runs are folders in runs/routers,
+this file, so that the table can be made again whatever the package's default is. The static baseline and the package's
+own routers are rows of `benchmarks/compare.py claim`. Runs are folders in runs/routers,
 resumed where they were ended; results go to benchmarks/results/routers.csv.
 
 After training, routing is ablated on the validation images: each layer's routing weights are replaced by their mean
@@ -41,14 +42,9 @@ L2 = {"norm": "l2", "start": 0.0}
 RUNNING = {"norm": "running", "start": 0.0}
 CENTRED = {"norm": "centred", "start": 0.0}
 HIDDEN = {"start": None, "hidden": True}
-# Changes: keys of `Probe`; of `probe_parameternet_50m`; `recipe`, fields of the recipe; others are arguments of
-# parameternet_50m, and with `package` its own routers stay.
+# Arguments of `Probe`, and besides: `recipe`, fields of the recipe; `gate`, `Gated` convolutions; `draw`, a factor of
+# the experts at the start; `first`, the first dynamic stage; others are arguments of parameternet_50m.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "static": {"dynamic": False},
-    "static, lr 1.5e-3": {"dynamic": False, "recipe": {"lr": 1.5e-3}},
-    "static, lr 6e-3": {"dynamic": False, "recipe": {"lr": 6e-3}},
-    "static, wider": {"dynamic": False, "width": 0.56},
-    "static, clip 1": {"dynamic": False, "recipe": {"clip_grad": 1.0}},
     "static, output gates": {"dynamic": False, "gate": True},
     "default of 0.1.0": {"norm": None, "start": None},
     "default of 0.1.0, clip 1": {"norm": None, "start": None, "recipe": {"clip_grad": 1.0}},
@@ -63,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2, experts / 2": {**L2, "draw": 0.5},
     "l2, experts x 2": {**L2, "draw": 2.0},
     "l2, static blended in": {**L2, "blend": 780},
-    "l2, last stages": {**L2, "first_stage": 6},
+    "l2, last stages": {**L2, "first": 6},
     "l2, softmax": {**L2, "act": "softmax"},
     "l2, softmax, from 30": {**L2, "act": "softmax", "cool": 780},
     "l2, softmax x 4": {**L2, "act": "softmax", "scale": 4.0},
@@ -75,16 +71,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rms": {"norm": "rms", "start": 0.0},
     "rms, hidden": {"norm": "rms", **HIDDEN},
     "layernorm / sqrt(C)": {"norm": "layernorm", "start": 0.0},
+    "layernorm / sqrt(C), 1 expert": {"norm": "layernorm", "start": 0.0, "num_experts": 1},
+    "layernorm / sqrt(C), softmax x gain": {"norm": "layernorm", "start": 0.0, "act": "softmax_gain"},
+    "layernorm / sqrt(C), softmax": {"norm": "layernorm", "start": 0.0, "act": "softmax"},
     "running": RUNNING,
     "running, x 4": {**RUNNING, "scale": 4.0},
     "running, drawn start": {**RUNNING, "start": 1.0},
     "centred": CENTRED,
     "centred, drawn start": {**CENTRED, "start": 1.0},
+    "raw / sqrt(C), zero start": {"norm": None, "start": 0.0, "scale": None},
+    "raw, zero start": {"norm": None, "start": 0.0},
     "raw, hidden": {"norm": None, **HIDDEN},
     "raw, hidden, 1 expert": {"norm": None, **HIDDEN, "num_experts": 1},
-    "package": {"package": True},
-    "package, 1 expert": {"package": True, "num_experts": 1},
-    "package, 8 experts": {"package": True, "num_experts": 8},
 }
 
 
@@ -138,7 +136,8 @@ class Probe(Router):
         start: Standard deviation of the logits' weights at the start; None: as torch.nn.Linear is drawn.
         act: sigmoid, softmax, or softmax_gain (softmax shares times twice a sigmoid).
         hidden: A hidden layer of a sixteenth, at least 16.
-        scale: Multiplies the normalised vector. Under Adam, as a learning rate of the last layer so many times higher.
+        scale: Multiplies the normalised vector; None: 1 / sqrt(channels). Under Adam this is a learning rate of the
+            last layer so many times higher.
         blend: Steps over which routing goes from the first expert alone to the router's own weights (KernelWarehouse).
         cool: Steps over which the temperature of softmax falls from 30 to 1 (dynamic convolution, ODConv).
     """
@@ -147,7 +146,7 @@ class Probe(Router):
         self, channels, num_experts, norm=None, start=None, act="sigmoid", hidden=False, scale=1.0, blend=0, cool=0
     ) -> None:
         super().__init__(channels, num_experts, norm=None)
-        self.normalise, self.act, self.factor = Normalise(channels, norm), act, scale
+        self.normalise, self.act, self.factor = Normalise(channels, norm), act, scale or channels**-0.5
         self.blend, self.cool = blend, cool
         width = max(16, channels // 16) if hidden else channels
         self.body = nn.Sequential(nn.Linear(channels, width), nn.ReLU()) if hidden else nn.Identity()
@@ -196,38 +195,43 @@ class Gated(nn.Module):
 
 
 @register_model
-def probe_parameternet_50m(pretrained=False, probe="static", **kwargs) -> nn.Module:
+def probe_parameternet_50m(pretrained=False, pretrained_cfg=None, probe="l2", **kwargs) -> nn.Module:
     changes = {key: value for key, value in VARIANTS[probe].items() if key != "recipe"}
     router = {key: changes.pop(key) for key in _PROBE if key in changes}
-    gate, draw = changes.pop("gate", False), changes.pop("draw", 1.0)
-    package, first_stage = changes.pop("package", False), changes.pop("first_stage", 0)
+    gate, draw, first_stage = (changes.pop(key, start) for key, start in (("gate", False), ("draw", 1), ("first", 0)))
     model = timm.create_model("parameternet_50m", **kwargs, **changes)
     for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, DynamicConv)]:
         if first_stage and (not name.startswith("blocks.") or int(name.split(".")[1]) < first_stage):
-            parent, _, last = name.rpartition(".")
-            static = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                               conv.dilation, conv.groups, bias=False)  # fmt: skip
-            setattr(model.get_submodule(parent), last, static)
-            continue
-        if not package:
+            _replace(model, name, _static(conv))
+        else:
             conv.routing = Probe(conv.in_channels, conv.num_experts, **router)
-        conv.weight.data *= draw
+            conv.weight.data *= draw
     if gate:
         _gate(model, router.get("norm") or "l2")
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": "probe_parameternet_50m"}
+    if pretrained:
+        model.load_state_dict(pretrained_cfg["state_dict"])
     return model
 
 
 _PROBE = ("norm", "start", "act", "hidden", "scale", "blend", "cool")
 
 
+def _static(conv: DynamicConv) -> nn.Module:
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return nn.Conv2d(*shape, conv.groups, bias=False)
+
+
 def _gate(model: nn.Module, norm: str) -> None:
     """Put gates where the dynamic network has dynamic convolutions."""
     places = timm.create_model("parameternet_50m").named_modules()
     for name in [name for name, module in places if isinstance(module, DynamicConv)]:
-        parent, _, last = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, last, Gated(getattr(owner, last), norm))
+        _replace(model, name, Gated(model.get_submodule(name), norm))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 # a run ----------------------------------------------------------------------------------------------------------------
@@ -260,7 +264,10 @@ def ablate(folder: Path) -> dict[str, float]:
             recordings.append(recording)
             yield
 
-    rows = {row.routing: row.top1 for row in measure(folder, data, **measuring)}
+    rows = {row.routing: row.top1 for row in measure(folder, data, without_experts=False, **measuring)}
+    trained = float(read_csv(folder / "history.csv")[1][-1]["top1"])
+    if abs(rows["own"] - trained) > 0.5:
+        raise SystemExit(f"{folder} has top-1 {rows['own']} now, and had {trained} after training")
     validate(folder, data, around=keep, **measuring)
     weights = [torch.cat(calls) for calls in recordings[0].calls.values()]
     shares = [rows / rows.sum(1, keepdim=True) for rows in weights]

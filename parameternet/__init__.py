@@ -4,6 +4,7 @@ from . import models
 from .flops import count_flops, register_thop
 from .layers import ConvBnAct, DynamicConv, GhostBottleneck, GhostModule, Router, dynamic_conv2d, set_temperature
 from .models.parameternet import ParameterNet
+from .optim import param_groups
 from .surgery import collapse, convert_condconv, fuse, upcycle
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "dynamic_conv2d",
     "fuse",
     "models",
+    "param_groups",
     "set_temperature",
     "upcycle",
 ]

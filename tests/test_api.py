@@ -15,9 +15,9 @@ from parameternet import deprecation
 OLD = json.loads((Path(__file__).parent / "fixtures" / "api_0.1.0.json").read_text())
 ROOMS = {
     "parameternet": "ConvBnAct DynamicConv GhostBottleneck GhostModule ParameterNet Router __version__ collapse "
-    "convert_condconv count_flops dynamic_conv2d fuse models set_temperature upcycle",
+    "convert_condconv count_flops dynamic_conv2d fuse models param_groups set_temperature upcycle",
     "parameternet.layers": "STRATEGIES ConvBnAct DynamicConv GhostBottleneck GhostModule Recording Router "
-    "dynamic_conv2d record_routing_weights set_temperature",
+    "dynamic_conv2d match_routers record_routing_weights set_temperature",
     "parameternet.prediction": "DEFAULT_MODEL ImageLike Predictor Result class_names draw expand load read_image",
     "parameternet.routing": "Ablated LayerRouting Routing Row Sample ablate draw find_images measure",
     "parameternet.surgery": "collapse compare convert_condconv dilate fuse measure_routing upcycle upcycle_state_dict",

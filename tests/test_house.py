@@ -18,7 +18,7 @@ PACKAGE = ROOT / "parameternet"
 # A room imports from lower floors and from rooms of its own floor without a circle, never from higher ones.
 FLOORS = {
     "files": 1, "text": 1, "deprecation": 1, "layers": 1,
-    "weights": 2, "flops": 2,
+    "weights": 2, "flops": 2, "optim": 2,
     "surgery": 3, "data": 3,
     "models": 4,
     "prediction": 5, "training": 5, "export": 5,

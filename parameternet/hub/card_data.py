@@ -59,6 +59,7 @@ class Results:
     top5: float | None = None
     top1_interval: float | None = None
     routing: dict[str, Any] | None = None  # as `release.draw_routing` returns it
+    ablation: dict[str, float] | None = None  # as `release.measure_ablation` returns it
 
 
 @dataclass(frozen=True)

@@ -273,8 +273,28 @@ def _routing(card: CardData) -> str:
         f"the image in `{found['chooses_most']}`, which mixes {found['experts_in_use_by_an_image']:.2f} experts per "
         "image.\n\n"
         "![Routing weights by layer and class](routing.png)\n\n"
-        f"Plotted by `parameternet routing {card.name} VAL`.\n"
+        f"Plotted by `parameternet routing {card.name} VAL`.\n" + _ablation(card)
     )
+
+
+def _ablation(card: CardData) -> str:
+    """What the choice of experts and the gain per image are worth, in points of top-1."""
+    found = card.results.ablation
+    if not found:
+        return ""
+    rows = "\n".join(f"| {_ABLATED[name]} | {found[name]:.2f} |" for name in _ABLATED if name in found)
+    return (
+        "\nTop-1 with the routing weights of every layer replaced, measured by "
+        f"`parameternet routing {card.name} VAL --ablate`:\n\n| routing weights | top-1 |\n| --- | --- |\n{rows}\n"
+    )
+
+
+_ABLATED = {
+    "own": "the image's own",
+    "mean shares": "the image's own sum, mean shares: no choice among experts",
+    "mean sum": "the image's own shares, mean sum: no gain per image",
+    "mean weights": "their mean over the images: a static network",
+}
 
 
 def _comparison(comparison: Comparison) -> str:

@@ -82,6 +82,7 @@ def release(
             found = validate(fresh, data, reporter=reporter, **measuring)
             found["macs"] = _macs(fresh, found["input_size"])
             found["routing"] = draw_routing(fresh, name, data)
+            found["ablation"] = measure_ablation(fresh, data, **measuring)
             _write_words(run, fresh, recipe, config, found)
             reference = name if records or destination is None else f"local-dir:{name}"
             files.write_text(fresh / "README.md", write_card(fresh, reference))
@@ -146,8 +147,7 @@ def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | 
         Figures for the card: images, dynamic layers, mean experts in use, and the layer whose routing depends most on
         the image. None without dynamic layers, or if the data is neither a folder nor a tar.
     """
-    dynamic = any(isinstance(module, DynamicConv) for module in loading.load(folder, dense=True).model.modules())
-    if not dynamic or not isinstance(data, str) or not Path(data).exists():
+    if not _is_dynamic(folder) or not isinstance(data, str) or not Path(data).exists():
         return None
     predictor = Predictor(folder, "cpu")
     found = dataclasses.replace(routing.measure(predictor, routing.find_images([data])), model=name)
@@ -163,8 +163,21 @@ def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | 
     }
 
 
+def measure_ablation(folder: Path, data: str | dict, **measuring: Any) -> dict[str, float] | None:
+    """Top-1 with the network's own routing weights and with their parts replaced by means, as `routing.ablate` names
+    the rows; None without dynamic layers."""
+    if not _is_dynamic(folder):
+        return None
+    return {row.routing: row.top1 for row in routing.ablate(folder, data, without_experts=False, **measuring)}
+
+
+def _is_dynamic(folder: Path) -> bool:
+    return any(isinstance(module, DynamicConv) for module in loading.load(folder, dense=True).model.modules())
+
+
 def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any], found: dict[str, Any]) -> None:
-    figures = ("top1", "top5", "top1_interval", "loss", "images", "input_size", "macs", "parameters", "routing")
+    figures = ("top1", "top5", "top1_interval", "loss", "images", "input_size", "macs", "parameters")
+    figures += ("routing", "ablation")
     config["results"] = {key: found[key] for key in figures if found[key] is not None}
     config["results"] |= {"data": recipe.data_name, "unreadable": len(found["unreadable"])}
     files.write_json(folder / weights.CONFIG_NAME, config)

@@ -4,7 +4,7 @@ from .dynamic_conv import DynamicConv
 from .functional import STRATEGIES, dynamic_conv2d
 from .ghost import ConvBnAct, GhostBottleneck, GhostModule
 from .recording import Recording, record_routing_weights
-from .router import Router, set_temperature
+from .router import Router, match_routers, set_temperature
 
 __all__ = [
     "STRATEGIES",
@@ -15,6 +15,7 @@ __all__ = [
     "Recording",
     "Router",
     "dynamic_conv2d",
+    "match_routers",
     "record_routing_weights",
     "set_temperature",
 ]

@@ -31,7 +31,7 @@ class DynamicConv(nn.Module):
         num_experts: Kernels to mix.
         routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor; None:
             no router, every call is given routing weights.
-        routing_hidden, temperature, routing_norm: As of `Router`; not with a shared router.
+        routing_hidden, temperature, routing_norm: As of `Router`; a shared router has its own.
         strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
             it can be changed later.
 
@@ -72,7 +72,7 @@ class DynamicConv(nn.Module):
         strategy: str | None = None,
         device=None,
         dtype=None,
-        routing_norm: str | None = None,
+        routing_norm: str | None = "layer",
     ) -> None:
         super().__init__()
         self.strategy: str | None = strategy
@@ -89,7 +89,7 @@ class DynamicConv(nn.Module):
         if routing is None:
             self.routing = None
         elif isinstance(routing, Router):
-            self.routing = _shared(routing, in_channels, num_experts, routing_hidden, routing_norm)
+            self.routing = _shared(routing, in_channels, num_experts, routing_hidden)
         else:
             self.routing = Router(
                 in_channels, num_experts, routing, routing_hidden, temperature, device, dtype, routing_norm
@@ -167,18 +167,15 @@ def _positive(**pairs: int | tuple[int, ...]) -> list[tuple[int, int]]:
     return [pair(value) for value in pairs.values()]
 
 
-def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | None, norm: str | None) -> Router:
+def _shared(router: Router, in_channels: int, num_experts: int, hidden: int | None) -> Router:
     reads = router.in_features if router.hidden is None else router.hidden.in_features
     if (reads, router.num_experts) != (in_channels, num_experts):
         raise ValueError(
             f"the shared router reads {reads} channels and weighs {router.num_experts} experts, this convolution has "
             f"in_channels={in_channels} and num_experts={num_experts}"
         )
-    if hidden is not None or norm is not None:
-        raise ValueError(
-            f"routing_hidden={hidden} and routing_norm={norm!r} have no effect with a shared router: pass them to the "
-            "Router"
-        )
+    if hidden is not None:
+        raise ValueError(f"routing_hidden={hidden} has no effect with a shared router: pass hidden to the Router")
     return router
 
 

@@ -1,5 +1,6 @@
 """Router: from an image's features to its routing weights."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,14 +9,14 @@ from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
 
-__all__ = ["Router", "set_temperature"]
+__all__ = ["Router", "match_routers", "set_temperature"]
 
 ROUTING = ("sigmoid", "softmax")
-NORMS = ("l2", None)
+NORMS = ("layer", "none")
 
 
 class _Affine(nn.Module):
-    """Weight (out, in) and bias (out,), drawn as torch.nn.Linear draws them, for a matrix product of pooled vectors.
+    """Weight (out, in) and bias (out,) for a matrix product of pooled vectors; `reset_parameters` draws them.
 
     Not a torch.nn.Linear: tools that replace, quantise or adapt every Linear of a network call what they put in its
     place with what a Linear takes, and would miss that its weight is read here.
@@ -26,7 +27,6 @@ class _Affine(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as torch.nn.Linear does."""
@@ -51,19 +51,20 @@ class Router(_Affine):
         hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
         temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
             anneal it with `set_temperature`. A sigmoid router has no buffer.
-        norm: None is the router of the released code. 'l2' divides the averages by their length, multiplies them by the
-            parameter `scale`, and starts the last layer at zero, so that routing is the same for every image at first.
-            Without it, one optimiser step moves the logits further the wider the layer is, and routers saturate.
+        norm: 'layer' gives the averages of an image mean 0 and length 1 (layer normalisation over sqrt(in_channels)),
+            and starts the last layer at zero, so that every image is routed alike at first. 'none' (or None, which
+            timm.create_model drops) is the router of the released code, in which one optimiser step moves the logits
+            further the wider the layer is, so that routers saturate (benchmarks/routers.py).
 
-    A state dict without `scale` is one of a router without normalisation, as in 0.1.0; loading it switches to that.
-    Nothing depends on other images, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525; the
+    With normalisation `weight` is (num_experts, in_features, 1, 1), as of a 1 x 1 convolution; without it
+    (num_experts, in_features), as in 0.1.0. So a state dict says which of the two it is of, and loading it switches to
+    that. Nothing depends on other images, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525; the
     normalisation is ours.
     """
 
     if TYPE_CHECKING:
         temperature: Tensor | None
         hidden: _Affine | None
-        scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -74,8 +75,9 @@ class Router(_Affine):
         temperature: float = 1.0,
         device=None,
         dtype=None,
-        norm: str | None = None,
+        norm: str | None = "layer",
     ) -> None:
+        norm = norm or "none"
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         if activation not in ROUTING:
@@ -83,7 +85,7 @@ class Router(_Affine):
         if hidden is not None and hidden < 1:
             raise ValueError(f"routing_hidden must be None or at least 1, got {hidden}")
         if norm not in NORMS:
-            raise ValueError(f"routing_norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+            raise ValueError(f"routing_norm must be one of {', '.join(NORMS)}, got {norm!r}")
         _check_temperature(temperature)
         super().__init__(in_channels if hidden is None else hidden, num_experts, device=device, dtype=dtype)
         self.hidden = None if hidden is None else _Affine(in_channels, hidden, device=device, dtype=dtype)
@@ -91,24 +93,29 @@ class Router(_Affine):
         self.num_experts = num_experts
         temperatures = torch.tensor(float(temperature), device=device) if self.softmax else None
         self.register_buffer("temperature", temperatures)
-        # One number in a vector: some wrappers take no parameters without dimensions.
-        scale = None if norm is None else nn.Parameter(torch.ones(1, device=device, dtype=dtype))
-        self.register_parameter("scale", scale)
-        if norm is not None:
+        if norm == "layer":
+            self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the layers as torch.nn.Linear does; with normalisation the last one starts at zero."""
+        super().reset_parameters()
+        if self.hidden is not None:
+            self.hidden.reset_parameters()
+        if self.norm == "layer":
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)
 
     __jit_unused_properties__ = ("norm",)
 
     @property
-    def norm(self) -> str | None:
-        """'l2' or None, as given."""
-        return None if self.scale is None else "l2"
+    def norm(self) -> str:
+        """'layer' or 'none'."""
+        return "layer" if self.weight.ndim == 4 else "none"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
         super().__setstate__(state)
-        self._parameters.setdefault("scale", None)
         if not self.softmax:
             self._buffers["temperature"] = None
             self._non_persistent_buffers_set.discard("temperature")
@@ -118,9 +125,15 @@ class Router(_Affine):
             self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict and f"{prefix}scale" not in state_dict:
-            self.scale = None
+        self.match(state_dict.get(f"{prefix}weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.jit.ignore
+    def match(self, weight: Tensor | None) -> None:
+        """Read the averages as the router that has this `weight` does; the parameter stays the same object."""
+        if weight is not None and weight.ndim != self.weight.ndim:
+            own = self.weight.data
+            self.weight.data = own.flatten(1) if weight.ndim == 2 else own.unflatten(1, (-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -136,19 +149,18 @@ class Router(_Affine):
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scale = self.scale
-        if scale is not None:
-            pooled = x.mean((2, 3), dtype=dtype)
-            # The small number bounds the gradient where a feature map is all zero.
-            pooled = pooled * (scale.to(dtype) * torch.rsqrt(pooled.square().sum(1, keepdim=True) + 1e-6))
-            if self.hidden is not None:
-                pooled = F.relu(F.linear(pooled, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)))
-            logits = F.linear(pooled, self.weight.to(dtype), self.bias.to(dtype))
-        elif self.hidden is None:
-            logits = _linear_of_mean(x, self.weight, self.bias, dtype)
+        hidden = self.hidden
+        weight, bias, width = self.weight, self.bias, self.in_features
+        if hidden is not None:
+            weight, bias, width = hidden.weight, hidden.bias, hidden.in_features
+        weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+        if self.weight.ndim == 2:
+            logits = _linear_of_mean(x, weight, bias, dtype)
         else:
-            hidden = _linear_of_mean(x, self.hidden.weight, self.hidden.bias, dtype)
-            logits = F.linear(F.relu(hidden), self.weight.to(dtype), self.bias.to(dtype))
+            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6) * width**-0.5
+            logits = F.linear(pooled, weight.flatten(1), bias)
+        if hidden is not None:
+            logits = F.linear(F.relu(logits), _cast(self.weight, dtype).flatten(1), _cast(self.bias, dtype))
         temperature = self.temperature
         if temperature is not None:
             return torch.softmax(logits / temperature.to(dtype), dim=1)
@@ -156,14 +168,17 @@ class Router(_Affine):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}" + (
-            ", norm='l2'" if self.scale is not None else ""
+            "" if self.norm == "layer" else ", norm='none'"
         )
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)` that leaves no node in a graph where there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight @ x.mean((2, 3)) + bias` computed in `dtype`, (B, in, H, W) -> (B, out)."""
-    if weight.dtype != dtype:
-        weight, bias = weight.to(dtype), bias.to(dtype)
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         # A graph must divide by the size of the image that it is given, not of the one that it was recorded with.
         return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
@@ -183,3 +198,13 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
         assert router.temperature is not None
         router.temperature.fill_(temperature)
     return len(routers)
+
+
+def match_routers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Give each router of `model` the normalisation of its weights in `state_dict`, as loading them would.
+
+    For what compares shapes before it loads.
+    """
+    for name, router in model.named_modules():
+        if isinstance(router, Router):
+            router.match(state_dict.get(f"{name}.weight"))

@@ -98,7 +98,7 @@ class Experts(NamedTuple):
     num_experts: int = 4
     routing: str = "softmax"
     routing_hidden: int | None = None
-    routing_norm: str | None = None
+    routing_norm: str | None = "layer"
     recipe: dict[str, Any] | None = None
 
 

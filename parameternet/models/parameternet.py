@@ -106,7 +106,7 @@ class ParameterNet(nn.Module):
         act_layer: str | type[nn.Module] = "hard_swish",
         device=None,
         dtype=None,
-        routing_norm: str | None = None,
+        routing_norm: str | None = "layer",
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -319,7 +319,10 @@ def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         state_dict[reader] = weight.sum(1, keepdim=True)
     else:
         repeats = -(-in_chans // weight.shape[1])
-        state_dict[reader] = weight.repeat(1, repeats)[:, :in_chans] * (weight.shape[1] / in_chans)
+        share = weight.shape[1] / in_chans
+        if state_dict["stem.conv.routing.weight"].ndim == 4:  # what is read has length 1, however many channels
+            share **= 0.5
+        state_dict[reader] = torch.cat([weight] * repeats, 1)[:, :in_chans] * share
 
 
 def _create_parameternet(variant: str, pretrained: bool = False, **kwargs: Any) -> ParameterNet:
@@ -397,5 +400,5 @@ def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 @register_model
 def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     """Official: the network of the released code. Its own stages at width 1.9, Hardswish, 4 experts."""
-    defaults = {"stages": RELEASED_STAGES, "width": 1.9}
+    defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing_norm": "none"}
     return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))

@@ -26,7 +26,9 @@ class Ablated(NamedTuple):
     difference: float
 
 
-def ablate(model: str | Path, data: str | Path | dict[str, Any], **measuring: Any) -> list[Ablated]:
+def ablate(
+    model: str | Path, data: str | Path | dict[str, Any], without_experts: bool = True, **measuring: Any
+) -> list[Ablated]:
     """Measure top-1 with the routing weights of every layer replaced, in one process.
 
     The shares of an image are its routing weights divided by their sum. The sum scales the whole kernel, as a gain of a
@@ -40,6 +42,7 @@ def ablate(model: str | Path, data: str | Path | dict[str, Any], **measuring: An
 
     Args:
         model, data, measuring: As of `training.validate`.
+        without_experts: Measure the rows `without expert N`, too.
 
     Raises:
         ValueError: No dynamic layer.
@@ -51,7 +54,7 @@ def ablate(model: str | Path, data: str | Path | dict[str, Any], **measuring: An
     own = validate(model, data, around=partial(_keep, recordings), **measuring)["top1"]
     weights = {name: recordings[0].samples(name) for name, calls in recordings[0].calls.items() if calls}
     rows = [Ablated("own", own, 0.0)]
-    for name, replacements in _replacements(weights, experts).items():
+    for name, replacements in _replacements(weights, experts if without_experts else 1).items():
         top1 = validate(model, data, around=partial(_replaced, replacements), **measuring)["top1"]
         rows.append(Ablated(name, top1, top1 - own))
     return rows

@@ -52,7 +52,7 @@ class Upcycling:
     routing: str
     routing_hidden: int | None
     layers: tuple[Layer, ...]
-    routing_norm: str | None = None
+    routing_norm: str | None = "none"
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -87,7 +87,7 @@ def upcycle(
     seed: int = 0,
     probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
-    routing_norm: str | None = None,
+    routing_norm: str | None = "layer",
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
 
@@ -161,9 +161,8 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
         Layer(name, kind_of(conv), _shape(conv), None if name in routers else "not in the recipe", routers.get(name))
         for name, conv in convolutions.items()
     )
-    done = Upcycling(
-        recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers, recipe.get("routing_norm")
-    )
+    norm = recipe.get("routing_norm") or "none"
+    done = Upcycling(recipe["num_experts"], recipe["routing"], recipe.get("routing_hidden"), layers, norm)
     return _convert(model, done, _Start(noise, seed=seed))
 
 

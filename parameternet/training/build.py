@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from parameternet import weights
+from parameternet.layers import match_routers
 from parameternet.models import catalogue, dynamic_timm, loading
 from parameternet.models.builder import forget_tensors
+from parameternet.optim import param_groups
 from parameternet.surgery import upcycle_state_dict
 from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
 from parameternet.training.randomness import INIT, mix, seed_all
@@ -94,13 +97,15 @@ def _check_model_kwargs(r: Recipe) -> None:
             raise RecipeError(f"model_kwargs: in_chans must be 3, got {value!r}: every image is read as RGB")
 
     empty = [name for name, value in r.model_kwargs.items() if value is None]
-    known = _arguments(r.model) if empty else []
-    for name in empty:  # timm drops None, so a misspelt name would go unnoticed
+    known = _arguments(r.model) if empty else {}
+    for name in empty:  # timm drops None: a misspelt name, or another default, would go unnoticed
         if name not in known:
             raise RecipeError(_unknown(r, name, known))
+        if known[name] not in (None, inspect.Parameter.empty):
+            raise RecipeError(f"model_kwargs: {name} must not be null, which would mean its default {known[name]!r}")
 
 
-def _unknown(r: Recipe, name: str, known: list[str]) -> str:
+def _unknown(r: Recipe, name: str, known: Iterable[str]) -> str:
     field = name if name == "drop_path_rate" and name not in r.model_kwargs else "model_kwargs"
     return f"{field}: {r.model} has no argument {name!r}{nearest(name, known, n=1)}"
 
@@ -112,12 +117,13 @@ def _unbuilt(r: Recipe, error: Exception) -> str:
     return _unknown(r, wrong.group(1), _arguments(r.model))
 
 
-def _arguments(model: str) -> list[str]:
-    """Return the names of arguments that a network's class takes."""
+def _arguments(model: str) -> dict[str, Any]:
+    """Return the arguments that a network's class takes, with their defaults."""
     with torch.device("meta"):
         kind = type(timm.create_model(model))
-    names = [name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters]
-    return [name for name in dict.fromkeys(names) if name not in ("self", "args", "kwargs", *_OWN_FIELD)]
+    own = ("self", "args", "kwargs", *_OWN_FIELD)
+    found = [p for base in reversed(kind.__mro__) for p in inspect.signature(base.__init__).parameters.values()]
+    return {p.name: p.default for p in found if p.name not in own}
 
 
 @torch.no_grad()
@@ -169,6 +175,7 @@ def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str |
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     state = upcycle_state_dict(dynamic_timm.filtered(state, model, architecture), model, neutral=True)
+    match_routers(model, state)
     mine, heads = model.state_dict(), _classifier_names(model)
     wrong = [name for name in mine if name in state and state[name].shape != mine[name].shape]
     new_head = any(name.startswith(heads) for name in wrong)
@@ -222,12 +229,11 @@ def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise RecipeError(f"freeze: {r.freeze} leaves nothing to train")
     try:
         return create_optimizer_v2(
-            model,
+            param_groups(model, r.lr, r.weight_decay, r.layer_decay, r.scale_router_lr),
             opt=r.opt,
             lr=r.lr,
             weight_decay=r.weight_decay,
             momentum=r.momentum,
-            layer_decay=r.layer_decay,
             **_tuples(r.opt_kwargs),
         )
     except Exception as error:  # optimizers raise anything for unexpected arguments

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ultralytics.utils import LOGGER
 
 from parameternet import weights
-from parameternet.layers import DynamicConv
+from parameternet.layers import DynamicConv, match_routers
 from parameternet.models import dynamic_timm, loading
 from parameternet.surgery.upcycle import rebuild, upcycle_state_dict
 
@@ -99,6 +99,7 @@ def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Mod
     own = source.float().state_dict()
     place, state = _under_backbone(own, model)
     changed = upcycle_state_dict(_with_bare_kernels(state, model), model, neutral=True)
+    match_routers(model, changed)  # Ultralytics drops what has another shape
     if isinstance(source, Weights) or any(isinstance(m, DynamicConv | TimmBackbone) for m in model.modules()):
         _check_backbone(changed, model, source, place)
     if changed.keys() == own.keys():

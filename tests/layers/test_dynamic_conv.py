@@ -267,15 +267,14 @@ def test_routing_weights_of_another_shape_are_refused(shape):
 def test_tools_that_look_for_linear_layers_and_buffers_find_none(layer):
     assert not [m for m in layer.modules() if isinstance(m, nn.Linear)]
     assert [name for name, _ in layer.named_buffers()] == (["routing.temperature"] if layer.routing.softmax else [])
-    names = ["routing.weight", "routing.bias"] + ["routing.hidden.weight", "routing.hidden.bias"] * (
-        layer.routing.hidden is not None
-    )
+    hidden = ["routing.hidden.weight", "routing.hidden.bias"] if layer.routing.hidden is not None else []
+    names = ["routing.weight", "routing.bias", *hidden]
     assert [name for name, _ in layer.named_parameters() if name.startswith("routing.")] == names
 
 
-def test_routers_start_as_linear_layers_do():
+def test_routers_without_normalisation_start_as_linear_layers_do():
     torch.manual_seed(0)
-    router = Router(24, 4, hidden=5)
+    router = Router(24, 4, hidden=5, norm="none")
     torch.manual_seed(0)
     last, first = nn.Linear(5, 4), nn.Linear(24, 5)
     for ours, theirs in ((router, last), (router.hidden, first)):

@@ -49,9 +49,13 @@ class Naive(nn.Module):
     def forward(self, x):
         layer, router = self.layer, self.layer.routing
         pooled = x.mean((2, 3))
+        if router.norm == "layer":
+            centred = pooled - pooled.mean(1, keepdim=True)
+            deviation = (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+            pooled = centred / deviation / x.shape[1] ** 0.5
         if router.hidden is not None:
             pooled = torch.relu(pooled @ router.hidden.weight.t() + router.hidden.bias)
-        logits = pooled @ router.weight.t() + router.bias
+        logits = pooled @ router.weight.flatten(1).t() + router.bias
         softmax = router.softmax
         routing_weights = torch.softmax(logits / router.temperature, 1) if softmax else torch.sigmoid(logits)
         if layer.pad_same:

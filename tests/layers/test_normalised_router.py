@@ -1,4 +1,4 @@
-"""Routers that read vectors of length one: their function, their start, and that old weights keep their meaning."""
+"""Routers that read normalised averages: their function, their start, and that old weights keep their meaning."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ KINDS = {
 def router(request):
     """With nothing at its start value."""
     torch.manual_seed(0)
-    router = Router(8, 3, norm="l2", **request.param)
+    router = Router(8, 3, norm="layer", **request.param)
     for parameter in router.parameters():
         nn.init.normal_(parameter)
     return router
@@ -30,24 +30,27 @@ def router(request):
 
 def expected(router, x):
     pooled = x.mean((2, 3))
-    pooled = router.scale * pooled / pooled.norm(dim=1, keepdim=True)
+    pooled = pooled - pooled.mean(1, keepdim=True)
+    pooled = pooled / pooled.norm(dim=1, keepdim=True)
     if router.hidden is not None:
         pooled = torch.relu(pooled @ router.hidden.weight.T + router.hidden.bias)
-    logits = pooled @ router.weight.T + router.bias
+    logits = pooled @ router.weight.flatten(1).T + router.bias
     return (logits / router.temperature).softmax(1) if router.softmax else logits.sigmoid()
 
 
-def test_it_reads_the_direction_of_the_averages(router):
-    x = torch.rand(4, 8, 5, 6)
+def test_brightness_and_contrast_of_the_averages_do_not_matter(router):
+    x = torch.rand(4, 8, 5, 6) * torch.arange(1.0, 9)[:, None, None]
     assert torch.allclose(router(x), expected(router, x), atol=1e-5)
-    assert torch.allclose(router(1000 * x), router(x), atol=1e-5)
+    assert torch.allclose(router(1000 * x + 10), router(x), atol=1e-3)
     assert not torch.allclose(router(x)[0], router(x)[1], atol=1e-3)
 
 
+@pytest.mark.usefixtures("neutral_routers")
 def test_every_image_is_routed_alike_at_the_start():
     x = torch.rand(4, 8, 5, 6)
-    assert torch.equal(Router(8, 3, norm="l2")(x), torch.full((4, 3), 0.5))
-    assert torch.equal(Router(8, 3, "softmax", norm="l2", hidden=4)(x), torch.full((4, 3), 1 / 3))
+    assert torch.equal(Router(8, 3)(x), torch.full((4, 3), 0.5))
+    assert torch.equal(DynamicConv(8, 6, num_experts=3).routing(x), torch.full((4, 3), 0.5))
+    assert torch.equal(Router(8, 3, "softmax", norm="layer", hidden=4)(x), torch.full((4, 3), 1 / 3))
 
 
 @pytest.mark.parametrize("batch", [1, 0])
@@ -85,24 +88,25 @@ def test_it_copies_and_travels(router):
     torch.save(router, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(router), pickle.loads(pickle.dumps(router)), torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(x), router(x)) and other.norm == "l2"
+        assert torch.equal(other(x), router(x)) and other.norm == "layer"
 
 
-def test_a_state_dict_without_a_scale_is_one_of_a_router_without_normalisation(router):
+def test_a_state_dict_says_whether_its_router_normalises(router):
     x = torch.rand(4, 8, 5, 6)
     kind = {"hidden": 5} if router.hidden is not None else {"activation": "softmax" if router.softmax else "sigmoid"}
-    old = Router(8, 3, **kind)
-    assert not [name for name in old.state_dict() if "scale" in name]
+    old = Router(8, 3, **kind, norm="none")
+    new, weight = copy.deepcopy(router), router.weight
     router.load_state_dict(old.state_dict())
-    assert router.norm is None and torch.equal(router(x), old(x))
-    assert router.state_dict().keys() == old.state_dict().keys()
+    assert router.norm == "none" and torch.equal(router(x), old(x)) and router.weight is weight
+    old.load_state_dict(new.state_dict())
+    assert old.norm == "layer" and torch.equal(old(x), new(x))
 
 
 def test_networks_load_old_weights_and_compute_what_they_did():
     arguments = {"stages": (((3, 16, 16, 0, 1),), ((3, 48, 24, 0.25, 2),)), "width": 0.5, "num_classes": 5}
-    old, x = ParameterNet(**arguments).eval(), torch.randn(2, 3, 32, 32)
-    new = ParameterNet(**arguments, routing_norm="l2").eval()
-    assert all(router.norm == "l2" for router in new.modules() if isinstance(router, Router))
+    old, x = ParameterNet(**arguments, routing_norm="none").eval(), torch.randn(2, 3, 32, 32)
+    new = ParameterNet(**arguments).eval()
+    assert all(router.norm == "layer" for router in new.modules() if isinstance(router, Router))
     with torch.no_grad():
         before = new(x)
         new.load_state_dict(old.state_dict())
@@ -112,18 +116,16 @@ def test_networks_load_old_weights_and_compute_what_they_did():
 @pytest.mark.parametrize("routing", ["sigmoid", "softmax"])
 def test_upcycling_keeps_the_function_and_the_recipe_remembers(routing):
     dense, x = timm.create_model("test_efficientnet", num_classes=5).eval(), torch.randn(2, 3, 64, 64)
-    dynamic = upcycle(dense, routing=routing, routing_norm="l2").eval()
-    assert {router.norm for router in dynamic.modules() if isinstance(router, Router)} == {"l2"}
+    dynamic = upcycle(dense, routing=routing).eval()
+    assert {router.norm for router in dynamic.modules() if isinstance(router, Router)} == {"layer"}
     with torch.no_grad():
         assert torch.allclose(dynamic(x), dense(x), atol=1e-4)
     recipe = dynamic.upcycling.recipe()
     again = timm.create_model("dynamic_timm", source="test_efficientnet", recipe=recipe, num_classes=5)
     again.load_state_dict(dynamic.state_dict())
-    assert {router.norm for router in again.modules() if isinstance(router, Router)} == {"l2"}
+    assert {router.norm for router in again.modules() if isinstance(router, Router)} == {"layer"}
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="routing_norm must be one of 'l2', None, got 'batch'"):
+    with pytest.raises(ValueError, match="routing_norm must be one of layer, none, got 'batch'"):
         DynamicConv(4, 4, routing_norm="batch")
-    with pytest.raises(ValueError, match="routing_norm='l2' have no effect with a shared"):
-        DynamicConv(4, 4, routing=Router(4), routing_norm="l2")
