@@ -23,7 +23,7 @@ FLOORS = {
     "models": 4,
     "prediction": 5, "training": 5, "export": 5,
     "routing": 6, "yolo": 6, "diagnosis": 6,
-    "hub": 7,
+    "hub": 7, "app": 7,
     "cli": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip

@@ -41,10 +41,8 @@ def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Pat
     metavar="FILE",
     help="Write a row per image to a .csv, .jsonl or .parquet file instead of printing; resumes after a kill.",
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images per step.")
-@click.option(
-    "--workers", type=click.IntRange(min=0), help="Reading processes.  [default: the cores less one]"
-)
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images per step.")
+@click.option("--workers", type=click.IntRange(min=0), help="Reading processes.  [default: the cores less one]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(

@@ -49,7 +49,7 @@ def predict_to_file(
     output: str | Path,
     *,
     topk: int = 5,
-    batch_size: int = 32,
+    batch_size: int = 64,
     workers: int | None = None,
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -154,7 +154,7 @@ class _Inputs(Dataset):
         except ImageError as error:
             return index, error.reason
         except Exception as error:  # of an image that decodes but cannot be resized, such as 1 x 60,000 pixels
-            return index, f"cannot be prepared for the network: {error or type(error).__name__}"
+            return index, f"cannot be prepared for the network: {str(error) or type(error).__name__}"
 
 
 class _Batch(NamedTuple):
@@ -173,10 +173,12 @@ def _answers(
     predictor: Predictor, listing: Listing, indices: list[int], topk: int, batch_size: int, workers: int
 ) -> Iterator[list[Answer]]:
     """Answers of each batch, indices ascending."""
+    workers = min(workers, len(indices))
     loader = DataLoader(
         _Inputs(listing, indices, predictor.preprocess),
         batch_size=batch_size,
-        num_workers=min(workers, len(indices)),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,  # enough for a network that is a little uneven
         collate_fn=_collate,
         worker_init_fn=_ignore_interrupt,
         pin_memory=predictor.device.type == "cuda",

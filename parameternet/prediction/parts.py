@@ -35,6 +35,8 @@ class Parts:
     A start never touches the files of earlier ones, so that a line cut off by a kill stays the last one of its file.
     """
 
+    patience = 15.0  # seconds: a killed run's processes may need a moment to notice
+
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(f"{output.name}.parts")
@@ -48,8 +50,7 @@ class Parts:
             ValueError: the output exists, or the parts are of another setup.
         """
         lock = self.output.with_name(f".{self.output.name}.lock")
-        # A killed run's processes may need a moment to notice.
-        with files.lock(lock, str(self.output), timeout=15):
+        with files.lock(lock, str(self.output), timeout=self.patience):
             if (self.folder / SETUP).exists():
                 self._check(setup)
             elif self.output.exists():
@@ -81,9 +82,7 @@ class Parts:
         end = time.monotonic() + patience  # network file systems may show a new folder late
         while not (self.folder / SETUP).exists():
             if time.monotonic() > end:
-                raise ValueError(
-                    f"{self.folder} is not seen by all hosts; put --output in a folder that they share"
-                )
+                raise ValueError(f"{self.folder} is not seen by all hosts; put --output in a folder that they share")
             time.sleep(0.1)
 
     @contextmanager
