@@ -4,8 +4,8 @@
 >>> build("dynamic_efficientnet_lite0").launch()  # doctest: +SKIP
 """
 
-from parameternet.app.explainer import Cost, Detection, Explainer, Explanation
+from parameternet.app.explainer import Cost, Explainer, Explanation
 from parameternet.app.heat_map import draw
 from parameternet.app.page import build
 
-__all__ = ["Cost", "Detection", "Explainer", "Explanation", "build", "draw"]
+__all__ = ["Cost", "Explainer", "Explanation", "build", "draw"]

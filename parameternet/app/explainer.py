@@ -1,8 +1,9 @@
 """What the page shows of an image: classes, routing weights, and the static baseline next to the network."""
 
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,20 +17,9 @@ from parameternet.layers.recording import record_routing_weights
 from parameternet.prediction import Predictor, expand
 from parameternet.surgery import collapse
 
-__all__ = ["Cost", "Detection", "Explainer", "Explanation", "photos"]
+__all__ = ["Cost", "Explainer", "Explanation", "photos"]
 
-ROUNDS = 5  # of each network, in turn
-
-
-class Detection(NamedTuple):
-    """An object: its class, how sure the detector is, and its box in pixels: left, top, right, bottom."""
-
-    label: str
-    confidence: float
-    box: tuple[int, int, int, int]
-
-
-Detector = Callable[[Image.Image], list[Detection]]
+ROUNDS = 3  # of each network, in turn: an image should take less than a second
 
 
 class Cost(NamedTuple):
@@ -81,6 +71,7 @@ class Explainer:
         device: str | torch.device | None = None,
         examples: Sequence[str | Path] | None = None,
     ) -> None:
+        self.turn = threading.Lock()  # recordings of two requests at once would mix
         self.predictor = Predictor(model, device)
         self.name = self.predictor.name
         given = photos() if examples is None else examples
@@ -93,18 +84,23 @@ class Explainer:
     def __call__(self, image: Image.Image, topk: int = 5) -> Explanation:
         """Explain an image; `topk` is the number of classes."""
         x = self._input(image)
-        with torch.inference_mode():
-            routing = self.routing(image)
-            classes, static_classes = (self._classes(predictor, x, topk) for predictor in (self.predictor, self.static))
+        with self.turn, torch.inference_mode():
+            classes, routing = self._recorded(x, topk)
+            static_classes = self._classes(self.static, x, topk)
             times = self._times(x)
         costs = [Cost(*facts, milliseconds) for facts, milliseconds in zip(self.facts, times, strict=True)]
         return Explanation(classes, static_classes, routing, *costs)
 
     def routing(self, image: Image.Image) -> dict[str, Tensor]:
         """Return the routing weights (E,) of each dynamic layer that the image reaches."""
-        with torch.inference_mode(), record_routing_weights(self.predictor.model) as recording:
-            self.predictor.model(self._input(image))
-        return {name: torch.cat(calls).mean(0) for name, calls in recording.calls.items() if calls}
+        with self.turn:
+            return self._recorded(self._input(image), 1)[1]
+
+    def _recorded(self, x: Tensor, topk: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        with record_routing_weights(self.predictor.model) as recording:
+            classes = self._classes(self.predictor, x, topk)
+        # A layer that is used in several places is called once for each.
+        return classes, {name: torch.cat(calls).mean(0) for name, calls in recording.calls.items() if calls}
 
     def _input(self, image: Image.Image) -> Tensor:
         return self.predictor.preprocess(image)[None].to(self.predictor.device)
@@ -114,7 +110,7 @@ class Explainer:
         return {predictor.labels[index]: value for index, value in zip(indices, probabilities, strict=True)}
 
     def _times(self, x: Tensor) -> list[float]:
-        """Milliseconds of the network and of its static baseline: medians, so that other programs disturb both alike."""
+        """Return the median milliseconds of the network and of its static baseline, run in turn."""
         times: list[list[float]] = [[], []]
         for _ in range(ROUNDS):
             for predictor, found in zip((self.predictor, self.static), times, strict=True):

@@ -1,7 +1,8 @@
 """The page itself, in Gradio; nothing on it comes from the network."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from parameternet.app import heat_map
-from parameternet.app.explainer import Cost, Detector, Explainer
+from parameternet.app.explainer import Cost, Explainer
 from parameternet.data import images
 from parameternet.data.errors import ImageError
 from parameternet.text import printable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build"]
 
+# From an image to objects, each with a `label`, a `confidence` from 0 to 1 and a `box` in pixels.
+Detector = Callable[[Image.Image], Sequence[Any]]
 LEGEND = (
     "A column is a dynamic layer, a row one of its experts. Red: a larger share of the layer's routing weights than an "
     "even split; blue: a smaller one. Point at a cell to read it."
@@ -37,7 +40,7 @@ def build(
 
     Args:
         model, device, examples: As of `Explainer`.
-        detector: Finds objects in an image, shown below.
+        detector: From an image to objects with `label`, `confidence` and `box` (left, top, right, bottom in pixels).
 
     Raises:
         ModuleNotFoundError: Gradio is not installed.
@@ -64,27 +67,34 @@ def build(
         found = gr.AnnotatedImage(label="Detections", visible=detector is not None, elem_id="detections")
         outputs = [classes, static_classes, costs, routing, second_routing, note, found]
 
-        def show(path: str | None, other: str | None) -> list[Any]:
-            if path is None:
-                return [None, None, None, "", "", "", None]
-            image = _read(path)
-            told = explainer(image)
-            maps = {"Image": told.routing}
-            if other is not None:
-                maps["Second image"] = explainer.routing(_read(other))
-            drawn = [f"<h3>Routing of: {title}</h3>{heat_map.draw(weights, title)}" for title, weights in maps.items()]
-            boxes = (
-                None
-                if detector is None
-                else (image, [(d.box, f"{d.label} {d.confidence:.0%}") for d in detector(image)])
-            )
-            table = [_row("network", told.cost), _row("static baseline", told.static_cost)]
-            words = LEGEND if len(maps) == 1 or not _alike(*maps.values()) else f"{LEGEND} {ALIKE}"
-            return [told.classes, told.static_classes, table, *(drawn + [""])[:2], words, boxes]
-
         for image in (first, second):
-            image.change(show, [first, second], outputs, api_name="explain" if image is first else False)
+            image.change(
+                partial(_show, explainer, detector),
+                [first, second],
+                outputs,
+                api_name="explain",
+                concurrency_id="network",  # one at a time: the measured times are of a request alone
+                concurrency_limit=1,
+            )
     return page
+
+
+def _show(explainer: Explainer, detector: Detector | None, path: str | None, other: str | None) -> list[Any]:
+    """What the page shows of two images, in the order of its outputs."""
+    if path is None:
+        return [None, None, None, "", "", "", None]
+    image = _read(path)
+    told = explainer(image)
+    others = explainer.routing(_read(other)) if other else None
+    table = [_row("network", told.cost), _row("static baseline", told.static_cost)]
+    maps = [_heat_map(told.routing, "Image"), _heat_map(others, "Second image") if others else ""]
+    alike = others is not None and _alike(told.routing, others)
+    boxes = (image, [(d.box, f"{d.label} {d.confidence:.0%}") for d in detector(image)]) if detector else None
+    return [told.classes, told.static_classes, table, *maps, f"{LEGEND} {ALIKE}" if alike else LEGEND, boxes]
+
+
+def _heat_map(routing: dict[str, Tensor], title: str) -> str:
+    return f"<h3>Routing: {title}</h3>{heat_map.draw(routing, title)}"
 
 
 def _image(label: str, name: str) -> Any:

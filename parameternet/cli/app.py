@@ -12,9 +12,7 @@ from parameternet.prediction import DEFAULT_MODEL
 
 @click.command()
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--detector", type=click.Path(exists=True, path_type=Path), help="Show the objects that a YOLO file finds."
-)
+@click.option("--detector", type=click.Path(exists=True, path_type=Path), help="A YOLO file; shows what it finds.")
 @click.option("--examples", type=click.Path(exists=True), help="Folder of images to try.  [default: three photos]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0 for other machines.")
 @click.option("--port", type=click.IntRange(min=1, max=65535), help="[default: the first free one from 7860]")
