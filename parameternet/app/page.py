@@ -100,10 +100,14 @@ def _heat_map(routing: dict[str, Tensor], title: str) -> str:
 def _image(label: str, name: str) -> Any:
     import gradio as gr
 
-    # The file itself, so that `data.images` reads it as everywhere.
-    return gr.Image(
-        label=label, elem_id=name, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280
-    )
+    sources = ["upload", "clipboard"]
+    image = gr.Image(label=label, elem_id=name, type="filepath", sources=sources, height=280)
+    image.preprocess = _path  # Gradio would decode the file, but `data.images` reads it as everywhere
+    return image
+
+
+def _path(payload: Any) -> str | None:
+    return payload.path if payload else None
 
 
 def _read(path: str) -> Image.Image:
