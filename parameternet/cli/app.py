@@ -1,5 +1,6 @@
 """`parameternet app`: a page to try a network."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def app(
 
 
 def _detector(path: Path) -> Any:
-    # Under AGPL-3.0, unlike this package: only on request.
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # Ultralytics sends usage statistics otherwise
+    # Under AGPL-3.0, unlike the rest of this package: imported on request only.
     from parameternet.yolo.detector import Detector
 
     return Detector(path)

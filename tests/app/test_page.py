@@ -1,8 +1,12 @@
 """The page: as Python serves it, and in headless Chromium."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +96,20 @@ def test_a_broken_image_is_an_error_in_words(gradio, folder, tmp_path):
         Exception, match="This image cannot be read: not an image, or of a format that Pillow does not read"
     ):
         asked(build(folder, device="cpu"), tmp_path / "broken.png")
+
+
+def test_the_command_serves_until_it_is_interrupted(gradio, folder):
+    command = [sys.executable, "-m", "parameternet", "app", str(folder), "--device", "cpu"]
+    search = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": search})
+    try:
+        line = next(line for line in run.stderr if line.startswith("http://127.0.0.1:"))
+        with urllib.request.urlopen(line.split()[0], timeout=60) as answer:
+            assert b"parameternet: " in answer.read()
+    finally:
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=60)
+    assert run.returncode in (0, 1)
 
 
 def test_nothing_is_sent_to_gradio(gradio, folder, monkeypatch):
