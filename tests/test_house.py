@@ -17,17 +17,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "parameternet"
 # A room imports from lower floors and from rooms of its own floor without a circle, never from higher ones.
 FLOORS = {
-    "files": 1, "text": 1, "deprecation": 1, "layers": 1,
+    "files": 1, "text": 1, "deprecation": 1, "distributed": 1, "layers": 1,
     "weights": 2, "flops": 2, "optim": 2,
     "surgery": 3, "data": 3,
     "models": 4,
     "prediction": 5, "training": 5, "export": 5,
     "routing": 6, "yolo": 6, "diagnosis": 6,
-    "hub": 7,
+    "hub": 7, "app": 7,
     "cli": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
-OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorboard"}
+OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorboard",
+            "gradio", "pyarrow"}  # fmt: skip
 
 
 def imports(path):

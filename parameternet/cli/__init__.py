@@ -26,6 +26,7 @@ COMMANDS = {
     "card": "Write the card of a checkpoint.",
     "publish": "Put a checkpoint on the Hub.",
     "export": "Write a network as ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
+    "app": "Serve a page to try a network.",
     "doctor": "Check this installation.",
 }
 

@@ -1,6 +1,7 @@
 """`parameternet predict`: classify images."""
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import click
 from PIL import Image
 
-from parameternet.cli.output import print_json
+from parameternet.cli.output import echo, print_json
+from parameternet.cli.progress import Bar
 from parameternet.files import write_bytes
-from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw
+from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw, predict_to_file
 from parameternet.text import printable
 
 
@@ -33,17 +35,41 @@ def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Pat
 )
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes per image.")
 @click.option("--save", type=click.Path(path_type=Path), callback=_image_path, help="Draw images with their classes.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a row per image to a .csv, .jsonl or .parquet file instead of printing; resumes after a kill.",
+)
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images per step.")
+@click.option("--workers", type=click.IntRange(min=0), help="Reading processes.  [default: the cores less one]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
-    images: tuple[str, ...], model: str, topk: int, save: Path | None, device: str | None, as_json: bool
+    images: tuple[str, ...],
+    model: str,
+    topk: int,
+    save: Path | None,
+    output: Path | None,
+    batch_size: int,
+    workers: int | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Classify each IMAGE: a file, a folder, or an http(s) address.
 
     Images that cannot be read are listed and skipped, and the exit code is 1.
+
+    With --output, IMAGE is a file, a folder, a .tar, or webdataset shards (wds/FOLDER:shards-{000..009}.tar). The same
+    command resumes a run that was stopped. Images that cannot be read are listed in FILE.errors.csv, and the exit code
+    is 0. Several processes: torchrun --nproc-per-node N -m parameternet predict IMAGE --output FILE
     """
+    if output:
+        if save:
+            raise click.UsageError("--save draws what is printed; it does not go with --output")
+        return _bulk(images, model, topk, output, batch_size, workers, device, as_json)
     predictor = Predictor(model, device)
-    results = predictor.predict(images, topk, keep_images=save is not None)
+    results = predictor.predict(images, topk, batch_size, keep_images=save is not None)
     if as_json:
         print_json({"model": predictor.name, "results": [_plain(result) for result in results]})
     else:
@@ -53,6 +79,34 @@ def predict(
         click.echo(f"saved {save}", err=True)
     if any(result.error for result in results):
         sys.exit(1)
+
+
+def _bulk(
+    images: tuple[str, ...],
+    model: str,
+    topk: int,
+    output: Path,
+    batch_size: int,
+    workers: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    with Bar("predict" if processes == 1 else f"process 1 of {processes}") as bar:
+        made = predict_to_file(
+            model, images, output, topk=topk, batch_size=batch_size, workers=workers, device=device, progress=bar
+        )
+    if made is None:  # another process reports
+        return
+    for note in made.notes:
+        echo(note, err=True)
+    if as_json:
+        print_json({**made._asdict(), "output": str(made.output), "errors": made.errors and str(made.errors)})
+        return
+    resumed = f", {made.resumed:,} of an earlier start" if made.resumed else ""
+    echo(f"{made.output}: {made.images:,} images{resumed}", err=True)
+    if made.errors:
+        echo(f"{made.errors}: {made.unreadable:,} images that cannot be read", err=True)
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -46,6 +46,13 @@ class Folder:
         """The content of a file."""
         return (self.root / name).read_bytes()
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; -1 if it cannot be looked at."""
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
     def _walk(self, below: str, above: frozenset[tuple[int, int]]) -> None:
         try:
             found = os.stat(self.root / below)
@@ -92,17 +99,24 @@ class Tar:
 
     def data(self, name: str) -> bytes:
         """The content of a file."""
-        target = name
-        for _ in range(8):  # links may lead to links
-            if target in self.places:
-                break
-            target = self.links.get(target, "")
-        if target not in self.places:
+        place = self._place(name)
+        if place is None:
             raise ImageError(name, "a link to a file that the tar does not hold")
-        place = self.places[target]
         with open(self.root, "rb") as file:
             file.seek(place.offset)
             return file.read(place.size)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; -1 if the tar does not hold it."""
+        place = self._place(name)
+        return -1 if place is None else place.size
+
+    def _place(self, name: str) -> _Place | None:
+        for _ in range(8):  # links may lead to links
+            if name in self.places:
+                break
+            name = self.links.get(name, "")
+        return self.places.get(name)
 
     def _scan(self, file: Any, prefix: str, base: int) -> None:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -1,10 +1,11 @@
-"""Classify images: `Predictor` gives `Result`s, `draw` draws them.
+"""Classify images: `Predictor` gives `Result`s, `draw` draws them, `predict_to_file` writes those of many images.
 
 >>> predictor = Predictor()  # doctest: +SKIP
 >>> predictor.predict("cat.jpg")[0].labels[0]  # doctest: +SKIP
 'tabby'
 """
 
+from parameternet.prediction.bulk import Summary, predict_to_file
 from parameternet.prediction.drawing import draw
 from parameternet.prediction.predictor import (
     DEFAULT_MODEL,
@@ -17,4 +18,16 @@ from parameternet.prediction.predictor import (
     read_image,
 )
 
-__all__ = ["DEFAULT_MODEL", "ImageLike", "Predictor", "Result", "class_names", "draw", "expand", "load", "read_image"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "ImageLike",
+    "Predictor",
+    "Result",
+    "Summary",
+    "class_names",
+    "draw",
+    "expand",
+    "load",
+    "predict_to_file",
+    "read_image",
+]

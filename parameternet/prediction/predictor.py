@@ -13,13 +13,13 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from parameternet.data import images, sources
 from parameternet.data.errors import ImageError
 from parameternet.models import loading
 
-__all__ = ["DEFAULT_MODEL", "ImageLike", "Predictor", "Result", "load"]
+__all__ = ["DEFAULT_MODEL", "ImageLike", "Predictor", "Preprocess", "Result", "load"]
 
 DEFAULT_MODEL = "dynamic_efficientnet_lite0.in1k_upcycled"
 MAX_DOWNLOAD = 64 << 20  # bytes: more than any photo, and an endless response stops
@@ -75,6 +75,17 @@ def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
     return [words.get(name, name) for name in names]
 
 
+class Preprocess:
+    """Turn an image into the network's input (C, H, W); it holds no network, so that workers can have a copy."""
+
+    def __init__(self, data_config: dict[str, Any]) -> None:
+        self.gray = data_config["input_size"][0] == 1
+        self.transform = timm.data.create_transform(**data_config, is_training=False)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image.convert("L") if self.gray else image)
+
+
 class Predictor:
     """Classify images.
 
@@ -94,7 +105,8 @@ class Predictor:
         self.name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
         self.labels = class_names(cfg, self.model.num_classes)
         self.data_config = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
-        self.transform = timm.data.create_transform(**self.data_config, is_training=False)
+        self.preprocess = Preprocess(self.data_config)
+        self.transform = self.preprocess.transform
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], topk: int = 5, batch_size: int = 16, keep_images: bool = False
@@ -119,7 +131,7 @@ class Predictor:
     def _batch(self, sources: Sequence[ImageLike], topk: int, keep_images: bool) -> list[Result]:
         read = [_try_to_read(source) for source in sources]
         readable = [image for image, _ in read if image is not None]
-        answers = iter(self._classify(readable, topk) if readable else [])
+        answers = iter(self.classify(torch.stack([*map(self.preprocess, readable)]), topk) if readable else [])
         results = []
         for source, (image, error) in zip(sources, read, strict=True):
             words = _describe(source)
@@ -132,10 +144,9 @@ class Predictor:
         return results
 
     @torch.inference_mode()
-    def _classify(self, images: Sequence[Image.Image], topk: int) -> list[tuple[list[float], list[int]]]:
-        gray = self.data_config["input_size"][0] == 1
-        batch = torch.stack([self.transform(image.convert("L") if gray else image) for image in images])
-        probabilities = self.model(batch.to(self.device)).float().softmax(-1)
+    def classify(self, batch: Tensor, topk: int = 5) -> list[tuple[list[float], list[int]]]:
+        """Return probabilities and indices of the `topk` most probable classes of each preprocessed image (C, H, W)."""
+        probabilities = self.model(batch.to(self.device, non_blocking=True)).float().softmax(-1)
         top = probabilities.topk(min(topk, probabilities.shape[1]))
         return list(zip(top.values.tolist(), top.indices.tolist(), strict=True))
 

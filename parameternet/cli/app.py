@@ -1,0 +1,42 @@
+"""`parameternet app`: a page to try a network."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from parameternet.app import build
+from parameternet.cli.output import echo
+from parameternet.prediction import DEFAULT_MODEL
+
+
+@click.command()
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--detector", type=click.Path(exists=True, path_type=Path), help="A YOLO file; shows what it finds.")
+@click.option("--examples", type=click.Path(exists=True), help="Folder of images to try.  [default: three photos]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0 for other machines.")
+@click.option("--port", type=click.IntRange(min=1, max=65535), help="[default: the first free one from 7860]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
+def app(
+    model: str, detector: Path | None, examples: str | None, host: str, port: int | None, device: str | None
+) -> None:
+    """Serve a page that classifies an image with MODEL and shows which experts it uses.
+
+    Next to it are a second image and the network's static baseline. MODEL is a checkpoint, a folder or run folder, a
+    .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. The page needs no network.
+
+    A YOLO file is a pickle, which can run code: give --detector only files that you trust.
+    """
+    page = build(model, _detector(detector) if detector else None, [examples] if examples else None, device)
+    _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True)
+    echo(f"{address}  (Ctrl-C stops)", err=True)
+    page.block_thread()
+
+
+def _detector(path: Path) -> Any:
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # Ultralytics sends usage statistics otherwise
+    # Under AGPL-3.0, unlike the rest of this package: imported on request only.
+    from parameternet.yolo.detector import Detector
+
+    return Detector(path)

@@ -1,0 +1,144 @@
+"""One process, or several started by torchrun: which one this is, and how they agree."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Place", "agree_on_life", "join", "local_rank"]
+
+
+@dataclass
+class Place:
+    """One of `world` processes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any = None  # process group for a few bytes between CPUs; gradients use the default group
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum `values` over all processes; the result is on the CPU."""
+        values = values.detach().cpu()
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def largest(self, value: int) -> int:
+        """Return the largest `value` of all processes."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def union(self, items: dict) -> dict:
+        """Merge the dictionaries of all processes."""
+        return {key: value for one in self.gather(items) for key, value in one.items()}
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Broadcast the first process's tensors, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, item: Any) -> list[Any]:
+        """Return the `item` of every process, by rank."""
+        if self.world == 1:
+            return [item]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, item, group=self.control)
+        return everyone
+
+    def agreed(self, action: Callable[[], Any]) -> None:
+        """Run `action` in the first process; what it raises is raised in every process."""
+        problem = None
+        if self.first:
+            try:
+                action()
+            except Exception as error:
+                problem = error
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise problem
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+
+def local_rank() -> int | None:
+    """This process's number on its host, which is also its GPU's; None if there is one process."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+
+
+@contextmanager
+def join(device: torch.device, backend: str = "gloo", patience: timedelta | None = None) -> Iterator[Place]:
+    """Yield this process's place, and join the others if torchrun has set RANK and WORLD_SIZE.
+
+    Args:
+        backend: Of the default group, which moves tensors.
+        patience: How long a process waits for another one; None: as long as torch's default, 30 minutes.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world == 1:
+        yield Place(0, 1, device)
+        return
+    _join(backend)
+    here = Place(rank, world, device, dist.new_group(backend="gloo", timeout=patience))
+    try:
+        yield here
+    finally:
+        # A gloo thread that frees its last tensor after the interpreter has exited aborts the process. Threads end with
+        # their group, which DistributedDataParallel modules keep alive in reference cycles.
+        here.control = None
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    # After a restart torchrun's store still has the addresses of processes that ended, and new ones would connect to
+    # them, so each start of the run has its own keys.
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    life = agree_on_life(store, rank, world)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life {life}", store), rank=rank, world_size=world)
+
+
+def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
+    """Agree on a name shared by exactly the running processes, whatever earlier ones left in the store.
+
+    torchrun's restart count is not such a name: each host counts its own, and a host that joins again begins at 0.
+    The first process proposes a random name, every other process answers with a random text, and the name counts once
+    a process finds its answer among those that the first one read. A name from an earlier start has other answers.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("life", mine)
+        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]
+        store.set(f"{mine}/all", json.dumps(answers))
+        return mine
+    while True:
+        name = store.get("life").decode()
+        store.set(f"{name}/{rank}", mine)
+        while store.get("life").decode() == name:
+            if store.check([f"{name}/all"]) and json.loads(store.get(f"{name}/all"))[rank - 1] == mine:
+                return name
+            time.sleep(0.02)

@@ -1,0 +1,135 @@
+"""What a bulk prediction has so far, on the disk: a killed run resumes from it."""
+
+import heapq
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parameternet import files
+from parameternet.text import printable
+
+__all__ = ["Answer", "Parts"]
+
+SETUP = "setup.json"
+SUFFIX = ".jsonl"
+
+
+class Answer(NamedTuple):
+    """What is known of image `index`: its classes, most probable first, or why it could not be read."""
+
+    index: int
+    classes: list[int]
+    probabilities: list[float]
+    error: str | None = None
+
+
+class Parts:
+    """The folder `OUTPUT.parts`: what is predicted, and a file of answers for each process and each start of the run.
+
+    A start never touches the files of earlier ones, so that a line cut off by a kill stays the last one of its file.
+    """
+
+    patience = 15.0  # seconds: a killed run's processes may need a moment to notice
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(f"{output.name}.parts")
+
+    @contextmanager
+    def begin(self, setup: dict[str, Any]) -> Iterator[None]:
+        """Hold the run for this process, begun anew or resumed.
+
+        Raises:
+            Locked: another process writes it.
+            ValueError: the output exists, or the parts are of another setup.
+        """
+        lock = self.output.with_name(f".{self.output.name}.lock")
+        with files.lock(lock, str(self.output), timeout=self.patience):
+            if (self.folder / SETUP).exists():
+                self._check(setup)
+            elif self.output.exists():
+                raise ValueError(f"{self.output} exists; delete it, or give another --output")
+            else:
+                self.folder.mkdir(exist_ok=True)
+                files.write_json(self.folder / SETUP, setup)
+            yield
+
+    def _check(self, setup: dict[str, Any]) -> None:
+        try:
+            begun = json.loads((self.folder / SETUP).read_text())
+        except ValueError:
+            begun = {}
+        for key, value in setup.items():
+            if begun.get(key) != value:
+                was, now = (printable(str(found.get(key)))[:80] for found in (begun, setup))
+                raise ValueError(
+                    f"{self.folder} holds a run that began with another {key}: {was}, now {now}. "
+                    "Run it with what it began with, delete that folder to start over, or give another --output"
+                )
+
+    def check_shared(self, patience: float = 30.0) -> None:
+        """Check that this process sees the folder that the first process has begun.
+
+        Raises:
+            ValueError: it does not within `patience` seconds.
+        """
+        end = time.monotonic() + patience  # network file systems may show a new folder late
+        while not (self.folder / SETUP).exists():
+            if time.monotonic() > end:
+                raise ValueError(f"{self.folder} is not seen by all hosts; put --output in a folder that they share")
+            time.sleep(0.1)
+
+    @contextmanager
+    def append(self) -> Iterator["Writer"]:
+        """Open a file of this process for more answers."""
+        with open(self.folder / f"{secrets.token_hex(8)}{SUFFIX}", "xb") as file:
+            yield Writer(file)
+            os.fsync(file.fileno())
+
+    def known(self) -> set[int]:
+        """Indices of images that have an answer."""
+        return {answer.index for path in self._files() for answer in _read(path)}
+
+    def merged(self) -> Iterator[Answer]:
+        """Every answer, by index; the first one where processes that overlapped gave two."""
+        last = -1
+        for answer in heapq.merge(*map(_read, self._files()), key=lambda answer: answer.index):
+            if answer.index > last:
+                yield answer
+            last = answer.index
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{SUFFIX}"))
+
+
+class Writer:
+    """Append answers to a file, indices ascending."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, answers: list[Answer]) -> None:
+        self.file.write(b"".join(json.dumps(answer).encode() + b"\n" for answer in answers))
+        self.file.flush()
+
+
+def _read(path: Path) -> Iterator[Answer]:
+    """The answers of a file up to a line that is not whole."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n"):
+                    return
+                yield Answer(*json.loads(line))
+            except (ValueError, TypeError):
+                return

@@ -1,0 +1,109 @@
+"""Write predictions as CSV, JSON lines or Parquet, one row an image."""
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from parameternet.files import atomic_write
+from parameternet.prediction.predictor import Result
+
+__all__ = ["FORMATS", "check_output", "write_errors", "write_rows"]
+
+ROW_GROUP = 10_000  # rows of a Parquet file that are in memory at once
+
+
+def check_output(path: Path) -> None:
+    """Check that a file of predictions can be written to `path`.
+
+    Raises:
+        ValueError: its suffix is no format, or its folder does not exist.
+        ModuleNotFoundError: its format needs a package that is not installed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"unsupported format {path.name}; use {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    if path.suffix.lower() == ".parquet":
+        importlib.import_module("pyarrow.parquet")
+
+
+def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
+    """Write results, whole or not at all, in the format of the suffix.
+
+    Args:
+        topk: Classes of each result.
+    """
+    with atomic_write(path) as file:
+        FORMATS[path.suffix.lower()](file, results, topk)
+
+
+def write_errors(path: Path, results: Iterable[Result]) -> None:
+    """Write the path and the error of results that have one, as CSV."""
+    with atomic_write(path) as file, _text(file) as text:
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["path", "error"])
+        table.writerows([_unicode(result.path), _unicode(result.error or "")] for result in results)
+
+
+def _csv(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
+    with _text(file) as text:
+        table = csv.writer(text, lineterminator="\n")
+        names = [f"{column}_{k}" for k in range(1, topk + 1) for column in ("index", "label", "probability")]
+        table.writerow(["path", *names])
+        for result in results:
+            classes = zip(result.indices, map(_unicode, result.labels), result.probabilities, strict=True)
+            table.writerow([_unicode(result.path), *(cell for row in classes for cell in row)])
+
+
+def _jsonl(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
+    for result in results:
+        classes = zip(result.indices, map(_unicode, result.labels), result.probabilities, strict=True)
+        named = [{"index": index, "label": label, "probability": value} for index, label, value in classes]
+        file.write(json.dumps({"path": _unicode(result.path), "classes": named}).encode() + b"\n")
+
+
+def _parquet(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"path": pa.string(), "indices": pa.list_(pa.int32())}
+    kinds |= {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
+    schema, rows = pa.schema(kinds), iter(results)
+    with pq.ParquetWriter(file, schema) as writer:
+        while group := list(islice(rows, ROW_GROUP)):
+            columns = {
+                "path": [_unicode(result.path) for result in group],
+                "indices": [result.indices for result in group],
+                "labels": [[*map(_unicode, result.labels)] for result in group],
+                "probabilities": [result.probabilities for result in group],
+            }
+            writer.write_table(pa.table(columns, schema))
+
+
+FORMATS: dict[str, Callable[[BinaryIO, Iterable[Result], int], None]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+class _text(io.TextIOWrapper):
+    """UTF-8 text in a binary file that stays open."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="utf-8", newline="")
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()  # flushes
+
+
+def _unicode(text: str) -> str:
+    # File names may hold bytes that are no UTF-8, which none of the formats can hold.
+    return text.encode("utf-8", "backslashreplace").decode()
