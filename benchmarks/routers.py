@@ -73,6 +73,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layernorm / sqrt(C)": {"norm": "layernorm", "start": 0.0},
     "layernorm / sqrt(C), 1 expert": {"norm": "layernorm", "start": 0.0, "num_experts": 1},
     "layernorm / sqrt(C), softmax x gain": {"norm": "layernorm", "start": 0.0, "act": "softmax_gain"},
+    "layernorm / sqrt(C), x 4": {"norm": "layernorm", "start": 0.0, "scale": 4.0},
+    "layernorm / sqrt(C), hidden": {"norm": "layernorm", **HIDDEN},
+    "layernorm, hidden": {"norm": "layernorm_unit", **HIDDEN},
     "layernorm / sqrt(C), softmax": {"norm": "layernorm", "start": 0.0, "act": "softmax"},
     "running": RUNNING,
     "running, x 4": {**RUNNING, "scale": 4.0},
@@ -87,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Normalise(nn.Module):
-    """Pooled vectors (B, C) at unit scale: length 1 (l2, layernorm, running) or root mean square 1 (rms).
+    """Pooled vectors (B, C) of length 1 (l2, layernorm, running) or of root mean square 1 (rms, layernorm_unit).
 
     'centred' subtracts a running mean per channel and divides by the length of what is left plus a tenth of the mean's;
     'running' subtracts a running mean and divides by a running standard deviation per channel, as batch normalisation
@@ -110,6 +113,8 @@ class Normalise(nn.Module):
             return p * root / p.norm(dim=1, keepdim=True).clamp_min(1e-6)
         if self.norm == "layernorm":
             return nn.functional.layer_norm(p, p.shape[1:]) / root
+        if self.norm == "layernorm_unit":
+            return nn.functional.layer_norm(p, p.shape[1:])
         if self.norm == "centred":
             if self.training:
                 self._update(p.detach())
