@@ -72,8 +72,10 @@ class Arm(NamedTuple):
     epochs: int = EPOCHS
 
 
-# As the network itself is upcycled, but for the routing, which was sigmoid until this was measured.
-USUAL = {"kinds": ("pointwise", "depthwise"), "share_routers": False, "routing": "sigmoid"}
+# As the network itself is upcycled, but for the routing, which was sigmoid and not normalised until this was measured.
+USUAL = {
+    "kinds": ("pointwise", "depthwise"), "share_routers": False, "routing": "sigmoid", "routing_norm": "none",
+}  # fmt: skip
 # The most important first: who ends the program early has these.
 ARMS = {
     "dense": Arm(None),

@@ -88,6 +88,7 @@ def upcycle(
     probe: Tensor | tuple[Any, ...] | None = None,
     inplace: bool = False,
     routing_norm: str | None = "layer",
+    redraw: float = 0.0,
 ) -> nn.Module:
     """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
 
@@ -112,6 +113,8 @@ def upcycle(
             experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
+        redraw: Share of the output channels of each expert that are drawn anew, with the mean and standard deviation of
+            the dense kernel (Drop-Upcycling); their mixture is still the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
         neutral_weight: Routing weight of each expert at the start for sigmoid, between 0 and 1; softmax has 1 / E.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
@@ -126,9 +129,10 @@ def upcycle(
     Raises:
         ValueError: Arguments that mean nothing, or a network in which nothing is to be converted; says why for each.
 
-    Source: sparse upcycling, arXiv:2212.05055, applied to the experts of ParameterNet, arXiv:2306.14525.
+    Source: sparse upcycling, arXiv:2212.05055, and Drop-Upcycling, arXiv:2502.19261, applied to the experts of
+    ParameterNet, arXiv:2306.14525.
     """
-    _check(num_experts, kinds, noise, router_std, neutral_weight)
+    _check(num_experts, kinds, noise, redraw, router_std, neutral_weight)
     refuse_distributed(model)
     if not inplace:
         model = deepcopy(model)
@@ -140,7 +144,7 @@ def upcycle(
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
         raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
-    return _convert(model, done, _Start(noise, router_std, neutral_weight, seed))
+    return _convert(model, done, _Start(noise, redraw, router_std, neutral_weight, seed))
 
 
 def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, seed: int = 0) -> nn.Module:
@@ -204,17 +208,24 @@ def _silenced(router: Router) -> Router:
     return router
 
 
-def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator) -> Tensor:
-    """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...)."""
+def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator, redraw: float = 0.0) -> Tensor:
+    """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...).
+
+    They differ from it as `noise` and `redraw` of `upcycle` say, less what would change the mixture.
+    """
     if kernel.is_meta:
         return kernel.new_empty(router.num_experts * kernel.shape[0], *kernel.shape[1:])
     routing_weights = neutral_routing_weights(router)
     dense = kernel.detach().double().cpu()
     experts = dense.expand(len(routing_weights), *dense.shape)
-    if noise and len(routing_weights) > 1:
+    if (noise or redraw) and len(routing_weights) > 1:
         drawn = torch.randn(experts.shape, generator=generator, dtype=torch.float64, device="cpu")
-        drawn = drawn - torch.tensordot(routing_weights / routing_weights.sum(), drawn, 1)
-        experts = experts + noise * dense.square().mean().sqrt() * drawn
+        apart = noise * dense.square().mean().sqrt() * drawn
+        if redraw:
+            chosen = torch.rand(experts.shape[:2], generator=generator, dtype=torch.float64, device="cpu") < redraw
+            anew = dense.mean() + dense.std() * drawn
+            apart = torch.where(chosen.view(*chosen.shape, *[1] * (dense.ndim - 1)), anew - dense, apart)
+        experts = experts + apart - torch.tensordot(routing_weights / routing_weights.sum(), apart, 1)
     return (experts / routing_weights.sum()).flatten(0, 1).to(kernel.device, kernel.dtype)
 
 
@@ -337,7 +348,9 @@ def _tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: float, neutral_weight: float) -> None:
+def _check(
+    num_experts: int, kinds: Collection[str], noise: float, redraw: float, router_std: float, neutral_weight: float
+) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     odd = [kind for kind in kinds if kind not in KINDS]
@@ -345,6 +358,8 @@ def _check(num_experts: int, kinds: Collection[str], noise: float, router_std: f
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}")
     if noise < 0 or router_std < 0:
         raise ValueError(f"noise and router_std must not be negative, got {noise} and {router_std}")
+    if not 0 <= redraw < 1:
+        raise ValueError(f"redraw must be at least 0 and below 1, got {redraw}")
     if not 0 < neutral_weight < 1:
         raise ValueError(f"neutral_weight must be between 0 and 1, got {neutral_weight}")
 
@@ -359,6 +374,7 @@ class _Start:
     """What experts and routers start from; see `upcycle`."""
 
     noise: float = NOISE
+    redraw: float = 0.0
     router_std: float = 0.0
     neutral_weight: float = 0.5
     seed: int = 0
@@ -373,7 +389,7 @@ def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
         conv = model.get_submodule(layer.name)
         if layer.router not in routers:
             routers[layer.router] = _neutral_router(conv, done, start, layer.name)
-        dynamic = _dynamic(conv, routers[layer.router], start.noise, start.generator(layer.name))
+        dynamic = _dynamic(conv, routers[layer.router], start, start.generator(layer.name))
         replace_layer(model, layer.name, dynamic)
     model.upcycling = done
     if callable(getattr(type(model), "fuse", None)):
@@ -401,7 +417,7 @@ def _neutral_router(conv: nn.Conv2d, done: Upcycling, start: _Start, name: str) 
     return router.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 
-def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Generator) -> DynamicConv:
+def _dynamic(conv: nn.Conv2d, router: Router, start: _Start, generator: torch.Generator) -> DynamicConv:
     dynamic = DynamicConv(
         conv.in_channels,
         conv.out_channels,
@@ -415,10 +431,10 @@ def _dynamic(conv: nn.Conv2d, router: Router, noise: float, generator: torch.Gen
         router,
         device="meta",
     )
-    for part, size in (("weight", noise), ("bias", 0.0)):
+    for part, apart in (("weight", (start.noise, start.redraw)), ("bias", (0.0, 0.0))):
         dense = getattr(conv, part)
         if dense is not None:
-            experts = split(dense, router, size, generator)
+            experts = split(dense, router, apart[0], generator, apart[1])
             setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
     return dynamic.train(conv.training)
 

@@ -81,12 +81,25 @@ def test_timm_networks_keep_their_function_and_every_expert_and_router_learns(na
         {"routing": "sigmoid", "neutral_weight": 0.25},
         {"noise": 0.0},
         {"noise": 2.0, "stem": True, "head": True},
+        {"redraw": 0.5},
+        {"redraw": 0.5, "routing": "sigmoid", "neutral_weight": 0.3},
     ],
     ids=str,
 )
 def test_every_start_keeps_the_function(small, options):
     dynamic = upcycle(small.double(), **options)
     assert largest_difference(small, dynamic, torch.randn(3, 3, 9, 9, dtype=torch.float64)) < 1e-14
+
+
+def test_part_of_each_expert_is_drawn_anew(small):
+    dense = small.right.weight.detach()
+    experts = upcycle(small, noise=0.0, redraw=0.25).right.weight.detach().unflatten(0, (4, -1))
+    assert torch.allclose(experts.mean(0), dense, atol=1e-6)
+    # An output channel changes where it was drawn anew, and where it makes up for that in another expert.
+    apart = (experts - dense).flatten(2).std(2) / dense.std()
+    assert 0.1 < float((apart > 0.7).double().mean()) < 0.45 and float((apart < 1e-6).double().mean()) > 0.05
+    again = upcycle(small, noise=0.0, redraw=0.25, seed=1).right.weight.detach()
+    assert not torch.equal(again.unflatten(0, (4, -1)), experts)
 
 
 def test_noise_tells_experts_apart_by_the_given_size_and_a_seed(small):
@@ -204,6 +217,7 @@ def test_the_original_is_untouched_unless_asked_and_modes_stay(small):
         ({"kinds": ["1x1"]}, "kinds must be some of pointwise, depthwise, dense, grouped"),
         ({"kinds": "dense"}, "kinds must be some of"),
         ({"noise": -1}, "must not be negative"),
+        ({"redraw": 1.0}, "redraw must be at least 0 and below 1, got 1.0"),
         ({"neutral_weight": 1.0}, "neutral_weight must be between 0 and 1, got 1.0"),
         ({"include": "none"}, "nothing in this Small is to be converted .*stem: the stem; left: not among none"),
         ({"routing": "relu"}, "routing must be one of sigmoid, softmax"),
