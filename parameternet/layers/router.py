@@ -150,10 +150,9 @@ class Router(_Affine):
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         hidden = self.hidden
-        weight, bias, width = self.weight, self.bias, self.in_features
+        weight, bias, width = _cast(self.weight, dtype), _cast(self.bias, dtype), self.in_features
         if hidden is not None:
-            weight, bias, width = hidden.weight, hidden.bias, hidden.in_features
-        weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+            weight, bias, width = _cast(hidden.weight, dtype), _cast(hidden.bias, dtype), hidden.in_features
         if self.weight.ndim == 2:
             logits = _linear_of_mean(x, weight, bias, dtype)
         else:
