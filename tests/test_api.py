@@ -18,7 +18,8 @@ ROOMS = {
     "convert_condconv count_flops dynamic_conv2d fuse models param_groups set_temperature upcycle",
     "parameternet.layers": "STRATEGIES ConvBnAct DynamicConv GhostBottleneck GhostModule Recording Router "
     "dynamic_conv2d match_routers record_routing_weights set_temperature",
-    "parameternet.prediction": "DEFAULT_MODEL ImageLike Predictor Result class_names draw expand load read_image",
+    "parameternet.prediction": "DEFAULT_MODEL ImageLike Predictor Result Summary class_names draw expand load "
+    "predict_to_file read_image",
     "parameternet.routing": "Ablated LayerRouting Routing Row Sample ablate draw find_images measure",
     "parameternet.surgery": "collapse compare convert_condconv dilate fuse measure_routing upcycle upcycle_state_dict",
 }

@@ -28,7 +28,7 @@ class Tiny(nn.Module):
             "architecture": "tiny", "num_classes": 2, "input_size": (3, 8, 8), "crop_pct": 1.0, "mean": (0, 0, 0),
             "std": (1, 1, 1), "label_descriptions": {"n1": "fire engine"},
         }  # fmt: skip
-        self.conv = DynamicConv(3, 2, num_experts=len(bias), routing=routing)
+        self.conv = DynamicConv(3, 2, num_experts=len(bias), routing=routing, routing_norm="none")
         with torch.no_grad():
             self.conv.routing.weight.copy_(torch.tensor(weight))
             self.conv.routing.bias.copy_(torch.tensor(bias))
