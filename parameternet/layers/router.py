@@ -56,10 +56,9 @@ class Router(_Affine):
             timm.create_model drops) is the router of the released code, in which one optimiser step moves the logits
             further the wider the layer is, so that routers saturate (benchmarks/routers.py).
 
-    With normalisation `weight` is (num_experts, in_features, 1, 1), as of a 1 x 1 convolution; without it
-    (num_experts, in_features), as in 0.1.0. So a state dict says which of the two it is of, and loading it switches to
-    that. Nothing depends on other images, so a batch of one trains. Source: ParameterNet, arXiv:2306.14525; the
-    normalisation is ours.
+    With normalisation `bias` is (1, num_experts), without it (num_experts,), as in 0.1.0. So a state dict says which of
+    the two it is of, and loading it switches to that. Nothing depends on other images, so a batch of one trains.
+    Source: ParameterNet, arXiv:2306.14525; the normalisation is ours.
     """
 
     if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class Router(_Affine):
         temperatures = torch.tensor(float(temperature), device=device) if self.softmax else None
         self.register_buffer("temperature", temperatures)
         if norm == "layer":
-            self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
+            self.bias = nn.Parameter(self.bias.detach()[None])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,7 +110,7 @@ class Router(_Affine):
     @property
     def norm(self) -> str:
         """'layer' or 'none'."""
-        return "layer" if self.weight.ndim == 4 else "none"
+        return "layer" if self.bias.ndim == 2 else "none"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
@@ -125,15 +124,18 @@ class Router(_Affine):
             self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.match(state_dict.get(f"{prefix}weight"))
+        weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
+        if weight is not None and bias is None:
+            # Whoever drops what has another shape would leave weights that this router reads in another way.
+            raise RuntimeError(f"{prefix}weight without {prefix}bias, whose shape says whether the router normalises")
+        self.match(bias)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
-    def match(self, weight: Tensor | None) -> None:
-        """Read the averages as the router that has this `weight` does; the parameter stays the same object."""
-        if weight is not None and weight.ndim != self.weight.ndim:
-            own = self.weight.data
-            self.weight.data = own.flatten(1) if weight.ndim == 2 else own.unflatten(1, (-1, 1, 1))
+    def match(self, bias: Tensor | None) -> None:
+        """Normalise or not as the router does that has this `bias`; the parameter stays the same object."""
+        if bias is not None and bias.ndim != self.bias.ndim:
+            self.bias.data = self.bias.data.flatten() if bias.ndim == 1 else self.bias.data[None]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -153,13 +155,13 @@ class Router(_Affine):
         weight, bias, width = _cast(self.weight, dtype), _cast(self.bias, dtype), self.in_features
         if hidden is not None:
             weight, bias, width = _cast(hidden.weight, dtype), _cast(hidden.bias, dtype), hidden.in_features
-        if self.weight.ndim == 2:
+        if self.bias.ndim == 1:
             logits = _linear_of_mean(x, weight, bias, dtype)
         else:
             pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6) * width**-0.5
-            logits = F.linear(pooled, weight.flatten(1), bias)
+            logits = F.linear(pooled, weight, bias.flatten())
         if hidden is not None:
-            logits = F.linear(F.relu(logits), _cast(self.weight, dtype).flatten(1), _cast(self.bias, dtype))
+            logits = F.linear(F.relu(logits), _cast(self.weight, dtype), _cast(self.bias, dtype).flatten())
         temperature = self.temperature
         if temperature is not None:
             return torch.softmax(logits / temperature.to(dtype), dim=1)
@@ -206,4 +208,4 @@ def match_routers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """
     for name, router in model.named_modules():
         if isinstance(router, Router):
-            router.match(state_dict.get(f"{name}.weight"))
+            router.match(state_dict.get(f"{name}.bias"))

@@ -17,6 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import weights
+from ..layers import Router
 from ..text import printable, without_local_paths
 
 __all__ = [
@@ -191,7 +192,19 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         del cfg[name]
     # transformers passes the number of classes itself, and computes in the dtype of the file by default.
     written["model_args"] = {n: v for n, v in written.get("model_args", {}).items() if n != "num_classes"}
+    written["model_args"] |= _routing_norm(model, written)
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+
+
+def _routing_norm(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
+    """The argument that a network like `model` needs if its routers are not the default ones, as those of 0.1.0.
+
+    Our loaders see it from the weights; transformers compares shapes instead.
+    """
+    norms, default = (
+        {m.norm for m in net.modules() if isinstance(m, Router)} for net in (model, build_on_meta(config))
+    )
+    return {"routing_norm": norms.pop()} if len(norms) == 1 and norms != default else {}
 
 
 def forget_tensors(module: nn.Module, source: str | None) -> None:

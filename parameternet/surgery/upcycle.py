@@ -232,7 +232,7 @@ def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generat
 @torch.no_grad()
 def neutral_routing_weights(router: Router) -> Tensor:
     """What `router` weighs the experts by when its linear layer adds nothing to its bias, (E,), float64."""
-    logits = router.bias.double().cpu()
+    logits = router.bias.flatten().double().cpu()
     temperature = router.temperature
     return logits.sigmoid() if temperature is None else (logits / temperature.double().cpu()).softmax(0)
 

@@ -95,11 +95,14 @@ def test_a_state_dict_says_whether_its_router_normalises(router):
     x = torch.rand(4, 8, 5, 6)
     kind = {"hidden": 5} if router.hidden is not None else {"activation": "softmax" if router.softmax else "sigmoid"}
     old = Router(8, 3, **kind, norm="none")
-    new, weight = copy.deepcopy(router), router.weight
+    new, bias = copy.deepcopy(router), router.bias
     router.load_state_dict(old.state_dict())
-    assert router.norm == "none" and torch.equal(router(x), old(x)) and router.weight is weight
+    assert router.norm == "none" and torch.equal(router(x), old(x)) and router.bias is bias
     old.load_state_dict(new.state_dict())
     assert old.norm == "layer" and torch.equal(old(x), new(x))
+    state = {name: value for name, value in new.state_dict().items() if name != "bias"}
+    with pytest.raises(RuntimeError, match="weight without bias, whose shape says whether"):
+        router.load_state_dict(state, strict=False)
 
 
 def test_networks_load_old_weights_and_compute_what_they_did():
