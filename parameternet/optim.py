@@ -1,4 +1,4 @@
-"""Parameter groups for optimisers."""
+"""Parameter groups for optimizers."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ def param_groups(
     layer_decay: float | None = None,
     scale_router_lr: bool = True,
 ) -> list[dict[str, Any]]:
-    """Group the parameters of a network that are trained, for any optimizer of torch or timm.
+    """Group the trainable parameters of a network for any optimizer of torch or timm.
 
-    `torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.05))`. The groups are timm's: biases, scales of norms
-    and the model's `no_weight_decay()` are not decayed. Routers without normalisation are trained at
-    lr / sqrt(in_channels): one step of Adam changes their logits by up to the learning rate times the sum of their
-    inputs, which grows with the width. Normalised routers, the default, need no group of their own.
+    `torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.05))`. As in timm, biases, norms and what the model's
+    `no_weight_decay()` names are not decayed. Routers without normalisation are trained at lr / sqrt(in_channels),
+    because one step of Adam changes their logits by up to the learning rate times the sum of their inputs. Normalised
+    routers, the default, need no group of their own.
 
     Args:
         model: Any network, with dynamic convolutions or without.
-        lr: Learning rate of the others.
+        lr: Learning rate of all other parameters.
         weight_decay: Of kernels and matrices.
         layer_decay: Factor of the learning rate from each stage to the one below, as `lr_scale` of the groups, which
             timm's schedulers apply; None: no decay.
@@ -50,7 +50,7 @@ def param_groups(
 
 
 def _router_inputs(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The weights that read averages without normalisation -> how many they read."""
+    """Weights that read averages without normalisation, and how many averages each reads."""
     routers = [m for m in model.modules() if isinstance(m, Router) and m.norm == "none"]
     readers = [router if router.hidden is None else router.hidden for router in routers]
     return {reader.weight: reader.in_features for reader in readers}

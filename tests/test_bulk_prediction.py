@@ -336,7 +336,7 @@ def test_two_processes_killed_twice_answer_every_image_once(tmp_path, folder):
     run = torchrun(folder, tmp_path / "all.tar", output, processes=1)
     _, words = run.communicate(timeout=250)
     assert run.returncode == 0, words
-    assert f"{total:,} images, " in words and "of an earlier start" in words
+    assert f"{total:,} images, " in words and "from an earlier start" in words
     rows, number = every_path(output)
     assert number == total
     assert rows == {f"{tmp_path}/all.tar/{i}.png" for i in range(total)}

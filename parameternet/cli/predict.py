@@ -103,10 +103,14 @@ def _bulk(
     if as_json:
         print_json({**made._asdict(), "output": str(made.output), "errors": made.errors and str(made.errors)})
         return
-    resumed = f", {made.resumed:,} of an earlier start" if made.resumed else ""
-    echo(f"{made.output}: {made.images:,} images{resumed}", err=True)
+    resumed = f", {made.resumed:,} of them from an earlier start" if made.resumed else ""
+    echo(f"{made.output}: {_images(made.images)}{resumed}", err=True)
     if made.errors:
-        echo(f"{made.errors}: {made.unreadable:,} images that cannot be read", err=True)
+        echo(f"{made.errors}: {_images(made.unreadable)} that cannot be read", err=True)
+
+
+def _images(number: int) -> str:
+    return f"{number:,} image{'' if number == 1 else 's'}"
 
 
 def _plain(result: Result) -> dict[str, Any]:

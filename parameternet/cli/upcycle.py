@@ -38,9 +38,9 @@ from parameternet.surgery.upcycle import KINDS, NOISE
     help="Std. between experts, relative to the kernel.",
 )
 @click.option(
-    "--redraw", default=0.0, show_default=True, help="Share of each expert's output channels that are drawn anew."
+    "--redraw", default=0.0, show_default=True, help="Fraction of each expert's output channels to draw again."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of noise and redrawn channels.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise and of redrawn channels.")
 @click.option("--architecture", metavar="NAME", help="Name of the timm model, for a file without a config.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in DIR.")
 @click.option("--layers", is_flag=True, help="List every convolution, and why it was left dense.")

@@ -278,7 +278,7 @@ def _routing(card: CardData) -> str:
 
 
 def _ablation(card: CardData) -> str:
-    """What the choice of experts and the gain per image are worth, in points of top-1."""
+    """Top-1 without the choice of experts, without the gain per image, and without both."""
     found = card.results.ablation
     if not found:
         return ""

@@ -82,7 +82,7 @@ def release(
             found = validate(fresh, data, reporter=reporter, **measuring)
             found["macs"] = _macs(fresh, found["input_size"])
             found["routing"] = draw_routing(fresh, name, data)
-            found["ablation"] = measure_ablation(fresh, data, **measuring)
+            found["ablation"] = measure_ablation(fresh, data, reporter=reporter, **measuring)
             _write_words(run, fresh, recipe, config, found)
             reference = name if records or destination is None else f"local-dir:{name}"
             files.write_text(fresh / "README.md", write_card(fresh, reference))
@@ -164,8 +164,11 @@ def draw_routing(folder: Path, name: str, data: str | dict) -> dict[str, Any] | 
 
 
 def measure_ablation(folder: Path, data: str | dict, **measuring: Any) -> dict[str, float] | None:
-    """Top-1 with the network's own routing weights and with their parts replaced by means, as `routing.ablate` names
-    the rows; None without dynamic layers."""
+    """Measure top-1 with parts of the routing weights replaced by means: four validations.
+
+    Returns:
+        Rows of `routing.ablate` -> top-1; None without dynamic layers.
+    """
     if not _is_dynamic(folder):
         return None
     return {row.routing: row.top1 for row in routing.ablate(folder, data, without_experts=False, **measuring)}

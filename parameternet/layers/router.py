@@ -51,13 +51,15 @@ class Router(_Affine):
         hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
         temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
             anneal it with `set_temperature`. A sigmoid router has no buffer.
-        norm: 'layer' gives the averages of an image mean 0 and length 1 (layer normalisation over sqrt(in_channels)),
-            and starts the last layer at zero, so that every image is routed alike at first. 'none' (or None, which
-            timm.create_model drops) is the router of the released code, in which one optimiser step moves the logits
-            further the wider the layer is, so that routers saturate (benchmarks/routers.py).
+        norm: 'layer' scales the averages of each image to mean 0 and length 1 (layer normalisation divided by
+            sqrt(in_channels)) and starts the last layer at zero, so that every image is routed alike at first. The
+            average of a single channel carries nothing after that: with in_channels=1 all images are routed alike.
+            'none' is the router of the released code, whose logits move further with each optimizer step the wider the
+            layer is, until routers saturate (benchmarks/router_dynamics.py). None means 'none', but timm.create_model
+            drops it.
 
-    With normalisation `bias` is (1, num_experts), without it (num_experts,), as in 0.1.0. So a state dict says which of
-    the two it is of, and loading it switches to that. Nothing depends on other images, so a batch of one trains.
+    `bias` is (1, num_experts) with normalisation and (num_experts,) without, as in 0.1.0. Loading a state dict switches
+    the router to the kind that its bias has. Nothing depends on other images, so a batch of one trains.
     Source: ParameterNet, arXiv:2306.14525; the normalisation is ours.
     """
 
@@ -126,14 +128,16 @@ class Router(_Affine):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
         if weight is not None and bias is None:
-            # Whoever drops what has another shape would leave weights that this router reads in another way.
-            raise RuntimeError(f"{prefix}weight without {prefix}bias, whose shape says whether the router normalises")
+            # A filter by shape drops the bias of the other kind and keeps the weight, which would be misread.
+            raise RuntimeError(
+                f"{prefix}weight comes without {prefix}bias, whose shape says whether the router normalises: load both"
+            )
         self.match(bias)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def match(self, bias: Tensor | None) -> None:
-        """Normalise or not as the router does that has this `bias`; the parameter stays the same object."""
+        """Switch to the kind of router that has this `bias`, in place: optimizers keep the parameter."""
         if bias is not None and bias.ndim != self.bias.ndim:
             self.bias.data = self.bias.data.flatten() if bias.ndim == 1 else self.bias.data[None]
 
@@ -158,8 +162,8 @@ class Router(_Affine):
         if self.bias.ndim == 1:
             logits = _linear_of_mean(x, weight, bias, dtype)
         else:
-            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6) * width**-0.5
-            logits = F.linear(pooled, weight, bias.flatten())
+            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6)
+            logits = torch.addmm(bias, pooled, weight.t(), alpha=width**-0.5)
         if hidden is not None:
             logits = F.linear(F.relu(logits), _cast(self.weight, dtype), _cast(self.bias, dtype).flatten())
         temperature = self.temperature
@@ -202,9 +206,9 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
 
 
 def match_routers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Give each router of `model` the normalisation of its weights in `state_dict`, as loading them would.
+    """Switch each router of `model` to the kind that it is in `state_dict`, as loading would.
 
-    For what compares shapes before it loads.
+    For callers that compare shapes before they load.
     """
     for name, router in model.named_modules():
         if isinstance(router, Router):

@@ -197,9 +197,9 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
 
 
 def _routing_norm(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
-    """The argument that a network like `model` needs if its routers are not the default ones, as those of 0.1.0.
+    """`routing_norm`, if the routers of `model` are not what its config builds, as with weights of 0.1.0.
 
-    Our loaders see it from the weights; transformers compares shapes instead.
+    Our loaders switch routers by their weights. transformers compares shapes, so the config must say it.
     """
     norms, default = (
         {m.norm for m in net.modules() if isinstance(m, Router)} for net in (model, build_on_meta(config))

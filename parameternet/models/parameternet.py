@@ -320,7 +320,7 @@ def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     else:
         repeats = -(-in_chans // weight.shape[1])
         share = weight.shape[1] / in_chans
-        if state_dict["stem.conv.routing.bias"].ndim == 2:  # what is read has length 1, however many channels
+        if state_dict["stem.conv.routing.bias"].ndim == 2:  # the input has length 1 for any number of channels
             share **= 0.5
         state_dict[reader] = torch.cat([weight] * repeats, 1)[:, :in_chans] * share
 

@@ -46,14 +46,14 @@ def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
 
 def write_errors(path: Path, results: Iterable[Result]) -> None:
     """Write the path and the error of results that have one, as CSV."""
-    with atomic_write(path) as file, _text(file) as text:
+    with atomic_write(path) as file, _Text(file) as text:
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["path", "error"])
         table.writerows([_unicode(result.path), _unicode(result.error or "")] for result in results)
 
 
 def _csv(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
-    with _text(file) as text:
+    with _Text(file) as text:
         table = csv.writer(text, lineterminator="\n")
         names = [f"{column}_{k}" for k in range(1, topk + 1) for column in ("index", "label", "probability")]
         table.writerow(["path", *names])
@@ -94,7 +94,7 @@ FORMATS: dict[str, Callable[[BinaryIO, Iterable[Result], int], None]] = {
 }
 
 
-class _text(io.TextIOWrapper):
+class _Text(io.TextIOWrapper):
     """UTF-8 text in a binary file that stays open."""
 
     def __init__(self, file: BinaryIO) -> None:

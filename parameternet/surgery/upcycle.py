@@ -113,8 +113,8 @@ def upcycle(
             experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
-        redraw: Share of the output channels of each expert that are drawn anew, with the mean and standard deviation of
-            the dense kernel (Drop-Upcycling); their mixture is still the dense kernel.
+        redraw: Fraction of each expert's output channels that are drawn again with the mean and standard deviation of
+            the dense kernel (Drop-Upcycling). The other experts compensate, so the mixture is still the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
         neutral_weight: Routing weight of each expert at the start for sigmoid, between 0 and 1; softmax has 1 / E.
         seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
@@ -211,7 +211,8 @@ def _silenced(router: Router) -> Router:
 def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator, redraw: float = 0.0) -> Tensor:
     """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...).
 
-    They differ from it as `noise` and `redraw` of `upcycle` say, less what would change the mixture.
+    Args:
+        noise, redraw: How experts differ, as of `upcycle`.
     """
     if kernel.is_meta:
         return kernel.new_empty(router.num_experts * kernel.shape[0], *kernel.shape[1:])
@@ -431,10 +432,10 @@ def _dynamic(conv: nn.Conv2d, router: Router, start: _Start, generator: torch.Ge
         router,
         device="meta",
     )
-    for part, apart in (("weight", (start.noise, start.redraw)), ("bias", (0.0, 0.0))):
+    for part, noise, redraw in (("weight", start.noise, start.redraw), ("bias", 0.0, 0.0)):
         dense = getattr(conv, part)
         if dense is not None:
-            experts = split(dense, router, apart[0], generator, apart[1])
+            experts = split(dense, router, noise, generator, redraw)
             setattr(dynamic, part, nn.Parameter(experts, requires_grad=dense.requires_grad))
     return dynamic.train(conv.training)
 

@@ -102,7 +102,9 @@ def _check_model_kwargs(r: Recipe) -> None:
         if name not in known:
             raise RecipeError(_unknown(r, name, known))
         if known[name] not in (None, inspect.Parameter.empty):
-            raise RecipeError(f"model_kwargs: {name} must not be null, which would mean its default {known[name]!r}")
+            raise RecipeError(
+                f"model_kwargs: {name} is null, which timm replaces by the default {known[name]!r}: remove it or set it"
+            )
 
 
 def _unknown(r: Recipe, name: str, known: Iterable[str]) -> str:
@@ -123,7 +125,8 @@ def _arguments(model: str) -> dict[str, Any]:
         kind = type(timm.create_model(model))
     own = ("self", "args", "kwargs", *_OWN_FIELD)
     found = [p for base in reversed(kind.__mro__) for p in inspect.signature(base.__init__).parameters.values()]
-    return {p.name: p.default for p in found if p.name not in own}
+    experts = dynamic_timm.Experts._field_defaults if model.startswith("dynamic_") else {}
+    return {**{p.name: p.default for p in found if p.name not in own}, **experts}
 
 
 @torch.no_grad()

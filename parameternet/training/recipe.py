@@ -146,9 +146,7 @@ class Recipe:
     layer_decay: float | None = setting(
         None, "factor of the learning rate from each stage to the one below", number(0, 1, low_open=True)
     )
-    scale_router_lr: bool = setting(
-        False, "train routers without normalisation at lr / sqrt(in_channels); others need no rate of their own"
-    )
+    scale_router_lr: bool = setting(False, "train routers with routing_norm none at lr / sqrt(in_channels)")
     sched: str = setting("cosine", "timm name of the learning rate schedule, stepped at every update", TEXT)
     sched_kwargs: dict = setting({}, "further arguments of timm's create_scheduler_v2", PLAIN)
     warmup_epochs: float = setting(0.0, "epochs of linear warmup", NOT_NEGATIVE)

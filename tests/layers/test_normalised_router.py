@@ -101,7 +101,7 @@ def test_a_state_dict_says_whether_its_router_normalises(router):
     old.load_state_dict(new.state_dict())
     assert old.norm == "layer" and torch.equal(old(x), new(x))
     state = {name: value for name, value in new.state_dict().items() if name != "bias"}
-    with pytest.raises(RuntimeError, match="weight without bias, whose shape says whether"):
+    with pytest.raises(RuntimeError, match="weight comes without bias, whose shape says whether"):
         router.load_state_dict(state, strict=False)
 
 

@@ -330,7 +330,11 @@ FIXED = dict(dynamic_img_size=False)
         (dict(model_kwargs=dict(stem_sizes=None)), "has no argument 'stem_sizes'; closest: stem_size"),
         (
             dict(model="parameternet_50m", model_kwargs=dict(routing_norm=None)),
-            "model_kwargs: routing_norm must not be null, which would mean its default 'layer'",
+            "model_kwargs: routing_norm is null, which timm replaces by the default 'layer'",
+        ),
+        (
+            dict(model="dynamic_efficientnet_lite0", model_kwargs=dict(routing_norm=None)),
+            "model_kwargs: routing_norm is null, which timm replaces by the default 'layer'",
         ),
         (dict(model_kwargs=dict(num_classes=4)), "num_classes is not an argument.*set the field num_classes"),
         (dict(model_kwargs=dict(drop_rate=0.1)), "set the field drop_rate"),

@@ -136,6 +136,9 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     card = (folder / "README.md").read_text()
     assert "Over 15 validation images, a layer uses" in card and "![Routing weights by layer" in card
     assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "config.json").read_text())["results"]
+    assert [*results["ablation"]] == ["own", "mean weights", "mean shares", "mean sum"]
+    assert results["ablation"]["own"] == results["top1"] and "| the image's own | " in card
     first, then = (
         card.index("First its static baseline"),
         card.index("Then this network, whose experts started as parts"),

@@ -89,7 +89,7 @@ def test_gflops_are_those_of_the_convolutions(scale, variant):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tensors_are_what_optimisers_and_averages_expect(name):
+def test_tensors_are_what_optimizers_and_averages_expect(name):
     model = network(name)
     assert {p.ndim for p in model.parameters()} <= {1, 2, 4}
     two = [n for n, p in model.named_parameters() if p.ndim == 2]
