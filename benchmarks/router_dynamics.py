@@ -107,7 +107,7 @@ def run(variant: str) -> list[dict[str, object]]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Medians over layers, of the first ten watched steps and of the last ten."""
+    """Medians over layers (of `saturated`, means), of the first ten watched steps and of the last ten."""
     lines = ["| routing_norm | steps | " + " | ".join(COLUMNS) + " |", "| --- " * (2 + len(COLUMNS)) + "|"]
     for variant in VARIANTS:
         own = [row for row in rows if row["variant"] == variant]
@@ -115,7 +115,8 @@ def table(rows: list[dict[str, str]]) -> str:
         for span in filter(None, (steps[:10], steps[-10:])):
             chosen = [row for row in own if int(row["step"]) in span]
             cells = [[float(row[key]) for row in chosen if row[key]] for key in COLUMNS]
-            words = [f"{statistics.median(values):.3g}" if values else "" for values in cells]
+            middle = [statistics.mean if key == "saturated" else statistics.median for key in COLUMNS]
+            words = [f"{of(values):.3g}" if values else "" for of, values in zip(middle, cells, strict=True)]
             lines.append(f"| {variant} | {span[0]} to {span[-1]} | {' | '.join(words)} |")
     return "\n".join(lines)
 
@@ -140,7 +141,6 @@ def plot(rows: list[dict[str, str]]) -> Path:
         if key in ("drift", "relative_step"):
             axes.set_yscale("log")
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.axes[0].legend(fontsize=7)
     out = RESULT.with_suffix(".png")
     figure.savefig(out, dpi=110)
     return out
