@@ -162,8 +162,9 @@ class Router(_Affine):
         if self.bias.ndim == 1:
             logits = _linear_of_mean(x, weight, bias, dtype)
         else:
-            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6)
-            logits = torch.addmm(bias, pooled, weight.t(), alpha=width**-0.5)
+            # Not addmm with alpha, one node less: pnnx converts it to something else.
+            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6) * width**-0.5
+            logits = F.linear(pooled, weight, bias.flatten())
         if hidden is not None:
             logits = F.linear(F.relu(logits), _cast(self.weight, dtype), _cast(self.bias, dtype).flatten())
         temperature = self.temperature

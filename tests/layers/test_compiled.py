@@ -78,8 +78,8 @@ def test_inductor_computes_the_same():
             assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-# Normalised routers add two nodes to each of 76 layers.
-@pytest.mark.parametrize("norm, times", [("none", 2.0), ("layer", 2.15)])
+# Normalised routers add three nodes to each of 76 layers.
+@pytest.mark.parametrize("norm, times", [("none", 2.0), ("layer", 2.25)])
 @pytest.mark.parametrize("free_batch", [False, True])
 def test_an_exported_program_is_small_and_serves_its_batches(free_batch, norm, times):
     torch.manual_seed(0)
