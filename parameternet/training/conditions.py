@@ -45,6 +45,11 @@ def check_together(r: Any) -> None:
             "teacher needs cache=device, mixup=0 and cutmix=0: it predicts once, on whole images",
         ),
         (
+            not r.cuda_graph or (r.accumulate == 1 and r.amp != "float16" and not r.compile),
+            "cuda_graph needs accumulate=1, compile=false and amp=bfloat16 or null, got "
+            f"accumulate={r.accumulate}, compile={r.compile}, amp={r.amp}",
+        ),
+        (
             not r.mixes or r.batch_size % 2 == 0,
             f"mixup and cutmix pair images: batch_size must be even, got {r.batch_size}",
         ),

@@ -22,7 +22,7 @@ def place(device: str = "auto") -> Iterator[Place]:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return a device; `auto` is the first accelerator, or the CPU.
+    """Return a device, for CUDA with its index; `auto` is the first accelerator, or the CPU.
 
     Args:
         local_rank: index of the GPU for `cuda`; None for the current one.
@@ -37,6 +37,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)  # refuses a device without an index
     return device

@@ -12,8 +12,10 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from parameternet.training import build
+from parameternet.training.cuda_graph import GraphedLoss
 from parameternet.training.distributed import Place
 from parameternet.training.divergence import first_not_finite
+from parameternet.training.errors import RecipeError
 from parameternet.training.evaluate import autocast
 from parameternet.training.randomness import STEP, mix, seed_all
 from parameternet.training.recipe import Recipe
@@ -46,6 +48,14 @@ class Learner:
         erases = r.reprob and not r.no_aug
         self.erase = RandomErasing(r.reprob, mode=r.remode, device=place.device) if erases else None
         self.network = self._wrapped()
+        self.graph: GraphedLoss | None = None
+        if r.cuda_graph and (place.device.type != "cuda" or place.world > 1):
+            raise RecipeError(
+                f"cuda_graph needs one process on a CUDA device, got {place.world} on {place.device}: set "
+                "cuda_graph=false"
+            )
+        if r.cuda_graph:
+            torch.backends.cudnn.benchmark = True  # shapes do not change
 
     def _make_model(self, num_classes: int, start: bool) -> nn.Module:
         r, device = self.r, self.place.device
@@ -92,15 +102,36 @@ class Learner:
         """
         seed_all(mix(STEP, self.r.seed, epoch, step, self.place.rank))
         updating = (step + 1) % self.r.accumulate == 0
+        if not len(images):
+            return self._backward_of_nothing(self.r.size_at(epoch), updating)
+        images, labels = self._prepare(images, labels)
+        if self.r.cuda_graph and len(images) == self.r.batch_size:
+            return self._replay(images, labels)
         with nullcontext() if updating or self.place.world == 1 else self.network.no_sync():
-            with autocast(self.place.device, self.r.amp):
-                loss = self._loss(images, labels, self.r.size_at(epoch))
+            loss = self._loss(images, labels)
             self.scaler.scale(loss / self.r.accumulate).backward()
         return loss.detach()
 
-    def _loss(self, images: Tensor, labels: Tensor, size: int) -> Tensor:
-        if not len(images):  # every image is unreadable, and other processes wait for our (zero) gradients
-            return self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self.place.device, self.r.amp):
+            return self.criterion(self.network(images), labels)
+
+    def _backward_of_nothing(self, size: int, updating: bool) -> Tensor:
+        """Every image is unreadable, and other processes wait for our (zero) gradients."""
+        with nullcontext() if updating or self.place.world == 1 else self.network.no_sync():
+            with autocast(self.place.device, self.r.amp):
+                loss = self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.graph is None or not self.graph.takes(images, labels):
+            self.graph = None  # frees its memory
+            self.graph = GraphedLoss(self.model, self._loss, images, labels)
+        return self.graph(images, labels)
+
+    def _prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What changes a batch as a whole: erasing, mixing, memory format."""
         if len(images) == 1 < self.share:  # batch norm needs two values per channel
             images, labels = torch.cat([images] * 2), torch.cat([labels] * 2)
         if self.erase:
@@ -110,7 +141,7 @@ class Learner:
             images, labels = self.mixup(images[:even], labels[:even])
         if self.r.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.criterion(self.network(images), labels)
+        return images, labels
 
     def update(self, number: int) -> None:
         """Update the weights from the gradients; `number` counts updates from 1."""

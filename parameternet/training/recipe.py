@@ -164,6 +164,10 @@ class Recipe:
     amp: str | None = setting(None, "mixed precision: null | float16 | bfloat16", one_of(None, "float16", "bfloat16"))
     channels_last: bool = setting(False, "memory format of images and weights")
     compile: bool = setting(False, "use torch.compile")
+    cuda_graph: bool = setting(
+        False,
+        "record forward and backward as a CUDA graph: faster where launching kernels takes longer than running them",
+    )
     sync_bn: bool = setting(False, "synchronize batch norm statistics over all processes")
     seed: int = setting(0, "random seed", number(-(2**63), 2**63 - 1))
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps", TEXT, free=True)

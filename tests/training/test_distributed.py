@@ -111,3 +111,15 @@ def test_devices():
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(TrainingError, match="try device=cpu"):
         choose_device("abacus")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_is_named_with_its_index(name, monkeypatch):
+    """torch.cuda.set_device refuses a bare 'cuda', which `auto` was on one GPU."""
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(device))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert choose_device(name) == torch.device("cuda", 0)
+    assert set_to == [torch.device("cuda", 0)]

@@ -200,7 +200,7 @@ OUT_OF_RANGE = {
     "data_terms": [""],
     "license": [""],
 }
-SWITCHES = {"no_aug", "bce", "channels_last", "compile", "sync_bn", "scale_router_lr"}
+SWITCHES = {"no_aug", "bce", "channels_last", "compile", "cuda_graph", "sync_bn", "scale_router_lr"}
 NULLABLE = {name for name, default, _ in Recipe.fields() if default is None}
 
 

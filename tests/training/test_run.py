@@ -16,6 +16,7 @@ from parameternet.training import (
     DataError,
     DivergedError,
     Interrupted,
+    RecipeError,
     Reporter,
     TrainingError,
     load_recipe,
@@ -123,6 +124,30 @@ def test_a_run_on_data_that_lies_on_the_device_learns_and_resumes_bitwise(tmp_pa
     rows = load_rows(tmp_path / "easy")
     assert [row["input_size"] for row in rows] == ["24", "24", "32", "32", "32", "32"]
     assert all(0 < float(row["data_share"]) < 1 for row in rows)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_trains_as_single_launches_do(tmp_path, recipe):
+    common = dict(device="cuda", cache="device", cache_size=32, auto_augment=None, workers=0)
+    for graph in (False, True):
+        run(recipe(**common, cuda_graph=graph), tmp_path / str(graph))
+    losses = [[float(row["train_loss"]) for row in load_rows(tmp_path / str(graph))] for graph in (False, True)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(device="cpu"), "needs one process on a CUDA device"),
+        (dict(accumulate=2), "accumulate=2"),
+        (dict(compile=True), "compile=True"),
+        (dict(amp="float16"), "amp=float16"),
+    ],
+)
+def test_a_cuda_graph_is_refused_where_it_cannot_be_recorded(tmp_path, recipe, fields, words):
+    with pytest.raises(RecipeError, match=words):
+        run(recipe(cuda_graph=True, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_stopping_while_validating_loses_nothing(tmp_path, recipe, whole, monkeypatch):
