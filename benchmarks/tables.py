@@ -1,14 +1,21 @@
-"""Print README's tables of networks, checkpoints, speed and exports, as Markdown. A test holds README to them.
+"""Write the tables of README and docs: networks, checkpoints, speed, exports, comparisons, fields of recipes.
 
-python benchmarks/tables.py
+    python benchmarks/tables.py           print all tables
+    python benchmarks/tables.py --write   put them between their markers, <!-- table: NAME --> and <!-- end -->
+    python benchmarks/tables.py --check   exit with 1 and the names of tables that are out of date
+    python benchmarks/tables.py speed     this table alone
 
 Speed, exports and comparisons are what benchmarks/speed.py, export.py and compare.py last wrote to benchmarks/results.
 """
 
+import argparse
 import importlib.util
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import compare
 import timm
@@ -19,7 +26,8 @@ import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
 from parameternet.flops import count_flops
 from parameternet.models.dynamic_timm import SOURCES
-from parameternet.training import load_recipe
+from parameternet.training import Recipe, load_recipe
+from parameternet.training.recipe import allowed
 
 ORIGIN = {
     "parameternet_50m": "ours: GhostNet's stages at width 0.5",
@@ -84,13 +92,13 @@ def detectors() -> list[str]:
     return rows
 
 
-def checkpoints() -> list[str]:
-    """A row a checkpoint, from what its release measured."""
+def checkpoints(linked: bool = True) -> list[str]:
+    """A row a checkpoint, from what its release measured; its name leads to its card."""
     rows = []
     for name in weights.known():
         config = weights.config(name)
         results, side = config["results"], config["pretrained_cfg"]["input_size"][-1]
-        card = f"[`{name}`](weights/{name}/README.md)"
+        card = f"[`{name}`](weights/{name}/README.md)" if linked else f"`{name}`"
         rows.append(f"| {card} | Tiny-ImageNet | {side} px | {results['top1']:.2f} | {results['top5']:.2f} |")
     return rows
 
@@ -172,10 +180,89 @@ def compared(plan: str, name: str) -> list[str]:
     return compare.table(compare.PLANS[plan], load_recipe(recipe), result) if result.exists() else []
 
 
+def recipe_fields() -> list[str]:
+    """A row a field of a recipe: name, default, allowed values, documentation."""
+    return [f"| {' | '.join(map(_cell, row))} |" for row in _fields()]
+
+
+def _fields() -> Iterator[tuple[str, ...]]:
+    for name, default, doc in Recipe.fields():
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        yield f"`{name}`", f"`{shown}`", allowed(name), doc
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+class Table(NamedTuple):
+    """Column names (None: the rows have them) and what makes the rows; no rows: what they need is not installed."""
+
+    columns: str | None
+    rows: Callable[[], list[str]]
+
+
+TABLES = {
+    "networks": Table("name | origin | parameters | static baseline | MACs at 224 px | of these mixing", networks),
+    "upcycled": Table("name | dense | dynamic | MACs, dense | dynamic | input | top-1 | top-5", upcycled),
+    "checkpoints": Table("checkpoint | data | input | top-1 | top-5", checkpoints),
+    "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
+    "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
+    "layers": Table("layers | cases | fastest | median | slowest", layer_speed),
+    "export": Table(
+        "network, runtime | static | free batch | batch 1 | large | large, batch 1 | file, static / ours | difference",
+        exported,
+    ),
+    "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
+    "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
+    "transfer": Table(None, partial(compared, "transfer", "parameternet_600m_cifar10")),
+    "detectors": Table("network | parameters | GFLOPs | mixing", detectors),
+    "recipe": Table("field | default | values | meaning", recipe_fields),
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def text_of(name: str) -> str:
+    """A table in Markdown; empty if it cannot be made here."""
+    table = TABLES[name]
+    rows = table.rows()
+    if rows and table.columns:
+        names = table.columns.split(" | ")
+        rows = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *rows]
+    return "\n".join(rows)
+
+
+def marked(name: str) -> re.Pattern[str]:
+    """Find a table between its markers."""
+    return re.compile(rf"(?<=<!-- table: {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these tables")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    pages = {path: path.read_text() for path in PAGES}
+    named = {name for text in pages.values() for name in re.findall(r"<!-- table: (\S+) -->", text)}
+    if unknown := named - TABLES.keys():
+        raise SystemExit(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    stale = []
+    for name in options.names or (named if options.write or options.check else TABLES):
+        made = text_of(name)
+        if not (options.write or options.check):
+            print(f"{name}\n\n{made}\n")
+            continue
+        for path, text in pages.items() if made else ():
+            pages[path] = marked(name).sub(lambda _, made=made: f"\n{made}\n\n", text, count=1)
+            if pages[path] != text:
+                stale.append(f"{path.relative_to(ROOT)}: {name}")
+    if options.write:
+        for path, text in pages.items():
+            path.write_text(text)
+    print("\n".join(stale))
+    return int(options.check and bool(stale))
+
+
 if __name__ == "__main__":
-    tables = (
-        networks(), upcycled(), checkpoints(), speed(), layer_speed(), exported(),
-        compared("claim", "parameternet_50m_claim"), compared("claim", "parameternet_300m_cpu_tin200"),
-        compared("transfer", "parameternet_600m_cifar10"), detectors(),
-    )  # fmt: skip
-    print("\n\n".join("\n".join(rows) for rows in tables if rows))
+    raise SystemExit(main())

@@ -13,9 +13,9 @@ from parameternet.models import catalogue
 
 __all__ = ["EXTRAS", "examine"]
 
-# distribution -> the oldest release that this package is tested with
+# distribution -> the oldest release that setup.cfg allows
 NEEDED = {
-    "torch": "2.4",
+    "torch": "2.5",
     "torchvision": "",
     "timm": "1.0.21",
     "huggingface-hub": "0.30",

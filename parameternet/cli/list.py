@@ -4,8 +4,13 @@ from typing import Any
 
 import click
 
-from parameternet.cli.output import count, print_json, print_table
+from parameternet.cli.output import count, echo, print_json, print_table
 from parameternet.models.summary import find_names, summarise
+
+IMAGENET, UNTRAINED = "Trained on ImageNet", "Without weights"
+DEMOS = "Trained on small data sets: demonstrations, not for accuracy"
+GROUPS = (IMAGENET, UNTRAINED, DEMOS)
+HEADERS = ("name", "tag", "parameters", "MACs", "input", "top-1", "weights")
 
 
 @click.command("list")
@@ -21,8 +26,17 @@ def list(pattern: str, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    headers = ("name", "tag", "parameters", "MACs", "input", "top-1", "weights")
-    print_table(headers, [_cells(row) for row in rows], right=("parameters", "MACs", "input", "top-1"))
+    groups = {title: [row for row in rows if _group(row) == title] for title in GROUPS}
+    for number, (title, found) in enumerate((title, found) for title, found in groups.items() if found):
+        echo(f"{chr(10) if number else ''}{title}")
+        found.sort(key=lambda row: -(row["top1"] or 0))
+        print_table(HEADERS, [_cells(row) for row in found], right=("parameters", "MACs", "input", "top-1"))
+
+
+def _group(row: dict[str, Any]) -> str:
+    if row["tag"] is None:
+        return UNTRAINED
+    return IMAGENET if row["tag"].startswith("in1k") else DEMOS
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

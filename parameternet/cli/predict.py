@@ -69,7 +69,8 @@ def predict(
             raise click.UsageError("--save draws what is printed; it does not go with --output")
         return _bulk(images, model, topk, output, batch_size, workers, device, as_json)
     predictor = Predictor(model, device)
-    results = predictor.predict(images, topk, batch_size, keep_images=save is not None)
+    with Bar("predict") as bar:
+        results = predictor.predict(images, topk, batch_size, keep_images=save is not None, progress=bar)
     if as_json:
         print_json({"model": predictor.name, "results": [_plain(result) for result in results]})
     else:

@@ -1,9 +1,19 @@
-"""A bar for commands that go through many images."""
+"""Progress on a terminal: a bar for many images, a spinner for other steps that take seconds. Nothing in a pipe."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
-__all__ = ["Bar"]
+__all__ = ["Bar", "working"]
+
+
+def working(title: str) -> AbstractContextManager:
+    """Show a spinner with `title` on stderr while a block runs, if that is a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(title)
 
 
 class Bar:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from parameternet.cli.output import echo, print_json, print_table
+from parameternet.cli.progress import Bar, working
 from parameternet.cli.terminal import Terminal
 from parameternet.layers.recording import dynamic_layers
 from parameternet.prediction import Predictor
@@ -71,11 +72,13 @@ def routing(
         return _ablate(name, images, batch_size, device, as_json)
     predictor = Predictor(name, device)
     dynamic_layers(predictor.model)  # fail before searching for images, which may take long
-    found = measure(predictor, find_images(images, per_class), batch_size)
+    with Bar("routing") as bar:
+        found = measure(predictor, find_images(images, per_class), batch_size, progress=bar)
     print_json(_plain(found)) if as_json else _show(found)
     for path, why in found.unreadable:
         echo(printable(f"{path}: {why}"), err=True)
-    draw(found, output)
+    with working("heat map"):
+        draw(found, output)
     echo(f"heat map: {output}", err=True)
     if found.unreadable:
         sys.exit(1)

@@ -7,9 +7,11 @@ import click
 from torch import nn
 
 from parameternet.cli.output import count, echo, print_table
+from parameternet.cli.progress import working
 from parameternet.models.upcycled import upcycle_checkpoint
 from parameternet.surgery.compare import Comparison
 from parameternet.surgery.upcycle import KINDS, NOISE
+from parameternet.text import printable
 
 
 @click.command()
@@ -51,7 +53,8 @@ def upcycle(source: str, output: Path, experts: int, kinds: tuple[str, ...], lay
     .safetensors file. Load the result with timm.create_model("local-dir:DIR", pretrained=True), `parameternet predict
     --model DIR`, and so on.
     """
-    dynamic, compared = upcycle_checkpoint(source, output, num_experts=experts, kinds=kinds or KINDS, **options)
+    with working(f"converting {printable(source)}"):
+        dynamic, compared = upcycle_checkpoint(source, output, num_experts=experts, kinds=kinds or KINDS, **options)
     _show(dynamic, compared, layers)
     echo(f"\n{output}: model.safetensors, config.json")
 

@@ -5,7 +5,7 @@
 'tabby'
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,12 @@ class Predictor:
         self.transform = self.preprocess.transform
 
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], topk: int = 5, batch_size: int = 16, keep_images: bool = False
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        topk: int = 5,
+        batch_size: int = 16,
+        keep_images: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Result]:
         """Return the `topk` most probable classes of each image. An unreadable image gets a result with an `error`.
 
@@ -118,6 +123,7 @@ class Predictor:
             topk: Number of classes; all if there are fewer.
             batch_size: Images per forward pass.
             keep_images: Keep a small copy of each image in its result, for `draw`.
+            progress: Called with (images done, images) after each forward pass.
         """
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
@@ -126,6 +132,8 @@ class Predictor:
         sources = [source for item in given for source in expand(item)]
         for start in range(0, len(sources), batch_size):
             results += self._batch(sources[start : start + batch_size], topk, keep_images)
+            if progress:
+                progress(len(results), len(sources))
         return results
 
     def _batch(self, sources: Sequence[ImageLike], topk: int, keep_images: bool) -> list[Result]:

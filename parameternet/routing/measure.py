@@ -172,13 +172,19 @@ def _some(samples: list[Sample], number: int) -> list[Sample]:
 
 
 @renamed_arguments(pictures="samples")
-def measure(predictor: Predictor, samples: Sequence[Sample], batch_size: int = 16) -> Routing:
+def measure(
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Routing:
     """Run images through a network and record the routing weights of every dynamic layer.
 
     Args:
         predictor: The network and its transform.
         samples: From `find_images`.
         batch_size: Images per forward pass.
+        progress: Called with (images done, images) after each forward pass.
 
     Raises:
         ValueError: No dynamic layer, or no readable image.
@@ -193,6 +199,8 @@ def measure(predictor: Predictor, samples: Sequence[Sample], batch_size: int = 1
         for name, calls in recording.calls.items():
             if calls:  # a layer that is used in several places is called once for each
                 weights[name].append(torch.stack(calls).mean(0))
+        if progress:
+            progress(min(start + batch_size, len(samples)), len(samples))
     if not seen:
         raise ValueError(_nothing_seen(unreadable))
     unused = [name for name, parts in weights.items() if not parts]

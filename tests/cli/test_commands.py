@@ -1,6 +1,9 @@
 """The command line as a person meets it."""
 
+import configparser
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +16,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from parameternet import cli, diagnosis, weights
-from parameternet.cli import output
+from parameternet.cli import output, progress
 
-PHOTOS = Path(__file__).parent.parent / "photos"
+ROOT = Path(__file__).parent.parent.parent
+PHOTOS = ROOT / "tests" / "photos"
 RECORDED = ("--model", checkpoints.NAME)
 CAT = str(PHOTOS / "cat.jpg")
 
@@ -121,9 +125,12 @@ def test_a_missing_package_gives_the_line_that_installs_it(monkeypatch, missing,
 
 
 def test_list_shows_networks_and_checkpoints(recorded):
-    header, *rows = run("list", "parameternet").stdout.splitlines()
-    assert header.split() == ["name", "tag", "parameters", "MACs", "input", "top-1", "weights"]
-    cells = {row.split()[0]: row.split() for row in rows}
+    lines = run("list", "parameternet").stdout.splitlines()
+    headers = [line for line in lines if line.startswith("name ")]
+    assert {tuple(line.split()) for line in headers} == {
+        ("name", "tag", "parameters", "MACs", "input", "top-1", "weights")
+    }
+    cells = {line.split()[0]: line.split() for line in lines if line.startswith("parameternet_")}
     assert set(cells) == {"parameternet_50m", "parameternet_150m", "parameternet_300m", "parameternet_600m"}
     assert cells["parameternet_50m"][1] == "tin200" and "41.25" in cells["parameternet_50m"]
     assert cells["parameternet_50m"][-1].endswith("parameternet_50m.tin200/model.safetensors")
@@ -265,6 +272,50 @@ def test_doctor_tells_what_is_broken_and_how_to_mend_it(monkeypatch, tmp_path):
 def test_doctor_sees(recorded, monkeypatch, break_it, message):
     break_it(monkeypatch)
     assert message in run("doctor", code=1).stdout
+
+
+def test_list_puts_accuracy_first_and_demonstrations_last(monkeypatch):
+    module = importlib.import_module("parameternet.cli.list")
+    found = {"a": ("tin200", 40.0), "b": (None, None), "c": ("in1k_upcycled", 70.0), "d": ("in1k", 75.0)}
+    row = {"parameters": 1, "macs": 1, "input_size": (3, 8, 8), "weights": None}
+    monkeypatch.setattr(module, "find_names", lambda pattern: list(found))
+    monkeypatch.setattr(module, "summarise", lambda n: {**row, "name": n, "tag": found[n][0], "top1": found[n][1]})
+    text = run("list").stdout
+    titles = [module.IMAGENET, module.UNTRAINED, module.DEMOS]
+    assert [line for line in text.splitlines() if line in titles] == titles
+    assert [line[0] for line in text.splitlines() if line[1:2] == " "] == ["d", "c", "b", "a"]
+
+
+def test_doctor_knows_the_versions_and_extras_of_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    needed = dict(
+        re.match(r"([\w-]+)(?:>=([\d.]+))?$", line).groups()
+        for line in config["options"]["install_requires"].split("\n")
+        if line
+    )
+    assert {name: version or "" for name, version in needed.items()}.items() <= diagnosis.NEEDED.items()
+    assert diagnosis.EXTRAS.keys() <= config["options.extras_require"].keys()
+
+
+def test_completion_knows_the_commands():
+    asked = {"_PARAMETERNET_COMPLETE": "bash_complete", "COMP_WORDS": "parameternet pr", "COMP_CWORD": "1"}
+    code = "from parameternet.cli import main; main(prog_name='parameternet')"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["plain,predict"]
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    with progress.Bar("some") as bar, progress.working("thinking"):
+        bar(1, 2)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    with progress.working("thinking"):
+        pass
+    with progress.Bar("some") as bar:
+        bar(1, 2)
+    assert "1/2" in capsys.readouterr().err
 
 
 # Output --------------------------------------------------------------------------------------------------------------
