@@ -227,10 +227,9 @@ def _kind_of_product(name: str) -> str:
 def register_thop() -> None:
     """Let `thop.profile` count our layers, and timm's CondConv2d networks: no `custom_ops` are needed.
 
-    `import parameternet` calls this. Both packages look layers up in a table by type, and what is not in it counts as
-    nothing. Our rules go into that table if thop is loaded; else as soon as somebody imports it, before or after the
-    network is made. thop is not imported for it, and need not be there. A rule that the table has already, and
-    `custom_ops`, are left alone.
+    `import parameternet` calls this. Both packages look layers up by type in a table, and layers that are not in it
+    count as zero. Our rules are added if thop is loaded, otherwise when it is imported, before or after the network is made.
+    thop is not imported here and need not be installed. Existing rules and `custom_ops` are left alone.
 
     thop then reports our convolution + mixing + routing + linear, in multiply-accumulates for the whole batch, plus
     what it adds by its own rules: in our networks four for each number that goes into a BatchNorm, and one for each

@@ -84,13 +84,13 @@ def _show(explainer: Explainer, detector: Detector | None, path: str | None, oth
     if path is None:
         return [None, None, None, "", "", "", None]
     image = _read(path)
-    told = explainer(image)
+    found = explainer(image)
     others = explainer.routing(_read(other)) if other else None
-    table = [_row("network", told.cost), _row("static baseline", told.static_cost)]
-    maps = [_heat_map(told.routing, "Image"), _heat_map(others, "Second image") if others else ""]
-    alike = others is not None and _alike(told.routing, others)
+    table = [_row("network", found.cost), _row("static baseline", found.static_cost)]
+    maps = [_heat_map(found.routing, "Image"), _heat_map(others, "Second image") if others else ""]
+    alike = others is not None and _alike(found.routing, others)
     boxes = (image, [(d.box, f"{d.label} {d.confidence:.0%}") for d in detector(image)]) if detector else None
-    return [told.classes, told.static_classes, table, *maps, f"{LEGEND} {ALIKE}" if alike else LEGEND, boxes]
+    return [found.classes, found.static_classes, table, *maps, f"{LEGEND} {ALIKE}" if alike else LEGEND, boxes]
 
 
 def _heat_map(routing: dict[str, Tensor], title: str) -> str:

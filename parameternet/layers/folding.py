@@ -12,7 +12,7 @@ from .static import CollapsedConv, CollapsedConvSame, DepthwiseConv
 __all__ = ["can_fold", "fold_batch_norm", "why_not"]
 
 
-# Exact types: a subclass may compute something else from the same weights. One of DynamicConv tells by its `forward`.
+# Exact types: a subclass may compute something else from the same weights. For DynamicConv, `forward` is compared.
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv, CollapsedConv, CollapsedConvSame)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 

@@ -1,4 +1,4 @@
-"""A layer put in the place of another one in somebody else's network."""
+"""Replace a layer of a network by another one."""
 
 from functools import lru_cache
 

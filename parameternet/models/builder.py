@@ -184,7 +184,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         written = json.loads(path.read_text("utf-8"))
     # Older releases of timm take the architecture from the network, whatever they are passed.
     written |= {"architecture": config.get("architecture", written["architecture"])}
-    # transformers, and timm unless told, prepare images for the size of training: here it is that of the evaluation.
+    # transformers, and timm by default, preprocess images for the training size: store the evaluation size there.
     cfg = written["pretrained_cfg"]
     for name in ("input_size", "crop_pct"):
         cfg[name] = cfg.pop(f"test_{name}", None) or cfg.get(name)

@@ -289,18 +289,18 @@ def _config(
     if source.kind == "checkpoint":
         found = catalogue.config(source.name)
         cfg = {**found["pretrained_cfg"], "tag": source.name.partition(".")[2]}
-        beside, place = {**found, "pretrained_cfg": cfg}, f"the config.json of {source.name}"
+        separate, place = {**found, "pretrained_cfg": cfg}, f"the config.json of {source.name}"
     elif source.kind == "hub":
-        beside, place = weights.config(f"hf-hub:{source.name}"), f"the config.json of {source.text}"
+        separate, place = weights.config(f"hf-hub:{source.name}"), f"the config.json of {source.text}"
     elif source.kind == "file":
         path = source.path.with_name(weights.CONFIG_NAME)
-        beside, place = weights.read_config(path) if path.is_file() else None, str(path)
+        separate, place = weights.read_config(path) if path.is_file() else None, str(path)
     else:
         return _of_timm(source.name)
     own, header = _embedded(source, words), f"the header of {source.path or source.text}"
-    if own and beside:
-        _check_agree(own, beside, header, place)
-    config = own or beside
+    if own and separate:
+        _check_agree(own, separate, header, place)
+    config = own or separate
     if named and config:
         _check_agree({**config, "architecture": named}, config, "the architecture that was given", header)
     if named and not config:
@@ -324,14 +324,14 @@ def _embedded(source: Source, words: Mapping[str, str]) -> dict[str, Any] | None
     return weights.parse_config(words["config"], where)
 
 
-def _check_agree(own: dict[str, Any], beside: dict[str, Any], header: str, place: str) -> None:
+def _check_agree(own: dict[str, Any], separate: dict[str, Any], header: str, place: str) -> None:
     facts: dict[str, Callable[[dict[str, Any]], Any]] = {
         "architecture": lambda config: config["architecture"],
         "num_classes": lambda config: config.get("num_classes") or config["pretrained_cfg"].get("num_classes"),
         "label_names": lambda config: config.get("label_names") or config["pretrained_cfg"].get("label_names"),
     }
     for key, get in facts.items():
-        one, other = get(own), get(beside)
+        one, other = get(own), get(separate)
         if one is not None and other is not None and one != other:
             raise weights.WeightsDamaged(
                 f"{key} is {_short(one)} in {header}, but {_short(other)} in {place}: they are of different models. "

@@ -111,8 +111,8 @@ def _config(source: Source) -> dict[str, Any]:
     """The config of a model; the registry's for a recorded checkpoint that is not on this machine."""
     if source.kind == "architecture" or source.name in weights.known():
         path = weights.local(source.name) if source.name in weights.known() else None
-        beside = path.with_name(weights.CONFIG_NAME) if path else None
-        return weights.read_config(beside) if beside and beside.is_file() else _from_registry(source.name)
+        config = path.with_name(weights.CONFIG_NAME) if path else None
+        return weights.read_config(config) if config and config.is_file() else _from_registry(source.name)
     return loading.read_config(source)
 
 

@@ -17,10 +17,10 @@ __all__ = ["convert_condconv"]
 
 
 def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Put a DynamicConv in the place of each of timm's CondConv2d: the same function, faster and free to export.
+    """Replace each of timm's CondConv2d by a DynamicConv with the same weights: same function, faster, exportable.
 
-    The blocks go on to route as they did, one linear layer for the three convolutions of a block, and hand the
-    routing weights on; so the new layers have no router of their own. Weights are those of the old layers.
+    Blocks keep their routing, one linear layer for the three convolutions of a block, and pass the routing weights on,
+    so the new layers have no router.
 
     Args:
         model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.

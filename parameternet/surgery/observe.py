@@ -201,7 +201,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def attributes(self) -> Iterator[None]:
-        """See who looks whether a layer has a bias: no function of torch tells."""
+        """Record reads of a layer's bias, which no torch function call shows."""
         original = nn.Module.__getattr__
 
         def read(module: nn.Module, attribute: str) -> Any:

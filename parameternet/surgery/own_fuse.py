@@ -13,8 +13,8 @@ __all__ = ["FuseDynamicFirst"]
 class FuseDynamicFirst:
     """`fuse` of a network's own class, after batch norm is folded into the dynamic convolutions of its blocks.
 
-    Ultralytics' networks, and others that follow YOLOv5, fold the `bn` of a block into its `conv`, drop it, and go on
-    with the block's `forward_fuse`. Theirs multiplies the kernels of all experts by the scale of one. This object
+    Ultralytics' networks, and others that follow YOLOv5, fold the `bn` of a block into its `conv`, drop it, and then
+    use the block's `forward_fuse`. Their code multiplies the kernels of all experts by the scale of one. This object
     replaces the method on the network that `upcycle` returns; copies and checkpoints of the network carry it along.
     """
 

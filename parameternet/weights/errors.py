@@ -22,8 +22,8 @@ class WeightsDamaged(WeightsError):
 
 
 def mend(path: Path) -> str:
-    """The last sentence of an error about a damaged file: how to get it again."""
+    """Return the last sentence of an error about a damaged file: how to get a good copy."""
     repository = next((parent for parent in path.parents if parent.name.startswith("models--")), None)
     if repository:
         return f"Remove the Hub's cached copy and try again: delete the folder {repository}"
-    return "Remove it and get it again: from the Hub, from the repository, or from whoever wrote it"
+    return "Remove it and get it again from the Hub, the repository, or its author"

@@ -86,8 +86,8 @@ class TimmBatchNorm(nn.BatchNorm2d):
 
 TimmBatchNorm.__module__ = "parameternet.yolo"
 
-# State dicts of pretrained networks that this process has seen, by what they are of: a trainer builds a model again,
-# and it must not ask the Hub each time, nor at all where it goes on from a checkpoint.
+# State dicts of pretrained networks that this process has loaded, by network: a trainer builds a model again, and must
+# not ask the Hub each time, nor at all when it resumes from a checkpoint.
 _SEEN: dict[str, dict[str, Tensor]] = {}
 
 

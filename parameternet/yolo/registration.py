@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Makes stock Ultralytics know our layers, without touching its files.
+"""Register our layers with stock Ultralytics, without touching its files.
 
-Its parser looks names up among its own globals and decides by membership in sets of classes what arguments a row gets.
-So a *stand-in* is put there for each of our names: a class that is equal to the stock class whose rule its row follows,
-and that builds our layer when it is called. Nothing but the parser ever sees it. A few functions are wrapped
-(`_wraps`), each once.
+The parser looks names up in its own globals, and sets of classes decide which arguments a row gets. So a *stand-in* is
+put there for each of our names: a class that equals the stock class whose rule the row follows, and that builds our
+layer when called. Only the parser sees it. A few functions are wrapped (`_wraps`), each once.
 """
 
 import importlib
@@ -253,8 +252,11 @@ def _is_quantised(args: Any) -> bool:
 
 
 def _add_thop_rules() -> None:
-    """GFLOPs of Ultralytics' reports are those of convolutions. Some releases count on a small image and scale by
-    area, which would multiply mixing by hundreds; `parameternet.count_flops` tells it."""
+    """Count only convolutions in Ultralytics' GFLOPs.
+
+    Some releases count on a small image and scale by area, which would multiply mixing by hundreds.
+    `parameternet.count_flops` counts mixing.
+    """
     try:
         rules = importlib.import_module("thop.profile").register_hooks
     except ImportError:
