@@ -228,8 +228,8 @@ def register_thop() -> None:
     """Let `thop.profile` count our layers, and timm's CondConv2d networks: no `custom_ops` are needed.
 
     `import parameternet` calls this. Both packages look layers up by type in a table, and layers that are not in it
-    count as zero. Our rules are added if thop is loaded, otherwise when it is imported, before or after the network is made.
-    thop is not imported here and need not be installed. Existing rules and `custom_ops` are left alone.
+    count as zero. Our rules are added if thop is loaded, otherwise when it is imported, before or after the network is
+    made. thop is not imported here and need not be installed. Existing rules and `custom_ops` are left alone.
 
     thop then reports our convolution + mixing + routing + linear, in multiply-accumulates for the whole batch, plus
     what it adds by its own rules: in our networks four for each number that goes into a BatchNorm, and one for each
