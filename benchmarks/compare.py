@@ -251,7 +251,10 @@ def _spread(values, sign: str = "") -> str:
 
 def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     """Top-1 and top-5 over epochs and, if the variants cost different, against multiply-adds and parameters."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+
+    colours = colormaps["tab20"]
 
     head, runs = read_csv(result)[0], measured(result, recipe)
     costs = {variant: cost(recipe, plan.variants[variant]) for variant in dict.fromkeys(run.variant for run in runs)}
@@ -259,13 +262,14 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     figure = Figure(figsize=(4 + 3 * columns, 7.6), layout="constrained")
     for (epochs, *against), key in zip(figure.subplots(2, columns, squeeze=False), ("top1", "top5"), strict=True):
         for index, variant in enumerate(costs):
-            colour = "0.3" if variant == plan.base else f"C{index - 1}"
+            colour = "0.3" if variant == plan.base else colours(index - 1)
             curves = [[float(row[key]) for row in rows] for run, rows in runs.items() if run.variant == variant]
             middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
             epochs.plot(range(1, len(middle) + 1), middle, color=colour, marker=".", label=variant)
             values = list(scores(runs, variant, key).values())
             for axes, x in zip(reversed(against), costs[variant], strict=False):
-                _point(axes, x, values, variant, colour, left=variant == plan.base)
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                axes.errorbar(x, statistics.mean(values), spread, color=colour, marker="o", capsize=3)
         epochs.set_xticks(range(1, recipe.epochs + 1))
         for axes, label in zip(
             (epochs, *against), ("epoch", "multiply-adds, millions", "parameters, millions"), strict=False
@@ -273,22 +277,11 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
             axes.set(xlabel=label, ylabel=f"{key.replace('top', 'top-')}, %")
             axes.grid(alpha=0.3)
     lines = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(*lines, loc="outside lower center", ncols=columns + 1, fontsize=8, frameon=False)
     figure.suptitle("\n".join(head), fontsize=7)
     out = result.with_suffix(".png")
     figure.savefig(out, dpi=110)
     return out
-
-
-def _point(axes: Any, x: float, values: list[float], variant: str, colour: str, left: bool) -> None:
-    """Mean of `values` with their spread, beside it the variant's name."""
-    middle, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-    axes.errorbar(x, middle, spread, color=colour, marker="o", capsize=3)
-    shift, side = ((-6, 0), "right") if left else ((6, 0), "left")
-    axes.annotate(
-        variant, (x, middle), shift, textcoords="offset points", fontsize=8, va="center", ha=side, color=colour
-    )
-    axes.margins(x=0.3)
 
 
 if __name__ == "__main__":
