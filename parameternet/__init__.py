@@ -7,7 +7,7 @@ from .models.parameternet import ParameterNet
 from .optim import param_groups
 from .surgery import collapse, convert_condconv, fuse, upcycle
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # So that other people's FLOPs reports are right whenever thop is imported.
 register_thop()
