@@ -1,6 +1,6 @@
-"""Who takes part in speed.py: our layer and networks, the same on timm's CondConv2d and on peers, static twins, naive.
+"""Contestants of speed.py: our layer and networks, the same on timm's CondConv2d and on peers, static, naive.
 
-All of one kind have the same numbers, so that all of them can be held against the naive form.
+All contestants of a kind have the same weights, so that each can be compared with the naive form.
 """
 
 import sys
@@ -32,9 +32,9 @@ EXPERTS = 4
 def network(contestant: str, name: str, training: bool, smooth: bool = False) -> nn.Module:
     """`name` as "ours", "condconv", "static" or "naive"; for inference all but the naive one are fused.
 
-    The static network is the twin with `dynamic=False`. "naive static" is that one, not fused. `smooth` takes the kinks
-    out of its activations: of the millions of numbers in a step, some lie within a rounding of a kink and get either
-    slope, which moves the gradient by 3e-4 of its length in any form, the naive one too. Without kinks it is 5e-6.
+    The static network is the baseline with `dynamic=False`. "naive static" is that one, not fused. `smooth` removes the
+    kinks of activations: some of the millions of values in a step lie within a rounding of a kink and get either slope,
+    which moves the gradient by 3e-4 of its length in any form, the naive one too. Without kinks it is 5e-6.
     """
     torch.manual_seed(0)
     static = contestant in ("static", "naive static")
@@ -124,7 +124,7 @@ class ShiftedCondConv2d(CondConv2d):
 
 
 class Naive(nn.Module):
-    """A DynamicConv as its definition says: sample by sample, expert by expert."""
+    """DynamicConv by its definition: sample by sample, expert by expert."""
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ class Naive(nn.Module):
 
 
 def layers(cin: int, cout: int, kernel: int, stride: int, groups: int) -> dict[str, nn.Module]:
-    """One convolution by everybody who can compute it. Each takes (x, routing weights), as CondConv2d does.
+    """The same convolution by each contestant. Each takes (x, routing weights), as CondConv2d does.
 
-    Peers stand among them where they are installed; `PEERS` says what they are.
+    Peers take part where they are installed; see `PEERS`.
     """
     torch.manual_seed(0)
     ours = DynamicConv(cin, cout, kernel, stride, kernel // 2, groups=groups, num_experts=EXPERTS)

@@ -1,4 +1,4 @@
-"""Pictures of what speed.py wrote: ratios on a logarithmic axis, with their quartiles."""
+"""Plots of the results of speed.py: ratios on a logarithmic axis, with their quartiles."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Rows = list[dict[str, str]]
 
 
 def draw(path: Path) -> Path:
-    """A picture of a CSV file, beside it; returns where it is."""
+    """Plot a CSV file into a file next to it, and return its path."""
     from matplotlib.figure import Figure
 
     head, rows = read_csv(path)
@@ -34,7 +34,7 @@ def draw(path: Path) -> Path:
 
 
 def _bars(figure, rows: Rows) -> None:
-    """A bar a contestant, relative to the static one; milliseconds and memory beside it."""
+    """A bar per contestant, relative to the static one, with milliseconds and memory."""
     rows = [row for row in rows if row["vs_static"]][::-1]
     figure.set_size_inches(10, 1.6 + 1.2 * INCHES * len(rows))
     axes = figure.add_subplot()
@@ -54,7 +54,7 @@ def _bars(figure, rows: Rows) -> None:
 
 
 def _dots(figure, rows: Rows, base: str) -> None:
-    """A line a layer, a panel a dtype, mode and batch; each contestant is a dot. A ring: the strategy that runs."""
+    """A line per layer, a panel per dtype, mode and batch, a dot per contestant. A ring marks the strategy that runs."""
     rows = [row for row in rows if row[f"vs_{base}"]]
     panels = list(dict.fromkeys((row["dtype"], row["mode"], int(row["batch"])) for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))[::-1]

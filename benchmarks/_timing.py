@@ -1,4 +1,4 @@
-"""Interleaved medians with their spread, peak memory, errors against a truth, CSV files that say their origin."""
+"""Interleaved medians with quartiles, peak memory, errors against a reference, CSV files with a header."""
 
 import csv
 import ctypes
@@ -42,7 +42,7 @@ class Spread(NamedTuple):
 
 
 def interleave(runs: Runs, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each run in each round. The runs take turns, and each round begins with another one."""
+    """Seconds of each run in each round. Runs take turns, and each round starts with another one."""
     names = list(runs)
     for name in names:
         _seconds(runs[name], 1, device)
@@ -67,7 +67,7 @@ def _seconds(run: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def ratio(times: list[float], base: list[float]) -> Spread:
-    """How many times as long: of each round by itself, so that what slows a machine down for a while cancels out."""
+    """Ratios within each round, so that a temporary slowdown of the machine cancels out."""
     return Spread.of([a / b for a, b in zip(times, base, strict=True)])
 
 
@@ -82,12 +82,12 @@ def distance(got: Tensor, exact: Tensor) -> float:
 
 
 def accurate(error: float, naive_error: float, dtype: torch.dtype) -> bool:
-    """The measure of the tests: at most twice the error of the naive form in the same dtype, plus a few roundings."""
+    """As in the tests: at most twice the error of the naive form in the same dtype, plus a few roundings."""
     return error <= 2 * naive_error + 8 * torch.finfo(dtype).eps
 
 
 def right(error: float, dtype: torch.dtype) -> bool:
-    """Does it compute the same at all? Half of the digits agree."""
+    """Whether half of the digits agree."""
     return error <= torch.finfo(dtype).eps ** 0.5
 
 
@@ -95,7 +95,7 @@ def right(error: float, dtype: torch.dtype) -> bool:
 
 
 def peak_mib(build: Callable[[], Callable[[], object]], device: str) -> float:
-    """MiB at the highest point of building something and running it three times, above what there was before.
+    """Peak memory in MiB of building something and running it three times, above the start.
 
     On a CPU that is the resident memory of this process, with what libraries take for themselves, so it wants a fresh
     process (`in_fresh_process`). On a GPU it is what torch's allocator handed out.
@@ -152,7 +152,7 @@ def in_fresh_process(program: str, case: dict[str, Any]) -> float:
 
 
 def header(threads: int, device: str) -> list[str]:
-    """What the figures depend on, for whom it may concern."""
+    """Machine, versions, date and commit."""
     machine = f"{_processor()}, {threads} of {os.cpu_count()} cores used, {platform.machine()}"
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
@@ -192,7 +192,7 @@ def _commit() -> str:
 
 
 def write_csv(path: Path, head: Iterable[str], rows: list[dict[str, Any]]) -> None:
-    """Rows under the names of the first one's columns; the header stands above as comments."""
+    """Write rows under the column names of the first one, with the header as comments."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in head)
@@ -215,7 +215,7 @@ RunsOf = dict[tuple[str, str], list[Row]]  # (what was trained, seed) -> its epo
 
 
 def read_runs(path: Path, settings: str | None = None) -> RunsOf:
-    """Epochs by the first two columns, what was trained and its seed; empty if there is no such file yet.
+    """Read epochs by the first two columns, variant and seed; empty if there is no file yet.
 
     Raises SystemExit if the file is of other settings than `settings`, which a header line has to be.
     """
@@ -232,7 +232,7 @@ def read_runs(path: Path, settings: str | None = None) -> RunsOf:
 
 
 def add_run(path: Path, run: tuple[str, str], epochs: list[Row], order: list[str], head: list[str]) -> None:
-    """Put the epochs of a whole run beside those of the others, in the `order` of what was trained, others behind.
+    """Add the epochs of a finished run to those of the others, in `order`, other variants last.
 
     The last line of `head` are the settings, which all runs share.
     """
@@ -244,7 +244,7 @@ def add_run(path: Path, run: tuple[str, str], epochs: list[Row], order: list[str
 
 
 def _joined(old: list[str], new: list[str]) -> list[str]:
-    """One header for figures of both: where machines, versions or days differ, all of them are named."""
+    """Join headers: where machines, versions or days differ, name all of them."""
     values: dict[str, list[str]] = {}
     for line in [*old, *new]:
         key, _, value = line.partition(": ")

@@ -1,9 +1,9 @@
-"""Variants of one training recipe beside each other: same epochs and seeds, every figure from the runs' histories.
+"""Compare variants of a training recipe at equal epochs and seeds.
 
-    python benchmarks/compare.py claim configs/train/parameternet_50m_claim.yaml    every missing run, then a table
+    python benchmarks/compare.py claim configs/train/parameternet_50m_claim.yaml    missing runs, then the table
     python benchmarks/compare.py transfer configs/train/parameternet_600m_cifar10.yaml
-    python benchmarks/compare.py claim RECIPE --table                               what was measured, and the plot
-    python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same for a checkpoint's card
+    python benchmarks/compare.py claim RECIPE --table                               the table and the plot only
+    python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same, for a checkpoint's card
 
 claim: do experts buy accuracy at equal FLOPs? For every seed: the static baseline; a static network widened to the
 multiply-adds of 4 experts at the training size; 4 experts; and 1 expert, which has the router but no choice. Then, for
@@ -11,10 +11,9 @@ the first seed alone: other learning rates, other numbers of experts, other rout
 averages without normalisation (benchmarks/routers.py has more routers).
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 
-A seed draws initial weights, order and crops, so that runs of one seed see the same pictures. Each run is a folder in
-runs/compare, which `parameternet train` goes on with where it was ended. Epochs go to benchmarks/results/RECIPE.csv as
-soon as a run is whole, and what stands there is not run again.
-Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by seed: mean
+A seed draws initial weights, order and crops, so that runs of one seed see the same images. Each run is a folder in
+runs/compare and is resumed. Epochs go to benchmarks/results/RECIPE.csv when a run is finished; runs in that file are
+not repeated. Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by seed: mean
 and standard deviation over seeds.
 """
 
@@ -133,7 +132,7 @@ def main() -> None:
 
 
 def wanted(plan: Plan, seeds: list[int]) -> list[Run]:
-    """What is compared for every seed, then what is compared once."""
+    """Return the runs of every seed, then those of the first."""
     always = [Run(variant, seed) for seed in seeds for variant in plan.always]
     return always + [Run(variant, seeds[0]) for variant in plan.once]
 
@@ -143,7 +142,7 @@ def folder_of(recipe: str, run: Run) -> Path:
 
 
 def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> Run:
-    """A process a run, which goes on where it was ended; returns the run."""
+    """Train or resume a run in a process of its own; return the run."""
     folder = folder_of(recipe.stem, run)
     folder.mkdir(parents=True, exist_ok=True)
     changed = changes(load_recipe(recipe, overrides), plan.variants[run.variant])
@@ -157,7 +156,7 @@ def train(plan: Plan, run: Run, recipe: Path, overrides: list[str]) -> Run:
 
 
 def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
-    """A variant's fields; arguments of the network are added to those of the recipe."""
+    """Return a variant's fields; arguments of the network are added to those of the recipe."""
     given = {key: value(recipe) if callable(value) else value for key, value in variant.items()}
     return {
         key: {**getattr(recipe, key), **value} if isinstance(value, dict) else value for key, value in given.items()
@@ -165,7 +164,7 @@ def changes(recipe: Recipe, variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> None:
-    """Put the epochs of a whole run beside those of the others."""
+    """Add the epochs of a finished run to the results."""
     epochs = [
         {"variant": run.variant, "seed": run.seed, "epoch": row["epoch"], **{key: row[key] for key in COLUMNS}}
         for row in _history(folder_of(name, run))
@@ -176,7 +175,7 @@ def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> No
 
 
 def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
-    """Under which conditions runs were compared, in a sentence for a card."""
+    """Describe the conditions in a sentence for a card."""
     return (
         f"Measured on `{recipe.model}`, {recipe.epochs} epochs at {recipe.input_size} px of {recipe.data_name}, the "
         "same recipe and seeds for all; top-1 and top-5 in percent after the last epoch, mean and standard deviation "
@@ -186,7 +185,7 @@ def conditions(recipe: Recipe, options: argparse.Namespace) -> str:
 
 
 def settings(recipe: Recipe) -> str:
-    """What runs must have in common to stand beside each other."""
+    """What runs must have in common to be compared."""
     return f"settings: {recipe.model}, {recipe.epochs} epochs at {recipe.input_size} px, batch {recipe.batch_size}"
 
 
@@ -199,7 +198,7 @@ def _history(folder: Path) -> list[Row]:
 
 
 def measured(result: Path, recipe: Recipe) -> dict[Run, list[Row]]:
-    """Epochs of each run in a result; none if there is no such file yet."""
+    """Read the epochs of each run; empty if there is no file yet."""
     runs = read_runs(result, settings(recipe))
     return {Run(variant, int(seed)): rows for (variant, seed), rows in runs.items()}
 
@@ -220,7 +219,7 @@ def cost(recipe: Recipe, variant: dict[str, Any]) -> tuple[float, float]:
 
 
 def table(plan: Plan, recipe: Recipe, result: Path) -> list[str]:
-    """A row a variant: cost, accuracy, difference from the first variant."""
+    """A row per variant: cost, accuracy, difference from the first variant."""
     if not result.is_file():
         raise SystemExit("no run is whole yet")
     runs = measured(result, recipe)

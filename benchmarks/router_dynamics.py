@@ -1,4 +1,4 @@
-"""What happens inside routers while they learn? The first epoch of the recipe of the claim, watched layer by layer.
+"""Measure routers during the first epoch of the claim recipe, layer by layer.
 
     python benchmarks/router_dynamics.py            every variant (some minutes each), then the table and the plot
     python benchmarks/router_dynamics.py --table

@@ -1,6 +1,6 @@
 """How should a router read, start and answer, so that experts pay? One change at a time on the recipe of the claim.
 
-    python benchmarks/routers.py                      every missing run of the first seed, then the table
+    python benchmarks/routers.py                      missing runs of the first seed, then the table
     python benchmarks/routers.py --variants A B --seeds 0 1 2 --jobs 2
     python benchmarks/routers.py --table              what was measured
 

@@ -1,19 +1,19 @@
-"""What our networks and our layer cost beside static ones and beside timm's CondConv2d, on this machine.
+"""Measure our networks and our layer next to static ones and to timm's CondConv2d.
 
     python benchmarks/speed.py                            networks, training, layers: about 20 minutes on two cores
     python benchmarks/speed.py --what networks training   about 8 minutes
     python benchmarks/speed.py --what layers              about 10 minutes
     python benchmarks/speed.py --what strategies          each way to compute a layer; or --shape 80,240,14,1,1,1
-    python benchmarks/speed.py --quick                    a look at everything, in some minutes, written nowhere
+    python benchmarks/speed.py --quick                    everything in some minutes, without writing files
 
-networks    Inference at 224 pixels, batch normalisation folded in: ours, its static twin (`dynamic=False`), and ours on
-            timm's CondConv2d, with the same numbers in it.
+networks    Inference at 224 pixels, batch norm folded in: ours, its static baseline (`dynamic=False`), and ours on
+            timm's CondConv2d with the same weights.
 training    A step of the same three at 128 pixels, not folded: forward, backward, SGD with momentum.
 layers      One convolution with given routing weights, over a grid of shapes: ours, CondConv2d, static, and peers.
 strategies  One convolution by each strategy that takes its shape, and static: torch's, and ours where it is depthwise.
 
-Each contestant is held against the naive form (tests/reference.py) in float64 before it is timed. Its error, that of
-the naive form in the same dtype, and the times stand in one row. An error is the largest one of an output relative to
+Each contestant is compared with the naive form (tests/reference.py) in float64 before it is timed. Its error, that of
+the naive form in the same dtype, and the times are in one row. An error is the largest one of an output relative to
 the largest output (inference, first and last sample), or the distance of all gradients relative to their length
 (training). What is ours has to be at most twice as inaccurate as the naive form or as the static convolution, which
 sums in the same order as a fast dynamic one; others have to be right in half of the digits. Who is not is not timed,
@@ -133,7 +133,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_all(what: str, device: str, options: argparse.Namespace) -> list[Row]:
-    """Rows of all cases, in a file that grows with each of them."""
+    """Run all cases; each is written at once."""
     print(f"\n{what} on {device}: ms (quartiles), ratio to static, to CondConv2d, MiB, error (of the naive form)")
     head, path = header(options.threads, device), RESULTS / f"{what}_{kind_of_processor(device)}.csv"
     print("\n".join(head), flush=True)
@@ -153,7 +153,7 @@ def run_all(what: str, device: str, options: argparse.Namespace) -> list[Row]:
 
 
 def slower(rows: list[Row]) -> str:
-    """How many layers of ours take more than 5 % longer than CondConv2d, and which."""
+    """Say which of our layers take more than 5 % longer than CondConv2d."""
     ours = [row for row in rows if row["contestant"] == "ours" and row["vs_condconv"]]
     late = [row for row in ours if float(row["vs_condconv"]) > 1.05]
     names = [f"\n    {r['vs_condconv']} {r['case']}, {r['mode']}, {r['dtype']}, batch {r['batch']}" for r in late]
@@ -166,7 +166,7 @@ def batches(options: argparse.Namespace, device: str, usual: list[int]) -> list[
 
 
 def rows_of(case: Row, errors: Errors, times: dict[str, list[float]], peaks: dict[str, float]) -> list[Row]:
-    """A row a contestant: the case, what it took, and how accurate it was."""
+    """A row per contestant: case, times, error."""
     rows = []
     for name, (error, naive_error) in errors.items():
         row = {**case, "contestant": name}
@@ -198,7 +198,7 @@ def words(rows: list[Row]) -> str:
 
 
 def timed(runs: Runs, errors: Errors, case: Row, rounds: int) -> dict[str, list[float]]:
-    """Seconds of those that are accurate."""
+    """Time the accurate ones, in seconds."""
     dtype = DTYPES[case["dtype"]]
     good = {}
     for name, run in runs.items():
@@ -236,9 +236,9 @@ def prepare(model: nn.Module, device: str, dtype: str, options: argparse.Namespa
 
 
 def pictures(batch: int, side: int, device: str, dtype: str, options: argparse.Namespace) -> Tensor:
-    """A smaller batch is the beginning of a larger one."""
+    """Return images; a smaller batch is the beginning of a larger one."""
     draw = torch.Generator().manual_seed(1)
-    # A constant for each picture and channel, so that pictures are routed differently.
+    # A constant per image and channel, so that images are routed differently.
     x = torch.stack([
         torch.randn(3, side, side, generator=draw) + torch.randn(3, 1, 1, generator=draw) for _ in range(batch)
     ])  # fmt: skip
@@ -247,7 +247,7 @@ def pictures(batch: int, side: int, device: str, dtype: str, options: argparse.N
 
 
 def network_errors(runs: Runs, truths: Models, x: Tensor) -> Errors:
-    """On the first and the last picture."""
+    """On the first and the last image."""
     some = [0] if len(x) == 1 else [0, len(x) - 1]
     found = {}
     for name, run in runs.items():
@@ -368,7 +368,7 @@ def shapes(usual: tuple[Shape, ...], options: argparse.Namespace) -> tuple[Shape
 
 
 def by_strategy(shape: Shape, batch: int, device: str) -> Models:
-    """Every strategy that takes this shape, and the static layer. The one that is chosen bears a star."""
+    """Every strategy that takes this shape, and the static layer. A star marks the chosen one."""
     cin, cout, side, kernel, stride, groups = shape
     everybody = layers(cin, cout, kernel, stride, groups)
     conv, found = everybody["ours"], {"static": everybody["static"], "condconv": everybody["condconv"]}
@@ -407,7 +407,7 @@ def layer_case(
 
 
 def runs_at_all(peer: Callable[[], object]) -> bool:
-    """Older ones do not take channels_last."""
+    """Whether a peer runs; older ones do not take channels_last."""
     try:
         peer()
     except RuntimeError:

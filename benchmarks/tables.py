@@ -47,7 +47,7 @@ def parameters(model: torch.nn.Module) -> str:
 
 
 def networks() -> list[str]:
-    """A row a network: parameters with 4 experts and of the static twin, MACs at 224 px and 1,000 classes."""
+    """A row per network: parameters with 4 experts and of the static baseline, MACs at 224 px and 1,000 classes."""
     rows = []
     for name, origin in ORIGIN.items():
         model = create(name)
@@ -59,7 +59,7 @@ def networks() -> list[str]:
 
 
 def upcycled() -> list[str]:
-    """A row a network of timm's: parameters dense and with 4 experts, MACs at its test size, accuracy if it has any."""
+    """A row per network of timm: parameters dense and with 4 experts, MACs at its test size, accuracy if it has any."""
     rows = []
     for name, source in SOURCES.items():
         model, dense = create(name), create(name, dynamic=False)
@@ -76,7 +76,7 @@ BACKBONES = ("parameternet_300m", "parameternet_600m", "dynamic_ghostnetv2_100",
 
 
 def detectors() -> list[str]:
-    """A row a detector: parameters, Ultralytics' GFLOPs at 640 px (convolutions), and our count of mixing on top."""
+    """A row per detector: parameters, Ultralytics' GFLOPs at 640 px (convolutions), and our count of mixing on top."""
     if importlib.util.find_spec("ultralytics") is None:
         return []
     os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
@@ -93,7 +93,7 @@ def detectors() -> list[str]:
 
 
 def checkpoints(linked: bool = True) -> list[str]:
-    """A row a checkpoint, from what its release measured; its name leads to its card."""
+    """A row per checkpoint, from what its release measured; its name leads to its card."""
     rows = []
     for name in weights.known():
         config = weights.config(name)
@@ -118,7 +118,7 @@ def measured(what: str) -> Iterator[tuple[str, list[Row]]]:
 
 
 def speed() -> list[str]:
-    """A row a batch size, inference and then training: milliseconds of all, ratios of ours, memory of all."""
+    """A row per batch size, inference and then training: milliseconds, ratios, memory."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for what in ("networks", "training"):
         for processor, rows in measured(what):
@@ -143,7 +143,7 @@ def _ratio(row: Row, base: str) -> str:
 
 
 def layer_speed() -> list[str]:
-    """A row a kind of layer: how long ours takes relative to CondConv2d, over all shapes and batch sizes."""
+    """A row per kind of layer: how long ours takes relative to CondConv2d, over all shapes and batch sizes."""
     kinds: dict[str, list[float]] = {}
     for processor, rows in measured("layers"):
         for row in rows:
@@ -157,7 +157,7 @@ def layer_speed() -> list[str]:
 
 
 def exported() -> list[str]:
-    """A row a network and runtime: static, then relative to it each form; sizes and the largest difference of all."""
+    """A row per network and runtime: static, then relative to it each form; sizes and the largest difference of all."""
     cases: dict[tuple[str, str], dict[str, Row]] = {}
     path = ROOT / "benchmarks" / "results" / "export.csv"
     for row in read_csv(path)[1] if path.exists() else []:
@@ -174,14 +174,14 @@ def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
 
 
 def compared(plan: str, name: str) -> list[str]:
-    """A row a variant of a recipe, as `compare.py PLAN RECIPE --table` prints them."""
+    """A row per variant of a recipe, as `compare.py PLAN RECIPE --table` prints them."""
     recipe = ROOT / "configs" / "train" / f"{name}.yaml"
     result = ROOT / "benchmarks" / "results" / f"{recipe.stem}.csv"
     return compare.table(compare.PLANS[plan], load_recipe(recipe), result) if result.exists() else []
 
 
 def recipe_fields() -> list[str]:
-    """A row a field of a recipe: name, default, allowed values, documentation."""
+    """A row per field of a recipe: name, default, allowed values, documentation."""
     return [f"| {' | '.join(map(_cell, row))} |" for row in _fields()]
 
 

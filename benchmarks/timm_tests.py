@@ -1,4 +1,4 @@
-"""Run timm's own tests/test_models.py over our networks: the release that is installed, its tests as they are.
+"""Run timm's own tests/test_models.py, of the installed release, on our networks.
 
     python benchmarks/timm_tests.py                        every network, every test that lists networks
     python benchmarks/timm_tests.py parameternet_50m       some of them

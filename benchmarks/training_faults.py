@@ -1,8 +1,8 @@
-"""What a run loses when it is killed, when the disk refuses, and when it is resumed: counted, not promised.
+"""Count what a run loses when it is killed, when the disk fails, and when it is resumed.
 
     python benchmarks/training_faults.py [--kills 40] [--json results.json]
 
-Trains a tiny network on synthetic pictures, with a checkpoint after every update, and
+Trains a tiny network on synthetic images, with a checkpoint after every update, and
 
 - kills it with SIGKILL at moments swept over an update and its checkpoint, and at every step of the writing of a
   checkpoint, and tries to load `last.ckpt` each time;
@@ -78,7 +78,7 @@ def make_recipe(root: Path, **changes: object) -> Recipe:
 
 
 def sweep_kills(root: Path, kills: int) -> dict[str, int]:
-    """Kill the same run again and again, each time a little later; it goes on from `last.ckpt` each time."""
+    """Kill the same run again and again, each time a little later; it resumes from `last.ckpt` each time."""
     counts = {"kills": 0, "loadable": 0, "older": 0}
     folder, updates, period = root / "killed", 0, update_seconds(root)
     for kill in range(kills):
@@ -190,7 +190,7 @@ CALLS = ("open", "write", "fsync", "replace")
 
 
 def refuse(root: Path, code: int, call: str) -> dict[str, object]:
-    """Let `call` fail with `code` for every checkpoint but the first; what stands must load, and be the first."""
+    """Let `call` fail with `code` for every checkpoint but the first; the file must load, and be the first."""
     folder = root / f"refused-{code}-{call}"
     run_until(make_recipe(root, checkpoint_minutes=0), folder, steps=2)
     before = (folder / LAST).read_bytes()
@@ -233,7 +233,7 @@ STOPS = {6: "epoch's end", 3: "middle of an epoch", 9: "middle of the last epoch
 
 
 def resume(root: Path, stop: int, text: str) -> dict[str, object]:
-    """Stop after `stop` updates, go on, and compare with the run that was not stopped."""
+    """Stop after `stop` updates, resume, and compare with the uninterrupted run."""
     whole, parts = root / "whole", root / f"stopped-{stop}"
     if not whole.exists():
         run(make_recipe(root), whole)
