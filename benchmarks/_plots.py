@@ -54,7 +54,7 @@ def _bars(figure, rows: Rows) -> None:
 
 
 def _dots(figure, rows: Rows, base: str) -> None:
-    """A line per layer, a panel per dtype, mode and batch, a dot per contestant. A ring marks the strategy that runs."""
+    """A line per layer, a panel per dtype, mode and batch, a dot per contestant. A ring marks the chosen strategy."""
     rows = [row for row in rows if row[f"vs_{base}"]]
     panels = list(dict.fromkeys((row["dtype"], row["mode"], int(row["batch"])) for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))[::-1]

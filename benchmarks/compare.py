@@ -13,8 +13,8 @@ transfer: what are pretrained weights worth? The network from the recipe's `init
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same images. Each run is a folder in
 runs/compare and is resumed. Epochs go to benchmarks/results/RECIPE.csv when a run is finished; runs in that file are
-not repeated. Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by seed: mean
-and standard deviation over seeds.
+not repeated. Figures are those of the last epoch, not of the best one. Differences from the first variant are paired by
+seed: mean and standard deviation over seeds.
 """
 
 import argparse
