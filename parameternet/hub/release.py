@@ -232,8 +232,15 @@ def _old(folder: Path) -> Path:
 
 
 def record(name: str, entry: dict[str, Any], records: Path = weights.RECORDS) -> None:
-    """Record a checkpoint's SHA-256 and size, so that its name resolves and its file is verified."""
+    """Record a checkpoint's SHA-256 and size, so that its name resolves and its file is verified.
+
+    Digests of the files that it replaces stay known: copies of them still load.
+    """
     records = Path(os.path.realpath(records))
     with claimed(records.with_name(f".{records.name}.lock"), f"the record file {records}", timeout=60):
         known = json.loads(records.read_text("utf-8")) if records.is_file() else {}
+        old = known.get(name, {})
+        former = [old["sha256"], *old.get("earlier", [])] if old else []
+        if former := [digest for digest in former if digest != entry["sha256"]]:
+            entry = {**entry, "earlier": former}
         files.write_json(records, dict(sorted((known | {name: entry}).items())))

@@ -44,7 +44,7 @@ def shipped(kind: str) -> Path:
 def known() -> dict[str, dict[str, Any]]:
     """The recorded checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`.
 
-    `earlier` lists the SHA-256 of former files with the same tensors, so that copies of those still verify.
+    `earlier` lists the SHA-256 of former files of that name, so that copies of those still verify.
     """
     return json.loads(RECORDS.read_text("utf-8")) if RECORDS.is_file() else {}
 

@@ -7,7 +7,7 @@ import torch
 
 from parameternet import files, training, weights
 from parameternet.hub import release
-from parameternet.hub.release import half
+from parameternet.hub.release import half, record
 from parameternet.training import CheckpointError, load_recipe, run, validate
 
 
@@ -78,6 +78,17 @@ def test_the_record_is_of_the_file(released):
         "bytes": (folder / "model.safetensors").stat().st_size,
     }
     assert found["sha256"] == record["sha256"]
+
+
+def test_digests_of_replaced_files_stay_known(tmp_path):
+    path = tmp_path / "records.json"
+    for digest in ("a", "b", "b", "c"):
+        record("net.x", {"sha256": digest, "bytes": 1}, path)
+    record("other.x", {"sha256": "d", "bytes": 1}, path)
+    assert json.loads(path.read_text()) == {
+        "net.x": {"sha256": "c", "bytes": 1, "earlier": ["b", "a"]},
+        "other.x": {"sha256": "d", "bytes": 1},
+    }
 
 
 def test_the_recipe_that_is_published_names_no_folder_of_the_machine(released):
