@@ -1,4 +1,4 @@
-"""mkdocs: plots that lie next to their data, outside docs/, become files of the site."""
+"""mkdocs: plots outside docs/ become files of the site; links to other files outside become their text."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(\.\./[^)]*\)")
 IMAGE = re.compile(r"\]\(\.\./([\w./-]+\.png)\)")
 
 
@@ -18,4 +19,4 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    return IMAGE.sub(r"](\1)", markdown)
+    return IMAGE.sub(r"](\1)", LINK.sub(r"\1", markdown))
