@@ -34,6 +34,7 @@ EXTRAS = {
     "app": ("gradio",),
     "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "yolo": ("ultralytics",),
+    "detection": ("torchmetrics", "pycocotools"),
     "test": ("pytest", "ruff"),
 }
 

@@ -72,13 +72,17 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class Usage:
-    """How examples load the checkpoint, and the input that they make: side in pixels, interpolation, crop."""
+    """How examples load the checkpoint, and the input that they make: side in pixels, interpolation, crop.
+
+    transformers: How transformers loads it, a folder or a repository of the Hub and its revision; None: not at all.
+    """
 
     reference: str
     by_name: bool
     size: int
     interpolation: str
     crop_pct: float
+    transformers: tuple[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,18 @@ def _reference(source: str | Path, name: str) -> str:
 
 def _usage(name: str, config: dict[str, Any], reference: str) -> Usage:
     data = _data_config(config)
-    return Usage(reference, reference == name, data["input_size"][-1], data["interpolation"], data["crop_pct"])
+    size, interpolation, crop_pct = data["input_size"][-1], data["interpolation"], data["crop_pct"]
+    return Usage(reference, reference == name, size, interpolation, crop_pct, _for_transformers(reference))
+
+
+def _for_transformers(reference: str) -> tuple[str, str | None] | None:
+    scheme, _, place = reference.rpartition(":")
+    if scheme == "hf-hub":
+        repository, _, revision = place.partition("@")
+        return repository, revision or None
+    if scheme == "local-dir":
+        return place, None
+    return (f"path/to/parameternet/weights/{place}", None) if place in weights.known() else None
 
 
 def _data_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,20 @@ print(embedding.shape)
 ```
 """,
 }
+_TRANSFORMERS = """\
+The folder loads in transformers as well, which reads the weights without verifying their digest:
+
+```python
+from transformers import pipeline
+
+import parameternet  # registers the network with timm, from which transformers takes it
+
+classify = pipeline("image-classification", model="{folder}"{revision})
+print(classify("photo.jpg"))
+```
+
+`AutoModelForImageClassification.from_pretrained` takes the same, for `Trainer`.
+"""
 _TORCH_HUB = """\
 From a checkout of the repository, without installing it:
 
@@ -304,10 +318,15 @@ def _comparison(comparison: Comparison) -> str:
 
 def _usage(card: CardData) -> str:
     sections = dict(_USAGE)
+    if card.usage.transformers:
+        sections["transformers"] = _TRANSFORMERS
     if card.usage.by_name:  # these two take registered names only
         sections |= {"torch.hub": _TORCH_HUB, "YOLO": _YOLO}
+    folder, revision = card.usage.transformers or ("", None)
     words = {
         "usage": card.usage,
+        "folder": folder,
+        "revision": f', revision="{revision}"' if revision else "",
         "spoken": card.usage.reference.removeprefix("local-dir:"),
         "architecture": card.architecture,
         "tag": card.name.partition(".")[2],

@@ -59,7 +59,12 @@ class Recipe:
         ".safetensors file, local-dir:DIR, hf-hub:ORG/NAME; null: random",
         TEXT,
     )
-    freeze: list[str] = setting([], "frozen parts: names or patterns, e.g. [conv_stem, 'blocks.[0-2]']", TEXT)
+    freeze: list[str] = setting(
+        [],
+        "frozen parts: names or patterns, e.g. [conv_stem, 'blocks.[0-2]'] or ['*.routing']; docs/finetuning.md has "
+        "patterns of experts, routers and norms",
+        TEXT,
+    )
     drop_rate: float = setting(0.0, "dropout before the classifier", FRACTION_BELOW_1)
     drop_path_rate: float = setting(0.0, "stochastic depth rate", FRACTION_BELOW_1)
 

@@ -47,6 +47,37 @@ def test_lora_adapts_the_weights_of_routers(images):
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_lora_on_classifier_routers_and_static_convolutions_merges(arguments, images):
+    peft = pytest.importorskip("peft")
+    model = network(**arguments).train()
+    with torch.no_grad():
+        for _ in range(30):  # statistics of batch norm, without which an untrained network gives hardly anything
+            model(images)
+    names, before = set(model.eval().state_dict()), model(images)
+    config = peft.LoraConfig(
+        r=2, target_modules=r"classifier|conv_head|.*\.se\.fc[12]",
+        target_parameters=[f"{name}.weight" for name in routers(model)],
+    )  # fmt: skip
+    adapted = peft.get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        nn.functional.cross_entropy(adapted(images), torch.tensor([1, 2])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = adapted(images)
+    assert (expected - before).abs().max() > 0.01
+    merged = adapted.merge_and_unload()
+    assert set(merged.state_dict()) == names
+    assert torch.allclose(merged(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_takes_no_experts():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="4 dimensional"):
+        peft.get_peft_model(network(), peft.LoraConfig(target_modules=[], target_parameters=["stem.conv.weight"]))
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 def test_torchao_quantises_linear_layers(arguments, images):
     quantization = pytest.importorskip("torchao.quantization")
     model = network(**arguments)

@@ -1,7 +1,11 @@
 """transformers' timm wrapper on our folders: the probabilities of `parameternet predict`."""
 
 import itertools
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +81,30 @@ def test_the_backbone_wrapper_gives_features(images):
     assert [tuple(f.shape[2:]) for f in backbone(images).feature_maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
 
+@pytest.mark.parametrize("name", ["parameternet_50m.tin200", "local-dir:{weights}/parameternet_50m.tin200"])
+def test_a_pretrained_backbone_gives_timms_features(name, images):
+    name = name.format(weights=weights.shipped("weights"))
+    network = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    backbone = transformers.TimmBackbone.from_pretrained(name, out_indices=[1, 2, 3, 4])
+    # transformers 5.24 resets the statistics of batch norm in every network of timm.
+    statistics = {f"_backbone.{key}": v for key, v in network.state_dict().items() if "running_" in key}
+    assert statistics and not backbone.load_state_dict(statistics, strict=False).unexpected_keys
+    with torch.no_grad():
+        for ours, theirs in zip(network(images), backbone.eval()(images).feature_maps, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_wrapper_gives_hidden_states(folder, images):
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        found = model(images, output_hidden_states=True).hidden_states
+        expected = network.forward_intermediates(images, intermediates_only=True)
+    assert len(found) == len(expected) > 3
+    for theirs, ours in zip(found, expected, strict=True):
+        assert torch.allclose(theirs, ours, atol=1e-4)
+
+
 def test_the_trainer_fine_tunes(tmp_path, images):
     folder = weights.shipped("weights") / "parameternet_50m.tin200"
     model = transformers.AutoModelForImageClassification.from_pretrained(
@@ -88,7 +116,22 @@ def test_the_trainer_fine_tunes(tmp_path, images):
         save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained = transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trained = trainer.train()
     assert trained.global_step == 3 and torch.isfinite(torch.tensor(trained.training_loss))
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert any(".routing." in name for name in moved)
+    trainer.save_model(tmp_path / "saved")
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_cards_example_runs(tmp_path):
+    card = (weights.shipped("weights") / "parameternet_50m.tin200" / "README.md").read_text()
+    [block] = [b for b in re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL) if "transformers" in b]
+    shutil.copy(PHOTOS[0], tmp_path / "photo.jpg")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "parameternet").symlink_to(Path(__file__).parents[2])
+    quiet = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    assert "'label'" in done.stdout, done.stderr

@@ -77,20 +77,23 @@ def test_the_cards_figures_are_those_of_the_config_and_the_file():
 
 def test_the_sections_stand_in_order():
     headings = re.findall(r"^##+ (.*)$", (SHIPPED / "README.md").read_text(), re.MULTILINE)
-    usage = ["Image Classification", "Feature Map Extraction", "Image Embeddings", "torch.hub", "YOLO"]
+    usage = ["Image Classification", "Feature Map Extraction", "Image Embeddings", "transformers", "torch.hub", "YOLO"]
     tail = ["Training", "Limits", "Data", "Citation"]
     assert headings == ["Model Details", "Results", "Experts", *COMPARED, "Model Usage", *usage, *tail]
 
 
 def run_examples(card, folder, monkeypatch):
-    """Run every block of Python but YOLO's, from the top down as a reader would; returns the names that they leave."""
+    """Run every block of Python, from the top down as a reader would; returns the names that they leave.
+
+    YOLO's and transformers' (tests/clients) are left out.
+    """
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "parameternet").symlink_to(ROOT)
     Image.open(ROOT / "tests" / "photos" / "cat.jpg").save(folder / "photo.jpg")
     monkeypatch.chdir(folder)
     left = {}
     for number, block in enumerate(blocks(card)):
-        if "ultralytics" not in block:
+        if "ultralytics" not in block and "transformers" not in block:
             exec(compile(block, f"block {number}", "exec"), left)
     return left
 
@@ -122,13 +125,14 @@ def test_the_examples_of_a_published_checkpoint_run(hub, tmp_path, monkeypatch):
     left = run_examples(card, tmp_path / "reader", monkeypatch)
     assert left["probabilities"].shape == (1, 5) and left["embedding"].shape[0] == 1
     assert "torch.hub" not in card and "YOLO" not in card, "they take names of the registry alone"
-    assert "--model hf-hub:somebody/net" in card
+    assert "--model hf-hub:somebody/net" in card and 'model="somebody/net")' in card
+    assert 'model="somebody/net", revision="v1")' in write_card(folder, "hf-hub:somebody/net@v1")
 
 
 def test_a_folder_with_little_in_it_has_a_card_that_claims_little(tmp_path, monkeypatch):
     folder = checkpoints.write(tmp_path / "net")
     card = write_card(folder)
-    assert card.count('create_model("local-dir:net"') == 3
+    assert card.count('create_model("local-dir:net"') == 3 and card.count('model="net")') == 1
     for words in ("# net\n", "Its accuracy has not been measured.", "The recipe is not known."):
         assert words in card
     table = facts(card)
@@ -181,6 +185,7 @@ def test_an_upcycled_checkpoint_says_whose_figures_it_shows(tmp_path):
     ):
         assert words in card
     assert card.count('create_model("dynamic_ghostnet_100.in1k_upcycled"') == 3
+    assert "transformers" not in card, "it has no folder"
 
 
 @pytest.mark.parametrize(
