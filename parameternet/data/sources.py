@@ -139,9 +139,7 @@ class Tar:
         elif member.isfile() and name.lower().endswith(".tar"):
             self._scan(tar.extractfile(member), f"{name[:-4]}/", base + member.offset_data)
         elif member.isfile():
-            self.places[name] = _Place(
-                base + member.offset_data, member.size
-            )  # of files with the same name, tar keeps the last
+            self.places[name] = _Place(base + member.offset_data, member.size)  # of equal names, tar keeps the last
 
     def _hide(self, name: str) -> None:
         parts = name.split("/")

@@ -137,7 +137,7 @@ class Learner:
         if self.erase:
             images = self.erase(images)
         if self.mixup:
-            even = len(images) // 2 * 2  # mixing pairs images, and an unreadable one leaves its partner without one
+            even = len(images) // 2 * 2  # mixing pairs images, and unreadable ones may leave an odd number
             images, labels = self.mixup(images[:even], labels[:even])
         if self.r.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

@@ -75,9 +75,7 @@ class Memory:
 def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
     """Decode every image of a source with a pool of threads; yield slices as (first index, results of `read`)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(
-            0, len(source), 1024
-        ):  # slices keep the pool from decoding everything before the first image is used
+        for start in range(0, len(source), 1024):  # slices, or all decoded images would be in memory
             yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
 
 

@@ -225,9 +225,7 @@ class Trainer:
         if self.progress.step == self.steps:
             return  # the end of the epoch saves anyway
         due = self.place.first and self.folder.minutes_since_save() >= self.recipe.checkpoint_minutes
-        wish = self.place.largest(
-            max(self.signals.received << 1, int(due))
-        )  # the signal's number, plus a bit for elapsed time
+        wish = self.place.largest(max(self.signals.received << 1, int(due)))  # the signal's number, and a bit for time
         if wish:
             self._settle_loss()
             self._save_last(must=wish > 1)
