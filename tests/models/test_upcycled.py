@@ -77,7 +77,7 @@ def test_a_folder_is_a_source_and_keeps_names_and_preprocessing(dense, tmp_path)
 def test_a_checkpoint_is_not_overwritten_unasked(file, tmp_path):
     upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050")
     before = (tmp_path / weights.FILE_NAME).read_bytes()
-    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+    with pytest.raises(FileExistsError, match="already holds a checkpoint"):
         upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", num_experts=2)
     assert (tmp_path / weights.FILE_NAME).read_bytes() == before
     upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", overwrite=True, num_experts=2)
