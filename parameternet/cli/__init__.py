@@ -69,7 +69,7 @@ class Commands(click.Group):
 
 
 def _is_ours_to_tell(error: Exception) -> bool:
-    """Return Return True for errors raised on purpose; anything else is a bug and needs its traceback."""
+    """Return True for errors raised on purpose; anything else is a bug and needs its traceback."""
     expected = isinstance(error, RuntimeError | ValueError | OSError | ImportError)
     return expected or type(error).__module__.startswith("parameternet.")
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_converted_is_left_alone():
         "the stem",
         "a ScaledStdConv2d may compute something else from its weights",
         "pads with reflect",
-        "shares itself or its weight with another place",
+        "is shared, or shares its weight",
         "carries hooks or a parametrization",
         None,
     ]
