@@ -69,8 +69,8 @@ def refuse_distributed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"{name or 'the network'} is wrapped in DistributedDataParallel, which knows only the "
-                "parameters that it was built with: convert its `.module`, and wrap the result"
+                f"{name or 'the network'} is wrapped in DistributedDataParallel, which synchronises only "
+                "the parameters that it was built with: convert its `.module`, and wrap the result"
             )
 
 

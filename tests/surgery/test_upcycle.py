@@ -193,7 +193,7 @@ def test_what_cannot_be_converted_is_left_alone():
         "a ScaledStdConv2d may compute something else from its weights",
         "pads with reflect",
         "is shared, or shares its weight",
-        "carries hooks or a parametrization",
+        "has hooks or a parametrization",
         None,
     ]
 
