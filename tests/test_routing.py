@@ -169,7 +169,7 @@ def test_damaged_pictures_are_named_and_the_others_keep_their_rows(tmp_path):
 def test_nothing_to_measure_is_an_error(tmp_path):
     network = Tiny(WEIGHT, BIAS)
     with pytest.raises(
-        ValueError, match=r"of 1 given none could be read \(the first is .*none.png: no such file\): give"
+        ValueError, match=r"none of the 1 given could be read \(the first is .*none.png: no such file\): give"
     ):
         routed(network, tmp_path / "none.png")
     network.spare = DynamicConv(3, 2)

@@ -158,7 +158,7 @@ def test_the_activation_of_the_network_is_ours_too():
 
 def test_other_channels_and_where_rows_must_be():
     assert parse([[-1, 1, "TimmBackbone", ["resnet18"]], [0, 1, "TimmStage", [16]]], ch=4)[0].net.conv1.in_channels == 4
-    with pytest.raises(ValueError, match="TimmStage in row 1 reads row 0, which is no TimmBackbone"):
+    with pytest.raises(ValueError, match="TimmStage in row 1 reads row 0, which is not a TimmBackbone"):
         parse([[-1, 1, "Conv", [8]], [0, 1, "TimmStage", [8]]])
     with pytest.raises(ValueError, match="no feature of stride 64; there are 2, 4, 8, 16, 32"):
         parse([[-1, 1, "TimmBackbone", ["resnet18"]], [0, 1, "TimmStage", [64]]])
