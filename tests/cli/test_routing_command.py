@@ -131,7 +131,7 @@ def test_errors_say_what_to_do(tmp_path, arguments, code, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_the_numbers_stand_and_the_line_that_installs_it_is_told(monkeypatch):
+def test_missing_matplotlib_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     done = run(checkpoints.NAME, PHOTOS / "cat.jpg", code=1)
     assert done.stdout.splitlines()[1].startswith("stem.conv")

@@ -147,7 +147,7 @@ def test_only_strays_is_an_error_that_names_them(made):
 
 
 @pytest.mark.parametrize("form", ["dictionary", "file"])
-def test_a_class_map_has_the_last_word(made, tmp_path, form):
+def test_class_map_overrides_the_folders(made, tmp_path, form):
     where = made("cat/images/1.png", "dog/1.png", "fox/1.png")
     (tmp_path / "classes.txt").write_text("fox\ncat\n\n")
     table = {"fox": 0, "cat": 1} if form == "dictionary" else str(tmp_path / "classes.txt")

@@ -264,7 +264,7 @@ def test_routing_weights_of_another_shape_are_refused(shape):
         layer(torch.randn(2, 8, 5, 5), torch.rand(shape))
 
 
-def test_tools_that_look_for_linear_layers_and_buffers_find_none(layer):
+def test_routers_have_no_linear_layers_and_only_softmax_has_a_buffer(layer):
     assert not [m for m in layer.modules() if isinstance(m, nn.Linear)]
     assert [name for name, _ in layer.named_buffers()] == (["routing.temperature"] if layer.routing.softmax else [])
     hidden = ["routing.hidden.weight", "routing.hidden.bias"] if layer.routing.hidden is not None else []

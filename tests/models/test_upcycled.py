@@ -28,7 +28,7 @@ def file(dense, tmp_path_factory):
     return path
 
 
-def test_a_file_becomes_a_folder_that_computes_the_same_in_a_fresh_process(dense, file, tmp_path):
+def test_upcycled_file_has_the_same_outputs_in_a_new_process(dense, file, tmp_path):
     folder = tmp_path / "dynamic"
     dynamic, compared = upcycle_checkpoint(
         str(file), folder, "mobilenetv3_small_050", num_experts=3, routing="softmax", exclude="blocks.0.*", seed=5

@@ -210,7 +210,7 @@ def test_registering_again_reloading_and_threads_change_nothing():
         ("tasks.parse_model = lambda *_: 1 / 0", "does not fit Ultralytics .*division by zero"),
     ],
 )  # fmt: skip
-def test_an_ultralytics_that_does_not_fit_is_an_import_error_in_a_sentence(damage, message):
+def test_incompatible_ultralytics_is_an_import_error(damage, message):
     code = f"from ultralytics.nn import tasks\n{damage}\nimport parameternet.yolo"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     import re
