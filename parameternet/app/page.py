@@ -27,8 +27,10 @@ LEGEND = (
     "A column is a dynamic layer, a row one of its experts. Red: a larger share of the layer's routing weights than an "
     "even split; blue: a smaller one. Point at a cell to read it."
 )
-ALIKE = "Both images have the same routing weights: an upcycled network that was not trained routes every image "
+ALIKE = (
+    "Both images have the same routing weights: an upcycled network that was not trained routes every image "
     "the same way."
+)
 
 
 def build(
