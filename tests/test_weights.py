@@ -232,7 +232,7 @@ def test_nowhere_lists_every_place_and_what_to_do(checkout, monkeypatch, tmp_pat
 
 
 def test_an_address_is_not_a_source():
-    with pytest.raises(weights.WeightsError, match="not read from a plain address"):
+    with pytest.raises(weights.WeightsError, match="not read from a plain URL"):
         weights.resolve({**CFG, "url": "https://example.org/model.safetensors"})
 
 
