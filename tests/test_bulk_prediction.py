@@ -252,7 +252,7 @@ def test_a_changed_setup_is_refused(tmp_path, images, network, change):
         (images / "more.png").write_bytes(png(50))
     if change == "resized":
         (images / "class 0" / "0.png").write_bytes(png(50, size=25))
-    with pytest.raises(ValueError, match=f"holds a run that began with {why}.*delete the folder to start over"):
+    with pytest.raises(ValueError, match=f"holds a run started with {why}.*delete the folder to start over"):
         start(network, images, output, **changes)
     assert {path: path.read_bytes() for path in (tmp_path / "results.csv.parts").iterdir()} == before
 

@@ -114,7 +114,7 @@ def _open(source: str) -> Folder | Tar:
         raise DataError(f"cannot list the images of {printable(source)}: {error}") from error
     if store.unlisted:
         folder, why = store.unlisted[0]
-        raise DataError(f"cannot look into the folder {printable(folder)} of {printable(source)}: {why}")
+        raise DataError(f"cannot read the folder {printable(folder)} of {printable(source)}: {why}")
     return store
 
 

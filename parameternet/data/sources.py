@@ -209,7 +209,7 @@ class FileReader(Reader):
     def _check(self) -> None:
         if self.files.unlisted:
             folder, why = self.files.unlisted[0]
-            raise DataError(f"cannot look into the folder {printable(folder)} of {self.root}: {why}")
+            raise DataError(f"cannot read the folder {printable(folder)} of {self.root}: {why}")
         if not self.samples:
             raise DataError("; ".join(["no images in class folders", *self.notes]))
         # both `train/cat/1.jpg` and `val/cat/1.jpg`: the whole data set instead of one of its splits

@@ -108,7 +108,7 @@ def _check_name(name: str, architecture: str) -> None:
     stem, _, tag = name.partition(".")
     if stem != architecture or not re.fullmatch(r"\w+", tag):
         raise CheckpointError(
-            f"a checkpoint of this run is named {architecture}.<tag> with letters, digits and _, got {name!r}"
+            f"a checkpoint of this run must be named {architecture}.<tag> with letters, digits and _, got {name!r}"
         )
 
 

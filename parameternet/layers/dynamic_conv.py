@@ -77,7 +77,7 @@ class DynamicConv(nn.Module):
         self.strategy: str | None = strategy
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"in_channels={in_channels} and out_channels={out_channels} must be positive and divide by "
+                f"in_channels={in_channels} and out_channels={out_channels} must be positive and divisible by "
                 f"groups={groups}"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups

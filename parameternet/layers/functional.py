@@ -90,7 +90,8 @@ def _check(
     if groups < 1 or x.shape[1] != weight.shape[1] * groups or out % groups:
         raise ValueError(
             f"x has {x.shape[1]} channels and each expert {out} kernels of {weight.shape[1]} channels, which "
-            f"groups={groups} does not fit: channels must be {weight.shape[1]} * groups, kernels divide by groups"
+            f"groups={groups} does not fit: channels must be {weight.shape[1]} * groups, "
+            "and groups must divide the number of kernels"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (experts * out,) = ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -321,7 +321,7 @@ def _embedded(source: Source, words: Mapping[str, str]) -> dict[str, Any] | None
     where = f"the config in the header of {source.path or source.text}"
     recorded = words.get(weights.CONFIG_DIGEST)
     if recorded and recorded != weights.text_digest(words["config"]):
-        raise weights.WeightsDamaged(f"{where} is not the one that was saved: its digest differs. Get the file again")
+        raise weights.WeightsDamaged(f"{where} does not match its digest. Download or copy the file again")
     return weights.parse_config(words["config"], where)
 
 

@@ -69,8 +69,8 @@ class Parts:
             if begun.get(key) != value:
                 was, now = (printable(str(found.get(key)))[:80] for found in (begun, setup))
                 raise ValueError(
-                    f"{self.folder} holds a run that began with another {key}: {was}, now {now}. "
-                    "Restore that, delete the folder to start over, or give another --output"
+                    f"{self.folder} holds a run started with another {key}: {was}, now {now}. "
+                    "Use the same again, delete the folder to start over, or give another --output"
                 )
 
     def check_shared(self, patience: float = 30.0) -> None:

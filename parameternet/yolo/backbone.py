@@ -53,7 +53,7 @@ def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
 @lru_cache
 def cached_features(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
+        raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() lists all")
     if any(key == "checkpoint_path" for key, _ in options):
         raise ValueError(
             f"TimmBackbone: checkpoint_path is not supported, because such files are not verified; build the detector "

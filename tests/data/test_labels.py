@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"cannot look into the folder dog/? of .*: Permission denied"):
+    with pytest.raises(DataError, match=r"cannot read the folder dog/? of .*: Permission denied"):
         open_dataset(str(tmp_path), "train")
 
 

@@ -192,7 +192,7 @@ def test_device_and_dtype_reach_every_parameter():
     ("arguments", "message"),
     [
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-        ({"groups": 3}, "in_channels=8 and out_channels=6 must be positive and divide by groups=3"),
+        ({"groups": 3}, "in_channels=8 and out_channels=6 must be positive and divisible by groups=3"),
         ({"groups": 0}, "groups=0"),
         ({"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
         ({"stride": (1, 0)}, r"stride must be at least 1, got \(1, 0\)"),
