@@ -52,10 +52,10 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if hasattr(module, "switch_to_deploy"):
-            with next(module.parameters()).device:  # it makes new layers wherever layers are made by default
+            with next(module.parameters()).device:  # it creates layers on the default device
                 module.switch_to_deploy()
             _become_plain(module)
-    return model.requires_grad_()  # it detaches what it keeps
+    return model.requires_grad_()  # it detaches the parameters that it keeps
 
 
 def _become_plain(module: nn.Module) -> None:
