@@ -1,12 +1,12 @@
 """Entry points for torch.hub: `torch.hub.load("<this repository>", "parameternet_50m", pretrained=True)`.
 
-Nothing but this file is imported until a network is asked for, so that torch.hub can list them, describe them and name
-a package that is missing.
+Only this file is imported until a network is built, so that torch.hub can list and describe the networks and name
+missing packages.
 """
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
 
-# timm name -> one line about the network; a test holds this list against the registry.
+# timm name -> description of the network; a test compares this list with the registry.
 _NETWORKS = {
     "parameternet_50m": "Ours: GhostNet's stages at width 0.5, 4 experts; 2.5 M parameters with 200 classes.",
     "parameternet_150m": "Ours: GhostNet's stages at width 1.0, 4 experts.",

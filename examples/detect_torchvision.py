@@ -1,9 +1,9 @@
-"""Train torchvision's RetinaNet on a timm backbone, on data in YOLO form, and print COCO's mAP after each epoch.
+"""Train torchvision's RetinaNet with a timm backbone on data in YOLO format, and print COCO mAP after each epoch.
 
     pip install "parameternet[detection,demo]"
     python examples/detect_torchvision.py bccd.yaml --backbone dynamic_efficientnet_lite0 --pretrained --epochs 10
 
-The YAML names `train` and `val` (folders in images/, with labels in labels/) and the classes in `names`. On BCCD (205
+The YAML has `train` and `val` (folders in images/, with labels in labels/) and the class `names`. On BCCD (205
 training images of blood cells), 10 epochs at 256 px and seed 0, the command prints mAP50 68.1 and mAP50-95 35.1 after
 the last epoch; with `--backbone parameternet_50m` 44.5 and 22.0.
 """
@@ -28,7 +28,7 @@ from parameternet.files import write_text
 
 
 class Pyramid(nn.Module):
-    """timm's features at strides 8, 16 and 32 under a feature pyramid."""
+    """A feature pyramid on timm's features at strides 8, 16 and 32."""
 
     def __init__(self, name, pretrained, out_channels=64):
         super().__init__()
@@ -41,7 +41,7 @@ class Pyramid(nn.Module):
 
 
 class YoloFolder(torch.utils.data.Dataset):
-    """Images and boxes of one split. Training flips both axes at random; class 0 is torchvision's background."""
+    """Images and boxes of one split, with random flips in training; class 0 is torchvision's background."""
 
     def __init__(self, root, split, size):
         self.files = sorted(path for path in (root / split).iterdir() if path.suffix in (".jpg", ".jpeg", ".png"))
@@ -97,7 +97,7 @@ def main():
 
 
 def train(options, seed):
-    """Train one detector, and yield its mAP after each epoch."""
+    """Train a detector, and yield its mAP after each epoch."""
     torch.manual_seed(seed)
     description = yaml.safe_load(options.data.read_text())
     root = options.data.parent / description.get("path", "")

@@ -1,4 +1,4 @@
-"""Fine-tune on a folder of class folders, and print the accuracy after each epoch.
+"""Fine-tune on a folder of class folders, and print accuracy after each epoch.
 
     pip install "parameternet[demo]"
     python examples/finetune_folder.py FOLDER --epochs 5

@@ -1,10 +1,10 @@
-"""Fine-tune with peft: LoRA on routers and static convolutions, and a new classifier; then merge.
+"""Fine-tune with peft (LoRA on routers and static convolutions, plus a new classifier), then merge.
 
     pip install "parameternet[clients]"
     python examples/finetune_lora.py FOLDER --steps 20
 
-FOLDER has `train/CLASS/IMAGE`. Prints how many parameters are trained, the loss, and the largest difference of the
-outputs of the merged network, which is plain timm again.
+FOLDER has `train/CLASS/IMAGE`. Prints the number of trained parameters, the loss, and the largest difference between
+outputs before and after merging. The merged network is a plain timm model.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import parameternet
 
 
 def adapt(model, rank):
-    """LoRA on every router, and on static convolutions that are not depthwise; the classifier is trained in full."""
+    """Apply LoRA to every router and every static convolution that is not depthwise; train the classifier in full."""
     routers = [name for name, module in model.named_modules() if isinstance(module, parameternet.Router)]
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=convs, modules_to_save=["classifier"],
-        target_parameters=[f"{name}.weight" for name in routers],  # a router is no nn.Linear, so it is named by weight
+        target_parameters=[f"{name}.weight" for name in routers],  # a router is not an nn.Linear, so name its weight
     )  # fmt: skip
     return peft.get_peft_model(model, config)
 
@@ -48,7 +48,7 @@ def main():
 
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=0.0)
-    adapted.eval()  # statistics of batch norm belong to the frozen network
+    adapted.eval()  # keep the batch norm statistics of the frozen network
     step, losses = 0, []
     while step < options.steps:
         for images, labels in loader:
@@ -61,7 +61,7 @@ def main():
     print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
     if options.output:
-        adapted.save_pretrained(options.output)  # the adapter and the classifier alone
+        adapted.save_pretrained(options.output)  # only the adapter and the classifier
     images = torch.stack([data[index][0] for index in range(2)])
     with torch.no_grad():
         expected = adapted(images)

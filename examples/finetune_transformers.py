@@ -17,7 +17,7 @@ import parameternet  # noqa: F401  registers the networks with timm, where trans
 
 
 class Rows(torch.utils.data.Dataset):
-    """What transformers' models take: `pixel_values` and `labels`."""
+    """Build the inputs of transformers' models: `pixel_values` and `labels`."""
 
     def __init__(self, folder, processor):
         self.folder, self.processor = folder, processor

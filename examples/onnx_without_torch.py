@@ -1,9 +1,9 @@
-"""Classify an image with onnxruntime, numpy and Pillow: torch is needed to export, not to run.
+"""Classify an image with onnxruntime, numpy and Pillow; torch is needed only for the export.
 
     pip install "parameternet[export]" && parameternet export parameternet_50m.tin200 --format onnx --output net.onnx
     python examples/onnx_without_torch.py net.onnx tests/photos/coffee.jpg
 
-Prints the five most likely classes, here espresso first with 73.6 %, as `parameternet predict` does. The file carries
+Prints the five most likely classes, here espresso first with 73.6 %, as `parameternet predict` does. The file contains
 its preprocessing and class names.
 """
 

@@ -3,7 +3,7 @@
     pip install "parameternet[clients]"
     python examples/segmentation_smp.py --steps 40
 
-Prints the loss, and the mean IoU of the three classes on images that training has not seen: 0.936.
+Prints the loss, and the mean IoU of the three classes on unseen images: 0.936.
 """
 
 import argparse
@@ -20,7 +20,7 @@ COLOURS = np.array([[0.0, 0.0, 0.0], [1.0, 0.2, 0.0], [0.0, 0.2, 1.0]])
 
 
 def draw(count, side, seed):
-    """Images (B, 3, H, W) with a circle and a square each, and masks (B, H, W): 0 background, 1 circle, 2 square."""
+    """Draw a circle and a square per image (B, 3, H, W), and masks (B, H, W): 0 background, 1 circle, 2 square."""
     generator, images, masks = np.random.default_rng(seed), [], []
     for _ in range(count):
         mask = Image.new("L", (side, side))

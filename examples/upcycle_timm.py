@@ -2,7 +2,8 @@
 
     python examples/upcycle_timm.py resnet18
 
-Prints the parameters before and after, here 11.69 M and 45.18 M, and the largest difference of the outputs, 6e-08.
+Prints the number of parameters before and after, here 11.69 M and 45.18 M, and the largest difference of outputs,
+6e-08.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main():
     before, after = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (dense, dynamic))
     print(f"parameters {before:.2f} M before, {after:.2f} M after")
     for layer in dynamic.upcycling.layers[:5]:
-        print(layer.name, layer.kind, layer.left or "dynamic")  # what was converted, and why the rest was not
+        print(layer.name, layer.kind, layer.left or "dynamic")  # which layers were converted, and why others were not
 
 
 if __name__ == "__main__":

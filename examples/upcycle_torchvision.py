@@ -1,8 +1,8 @@
-"""Make a torchvision network dynamic: the same outputs, and experts that training makes different.
+"""Make a torchvision network dynamic: the same outputs, with experts that training can specialise.
 
     python examples/upcycle_torchvision.py
 
-Prints the parameters before and after, 11.69 M and 36.86 M, and the largest difference of the outputs, 1e-06.
+Prints the number of parameters before and after, 11.69 M and 36.86 M, and the largest difference of outputs, 1e-06.
 """
 
 import torch
@@ -11,8 +11,8 @@ import torchvision
 import parameternet
 
 torch.manual_seed(0)
-dense = torchvision.models.resnet18().eval()  # weights="DEFAULT" downloads those of ImageNet
-dynamic = parameternet.upcycle(dense, num_experts=4, include="layer4.*").eval()  # the last stage alone
+dense = torchvision.models.resnet18().eval()  # weights="DEFAULT" downloads ImageNet weights
+dynamic = parameternet.upcycle(dense, num_experts=4, include="layer4.*").eval()  # only the last stage
 
 images = torch.randn(2, 3, 224, 224)
 with torch.inference_mode():

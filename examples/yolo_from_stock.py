@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Give a stock YOLO dynamic convolutions, keep its weights, and train on.
+"""Add dynamic convolutions to a stock YOLO, keep its weights, and continue training.
 
     pip install "parameternet[yolo]"
     python examples/yolo_from_stock.py --weights yolov8n.pt --data coco8.yaml --imgsz 640
 
-Prints the largest difference of the outputs right after loading, and mAP after training. Without --weights, a fresh
-yolov8n takes their place (difference 1.5e-05); without --data, a few images with bright squares (mAP 0 after one
-epoch). Ultralytics and `parameternet.yolo` are under AGPL-3.0, and so is what you build on them.
+Prints the largest difference of the outputs right after loading, and mAP after training. Without --weights, it starts
+from a randomly initialised yolov8n (difference 1.5e-05); without --data, it trains on a few images with bright squares
+(mAP 0 after one epoch). Ultralytics and `parameternet.yolo` are under AGPL-3.0, and so is software that builds on them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from ultralytics import YOLO
 
-import parameternet.yolo  # noqa: F401  teaches Ultralytics our layers
+import parameternet.yolo  # noqa: F401  registers our layers with Ultralytics
 
 
 def write_squares(root, count=8, side=64):
@@ -40,7 +40,7 @@ def write_squares(root, count=8, side=64):
 
 
 def write_network(path):
-    """Stock yolov8n with two of its convolutions dynamic; options follow the usual arguments of a row."""
+    """Build a YAML of yolov8n with two dynamic convolutions; options follow the usual arguments of a row."""
     network = YOLO("yolov8n.yaml").model.yaml
     for index in (3, 5):
         from_, repeats, _, arguments = network["backbone"][index]
@@ -71,7 +71,7 @@ def main():
         data = options.data or write_squares(scratch / "squares")
         metrics = model.train(
             data=data, epochs=options.epochs, imgsz=options.imgsz, batch=4, workers=0, plots=False,
-            project=options.project.resolve(), name="yolo_from_stock",  # Ultralytics would choose a folder of its own
+            project=options.project.resolve(), name="yolo_from_stock",  # Ultralytics would choose its own folder
         )  # fmt: skip
         print(f"mAP50-95 {100 * metrics.box.map:.1f} %")
 

@@ -9,7 +9,7 @@ from .surgery import collapse, convert_condconv, fuse, upcycle
 
 __version__ = "0.2.0"
 
-# So that other people's FLOPs reports are right whenever thop is imported.
+# Corrects FLOPs counts of thop, whenever it is imported.
 register_thop()
 
 __all__ = [

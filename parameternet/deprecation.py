@@ -1,4 +1,4 @@
-"""Old names that keep working for one release, with a `DeprecationWarning` that says the new one."""
+"""Old names that keep working for one release, with a `DeprecationWarning` that gives the new one."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ __all__ = ["moved", "renamed", "renamed_arguments"]
 
 
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a module whose names moved.
+    """Return a `__getattr__` for a module whose names moved.
 
     Args:
         module: The module's `__name__`.
@@ -31,7 +31,7 @@ def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def renamed(old: str, new: str) -> property:
-    """A read-only attribute that warns and returns the attribute `new`."""
+    """Return a read-only property that warns and returns the attribute `new`."""
 
     def get(self: Any) -> Any:
         warnings.warn(f"{type(self).__name__}.{old} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
@@ -41,7 +41,7 @@ def renamed(old: str, new: str) -> property:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a function take its former keyword arguments, with a warning: `@renamed_arguments(old="new")`."""
+    """Let a function accept its old keyword arguments, with a warning: `@renamed_arguments(old="new")`."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)

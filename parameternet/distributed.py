@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: which one this is, and how they agree."""
+"""One process, or several started by torchrun: ranks and communication."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and reports."""
+        """Return whether this process writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Place:
         return everyone
 
     def agreed(self, action: Callable[[], Any]) -> None:
-        """Run `action` in the first process; what it raises is raised in every process."""
+        """Run `action` in the first process; raise its errors in every process."""
         problem = None
         if self.first:
             try:
@@ -86,7 +86,7 @@ class Place:
 
 
 def local_rank() -> int | None:
-    """This process's number on its host, which is also its GPU's; None if there is one process."""
+    """Return this process's index on its host, also that of its GPU; None if there is one process."""
     return int(os.environ.get("LOCAL_RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 
@@ -95,8 +95,8 @@ def join(device: torch.device, backend: str = "gloo", patience: timedelta | None
     """Yield this process's place, and join the others if torchrun has set RANK and WORLD_SIZE.
 
     Args:
-        backend: Of the default group, which moves tensors.
-        patience: How long a process waits for another one; None: as long as torch's default, 30 minutes.
+        backend: For the default group, which communicates tensors.
+        patience: How long a process waits for others; None: torch's default, 30 minutes.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
@@ -125,9 +125,9 @@ def _join(backend: str) -> None:
 def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
     """Agree on a name shared by exactly the running processes, whatever earlier ones left in the store.
 
-    torchrun's restart count is not such a name: each host counts its own, and a host that joins again begins at 0.
-    The first process proposes a random name, every other process answers with a random text, and the name counts once
-    a process finds its answer among those that the first one read. A name from an earlier start has other answers.
+    torchrun's restart count cannot serve as this name: each host has its own, and a host that rejoins starts at 0. The
+    first process proposes a random name, every other process answers with a random text, and a process accepts the name
+    once it finds its answer among those that the first one read. A name from an earlier start has other answers.
     """
     mine = secrets.token_hex(8)
     if rank == 0:

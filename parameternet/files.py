@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written next to the old one, flushed to the disk, then renamed over it."""
+"""Write files atomically: to a temporary file next to the old one, flushed to disk, then renamed over it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     Leaving the block flushes, fsyncs and renames; an exception (a full disk, no permission, Ctrl-C) removes the
     unfinished file and leaves the old one as it was. Any number of threads and processes may write one path: each
-    writes a file of its own, and the last rename wins as a whole. The old file's mode is kept. Where `path` is a
-    symbolic link, its target is written. A process killed inside leaves `.<name>.<pid>.<random>.tmp`, which
-    `remove_leftovers` clears. What is no regular file (a pipe, /dev/stdout) is written in place.
+    writes a file of its own, and the last rename wins as a whole. The old file's mode is kept. If `path` is a symbolic
+    link, its target is replaced. A process killed inside leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers`
+    deletes. Special files (a pipe, /dev/stdout) are written in place.
 
     Raises:
-        OSError: whatever the file system says; `path` is untouched then.
+        OSError: from the file system; `path` is unchanged.
     """
     try:
         old = os.stat(path)
@@ -62,7 +62,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _stem(path: Path) -> str:
-    # Leave room for what a temporary name adds: file systems allow 255 bytes.
+    # Leave room for the suffix of a temporary name: file systems allow 255 bytes.
     return path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
 
 
@@ -81,8 +81,8 @@ def _copy_owner_and_mode(file: BinaryIO, old: os.stat_result) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename is durable once its folder is; some file systems refuse to sync a folder, and then nothing is lost
-    # but that guarantee.
+    # A rename is durable once its folder is synced. Some file systems cannot sync folders; then only this guarantee is
+    # lost.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -92,23 +92,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
+    """Write `data` to `path` atomically."""
     with atomic_write(path) as file:
         file.write(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
+    """Write `text` to `path` atomically, as UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` to `path` as indented JSON with a final newline, whole or not at all."""
+    """Write `value` to `path` atomically, as indented JSON with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -133,21 +133,20 @@ class Locked(RuntimeError):
     """Another process or thread holds a lock; the message names it."""
 
 
-_held: set[tuple[int, str]] = set()  # (process, lock file); a forked child holds none of its parent's locks
+_held: set[tuple[int, str]] = set()  # (process, lock file); a forked child does not hold its parent's locks
 _guard = threading.Lock()
 
 
 @contextmanager
 def lock(path: str | os.PathLike, what: str, *, timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` for the length of the block: one process, and one thread of it, at a time.
+    """Hold the lock file `path` inside the block; excludes other processes and threads.
 
-    The system frees the lock of a process that is killed, so that a lock file left by one locks nothing. The file
-    says who holds it, and is removed at the end. Windows has no such locks: there, only threads of one process exclude
-    each other.
+    The system releases the lock of a killed process, so a leftover lock file does not block anyone. The file names the
+    holder and is removed at the end. Windows has no such locks: there, only threads of one process exclude each other.
 
     Args:
         path: the lock file; its folder must exist.
-        what: names what is locked, for the message.
+        what: description of the locked object, for the message.
         timeout: seconds to wait for another holder to finish.
 
     Raises:
@@ -169,16 +168,16 @@ def lock(path: str | os.PathLike, what: str, *, timeout: float = 0.0) -> Iterato
 
 
 def _acquire(path: str, what: str, wait: bool) -> int | None:
-    """A handle that holds the lock; None to try again."""
+    """Return a handle that holds the lock; None to try again."""
     with _guard:
         if (os.getpid(), path) in _held:
-            # A second handle on the file, once closed, would free the lock of the first.
+            # Closing a second handle on the file would release the lock of the first.
             return _refused(what, f"this process ({os.getpid()})", wait)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _lock_handle(handle):
                 return _refused(what, _holder(handle), wait, handle)
-            if not _is_file_of(handle, path):  # the holder before us has removed it
+            if not _is_file_of(handle, path):  # the previous holder has removed it
                 os.close(handle)
                 return None
             mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
@@ -207,7 +206,7 @@ def _lock_handle(handle: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        return not _alive(_said(handle))  # a file system without locks: what the file says must do
+        return not _alive(_said(handle))  # a file system without locks: rely on the file's content
     return True
 
 

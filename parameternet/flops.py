@@ -22,14 +22,14 @@ __all__ = ["Flops", "count_flops", "register_thop"]
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-accumulates of one call: one multiplication with one addition counts once, biases are left out.
+    """Multiply-accumulates of one call, without biases; a multiplication with an addition counts once.
 
     convolution: Every convolution; of a dynamic one, the convolution of each sample by its own kernel.
-    mixing: The experts' kernels (and biases) times the routing weights: once for each of their numbers, and sample.
-    routing: The linear layers that make routing weights.
+    mixing: The experts' kernels (and biases) times the routing weights: one per parameter and sample.
+    routing: The linear layers of routers.
     linear: All other linear layers and products of two matrices.
-    matmul: Products of batches of matrices, attention, and whatever else torch has a formula for.
-    not_counted: Kinds of arithmetic without a formula, with the number of calls, most calls first.
+    matmul: Batched matrix products, attention, and everything else that torch has a formula for.
+    not_counted: Operations without a formula, with their number of calls, most calls first.
     """
 
     convolution: int = 0
@@ -44,7 +44,7 @@ class Flops:
         return self.convolution + self.mixing + self.routing + self.linear + self.matmul
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name; the last one, `total`, is the sum of the others."""
+        """Return the counts by name; the last one, `total`, is the sum of the others."""
         counts = {name: value for name, value in asdict(self).items() if name != "not_counted"}
         return {**counts, "total": self.total}
 
@@ -52,23 +52,23 @@ class Flops:
 def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch_size: int = 1) -> Flops:
     """Count the multiply-accumulates of `model` in evaluation mode by running it on the meta device.
 
-    The formulas are torch's own (torch.utils.flop_counter), so whatever torch can count is counted, in functional form
-    too; `2 * total` is the figure of `FlopCounterMode`. What does arithmetic and has no formula (normalisation,
-    activations, pooling, sums) is named in `not_counted`.
+    The formulas are torch's own (torch.utils.flop_counter), so everything that torch can count is counted, functional
+    calls included; `2 * total` equals the result of `FlopCounterMode`. Operations without a formula (normalisation,
+    activations, pooling, sums) are listed in `not_counted`.
 
-    A DynamicConv, and timm's CondConv2d, counts as it is defined, however it is computed: each sample's kernel is mixed
-    and then applied, so a batch of 8 mixes 8 times. Of the strategies, 'grouped' and 'batched_matmul' do just that, and
-    `FlopCounterMode` agrees while they run; 'wide' and 'gated_inputs' mix no kernels and convolve with every expert,
-    and 'shifted' multiplies elementwise, which `FlopCounterMode` does not see.
+    DynamicConv and timm's CondConv2d are counted by definition, whatever the strategy: each sample's kernel is mixed
+    and then applied, so a batch of 8 mixes 8 times. The strategies 'grouped' and 'batched_matmul' do exactly that, so
+    `FlopCounterMode` agrees; 'wide' and 'gated_inputs' convolve with every expert instead, and 'shifted' multiplies
+    elementwise, which `FlopCounterMode` does not count.
 
-    Of other counters, ptflops with `backend="aten"` and thop agree, and fvcore, which counts a trace, to a few percent
-    (tests/clients/test_counters.py). torchinfo, calflops and ptflops with its default backend look at types of layers
-    or at single functions of torch, and miss most of a dynamic convolution.
+    Among other counters, ptflops with `backend="aten"` and thop agree exactly, and fvcore, which counts a trace, to a
+    few percent (tests/clients/test_counters.py). torchinfo, calflops and ptflops with its default backend count by
+    layer type or by function, and miss most of a dynamic convolution.
 
     Args:
-        model: Any network that takes one batch of tensors; it is left as it is. Hooks in it run.
-        input_size: Shape of one sample, mostly (channels, height, width).
-        batch_size: Samples in the call; what is counted is for all of them.
+        model: Any network that takes one batch of tensors; it is not changed. Its hooks run.
+        input_size: Shape of one sample, usually (channels, height, width).
+        batch_size: Samples in the call; counts are for the whole batch.
 
     Raises:
         ValueError: The network does not run on an input of that shape.
@@ -78,8 +78,7 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), bat
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     shape, dtype = (batch_size, *input_size), next(floats, torch.get_default_dtype())
     own_device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # Where no arithmetic is possible first; a network that looks at numbers, or makes tensors on a device of its own
-    # choice, cannot run there.
+    # The meta device first; a network that reads values or creates tensors on a fixed device cannot run there.
     for device in dict.fromkeys((torch.device("meta"), own_device)):
         try:
             return _count(_copy(model, device), torch.zeros(shape, dtype=dtype, device=device))
@@ -92,7 +91,7 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), bat
 
 
 def _copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in evaluation mode. On the meta device its tensors have no memory, elsewhere it shares the parameters."""
+    """Return a copy in evaluation mode: without memory on the meta device, elsewhere sharing the parameters."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         moved = parameter
@@ -107,7 +106,7 @@ def _copy(model: nn.Module, device: torch.device) -> nn.Module:
 @torch.no_grad()
 def _count(model: nn.Module, x: Tensor) -> Flops:
     counter = _Counter()
-    routers = {id(getattr(module, "routing_fn", None)) for module in model.modules()}  # as timm's blocks call them
+    routers = {id(getattr(module, "routing_fn", None)) for module in model.modules()}  # timm's blocks call them
     for module in model.modules():
         if isinstance(module, DynamicConv | CondConv2d):
             _enter(module, counter.scopes, None)
@@ -122,7 +121,7 @@ def _count(model: nn.Module, x: Tensor) -> Flops:
 
 
 def _enter(module: nn.Module, scopes: list[str | None], name: str | None) -> None:
-    """While `module` runs, `name` is the innermost scope."""
+    """Make `name` the innermost scope while `module` runs."""
 
     def leave(*_: object) -> None:
         scopes.pop()
@@ -132,7 +131,7 @@ def _enter(module: nn.Module, scopes: list[str | None], name: str | None) -> Non
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up torch's formulas over the operations that run under it."""
+    """Sum torch's formulas over the operations that run under it."""
 
     supports_higher_order_operators = True
 
@@ -143,7 +142,7 @@ class _Counter(TorchDispatchMode):
         self.formulas = flop_registry
         self.counts: Counter[str] = Counter()
         self.not_counted: Counter[str] = Counter()
-        # What the modules around an operation count as, the innermost last. None: that module counts as a whole.
+        # Scopes of the enclosing modules, the innermost last. None: that module is counted as a whole.
         self.scopes: list[str | None] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -172,13 +171,13 @@ class _Counter(TorchDispatchMode):
 
 
 def _mixed_convolution(layer: DynamicConv | CondConv2d, output: Tensor) -> tuple[int, int]:
-    """(convolution, mixing) of a layer that made `output`, with a kernel for each sample."""
+    """Return (convolution, mixing) of a layer with this `output` and a kernel per sample."""
     numbers = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
     kernel = layer.weight.numel() // (layer.num_experts * layer.out_channels)
     return output.numel() * kernel, output.shape[0] * numbers
 
 
-# Leads numbers from one place to another, or makes them from none. Views are known by their schema.
+# Operations that only move or create data. Views are recognised by their schema.
 MOVES = {
     "arange", "as_strided", "bernoulli", "cat", "channel_shuffle", "clone", "constant_pad_nd", "copy", "detach",
     "embedding", "empty", "empty_like", "empty_permuted", "empty_strided", "eye", "fill", "flip", "full",
@@ -190,7 +189,7 @@ MOVES = {
     "tril", "triu", "unbind_copy", "unsafe_index", "unsafe_split", "unsafe_view", "upsample_nearest1d",
     "upsample_nearest2d", "upsample_nearest3d", "where", "zero", "zeros", "zeros_like",
 }  # fmt: skip
-# Several names for one thing.
+# Aliases of operations.
 KINDS = {
     "native_batch_norm": "batch_norm",
     "native_batch_norm_legit": "batch_norm",
@@ -205,7 +204,7 @@ KINDS = {
 
 
 def _name(func: Any) -> str:
-    """aten::hardswish_ -> hardswish; what is not torch's own keeps its namespace."""
+    """Shorten an operation's name: aten::hardswish_ -> hardswish; other namespaces are kept."""
     full = func._schema.name if hasattr(func, "_schema") else str(func)
     name = full.removeprefix("aten::").strip("_")
     return KINDS.get(name, name)
@@ -221,20 +220,21 @@ def _kind_of_product(name: str) -> str:
     return "linear" if name in ("mm", "addmm", "scaled_mm") else "matmul"
 
 
-# thop, and ultralytics-thop that goes by the same name ---------------------------------------------------------------
+# thop, and ultralytics-thop, which is imported by the same name
+# ---------------------------------------------------------------
 
 
 def register_thop() -> None:
     """Let `thop.profile` count our layers, and timm's CondConv2d networks: no `custom_ops` are needed.
 
-    `import parameternet` calls this. Both packages look layers up by type in a table, and layers that are not in it
-    count as zero. Our rules are added if thop is loaded, otherwise when it is imported, before or after the network is
-    made. thop is not imported here and need not be installed. Existing rules and `custom_ops` are left alone.
+    `import parameternet` calls this. Both packages look up layers by type in a table and count unknown layers as zero.
+    Our rules are added now if thop is loaded, otherwise when it is imported. thop is not imported here and need not be
+    installed. Existing rules and `custom_ops` are left alone.
 
-    thop then reports our convolution + mixing + routing + linear, in multiply-accumulates for the whole batch, plus
-    what it adds by its own rules: in our networks four for each number that goes into a BatchNorm, and one for each
-    that goes into or comes out of the last pooling. Before ultralytics-thop 2.2 `profile_origin` looks only at layers
-    without children, so it misses every DynamicConv, which has its router; use `profile`.
+    thop then reports our convolution + mixing + routing + linear, in multiply-accumulates for the whole batch, plus the
+    results of its own rules: in our networks four per input element of a BatchNorm, and one per input or output element
+    of the last pooling. Before ultralytics-thop 2.2 `profile_origin` counts only layers without children, so it misses
+    every DynamicConv, which contains a router; use `profile`.
     """
     if "thop.profile" in sys.modules:
         _add_rules(sys.modules["thop.profile"].register_hooks)
@@ -248,7 +248,7 @@ def _add_rules(table: dict[type, Callable]) -> None:
 
 
 class _WaitsForThop(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; adds our rules when thop's table has been made."""
+    """Import hook that finds nothing itself, but adds our rules once thop's table exists."""
 
     def __init__(self) -> None:
         self.asks_the_others = False
@@ -278,8 +278,8 @@ def _thop_convolution(layer: nn.Conv2d, inputs: tuple, output: Tensor) -> None:
 
 def _thop_mixed_convolution(layer: DynamicConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
     layer.total_ops += sum(_mixed_convolution(layer, output))
-    # Some versions add the counts of children to those of a layer with a rule, and some leave them out. So what the
-    # router has counted moves up to here, and is there once for both.
+    # Some versions add the counts of children to those of a layer with a rule, others do not. So the router's count is
+    # moved to its layer, where both count it once.
     router = getattr(layer, "routing", None)
     if router is not None:
         layer.total_ops += router.total_ops
@@ -295,7 +295,7 @@ def _thop_linear(layer: nn.Linear, inputs: tuple, output: Tensor) -> None:
     layer.total_ops += output.numel() * layer.in_features
 
 
-# Most versions look types up exactly, so the subclasses of torch's layers in our networks need rules, too.
+# Most versions compare types exactly, so subclasses of torch's layers in our networks need rules too.
 THOP_RULES = {
     DynamicConv: _thop_mixed_convolution,
     CondConv2d: _thop_mixed_convolution,

@@ -7,21 +7,21 @@ from typing import Any
 
 __all__ = ["escape_json", "printable", "printable_lines", "without_local_paths"]
 
-_JOINERS = "\u200c\u200d"  # letters of Persian and of Indic scripts need them, and emoji too
+_JOINERS = "\u200c\u200d"  # needed by Persian and Indic scripts and by emoji
 
 
 def printable(text: str) -> str:
-    """Escape whatever is no visible character, so that a name cannot move the cursor or forge a line.
+    """Escape non-printable characters, so that a name cannot move the cursor or forge a line.
 
     >>> printable("cat" + chr(27) + "[2K")
     'cat\\\\x1b[2K'
     """
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # names that are no UTF-8
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # names that are not UTF-8
     return "".join(c if _is_visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """Escape like `printable`, but keep line breaks: for text of ours with names from elsewhere in it."""
+    """Escape like `printable`, but keep line breaks: for our own text with untrusted names in it."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -34,15 +34,15 @@ def _is_visible(c: str) -> bool:
     return c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs"
 
 
-# What timm's data sets and this package put in front of a path.
+# Prefixes of paths in timm and in this package.
 _PREFIX = re.compile(r"(?:(?:hfds|hfids|tfds|torch|wds)/|local-dir:|file:(?://)?)(?=[/\\~]|\.\.[\\/]|[A-Za-z]:[\\/])")
 _ABSOLUTE = re.compile(r"(?:~[\w.-]*[\\/]|[A-Za-z]:[\\/]|[\\/]|\.\.[\\/])")
-# Within other text: after a space or one of the signs that end a word, and not the // of an address.
+# Within other text: after a space or punctuation, but not the // of a URL.
 _WITHIN = re.compile(r"(?<![^\s='\"(\[{,;:|])(?:~[\w.-]*|\.\.|[A-Za-z]:)?[\\/](?![\\/])[^\s'\")\]},;|:]+")
 
 
 def without_local_paths(value: Any) -> Any:
-    """Reduce every path outside the working directory in text, or in lists and dictionaries of it, to its last part.
+    """Shorten every path outside the working directory to its last part, in text, lists and dictionaries.
 
     Published files must not reveal local paths (users, customers, disks).
 

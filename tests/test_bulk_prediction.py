@@ -220,7 +220,7 @@ def test_answers_that_two_processes_gave_count_once(tmp_path, images, network):
     assert rows_of(output)[1] == len(rows_of(output)[0]) == 7
 
 
-def test_a_kill_between_the_rename_and_the_end_writes_the_file_again(tmp_path, images, network, monkeypatch):
+def test_run_killed_after_the_rename_writes_the_file_again(tmp_path, images, network, monkeypatch):
     output = tmp_path / "results.csv"
     monkeypatch.setattr(prediction.parts.Parts, "remove", lambda self: killed_at(0)(0, 0))
     with pytest.raises(Killed):
@@ -252,7 +252,7 @@ def test_a_changed_setup_is_refused(tmp_path, images, network, change):
         (images / "more.png").write_bytes(png(50))
     if change == "resized":
         (images / "class 0" / "0.png").write_bytes(png(50, size=25))
-    with pytest.raises(ValueError, match=f"holds a run that began with {why}.*delete that folder to start over"):
+    with pytest.raises(ValueError, match=f"holds a run started with {why}.*delete the folder to start over"):
         start(network, images, output, **changes)
     assert {path: path.read_bytes() for path in (tmp_path / "results.csv.parts").iterdir()} == before
 
@@ -289,7 +289,7 @@ def test_a_finished_output_and_a_running_one_are_refused(tmp_path, images, netwo
         ("folder.csv", "is a folder; give the name of a file"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, name, why):
+def test_unwritable_output_is_rejected_before_loading_the_model(tmp_path, name, why):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ValueError, match=why):
         predict_to_file("no such model", [tmp_path], tmp_path / name)
@@ -358,7 +358,7 @@ def run(*arguments, code=0):
     return done
 
 
-def test_the_command_reports_on_stderr_without_a_bar_where_there_is_no_terminal(tmp_path, images, folder):
+def test_command_reports_on_stderr_without_a_bar_in_a_pipe(tmp_path, images, folder):
     output = tmp_path / "results.csv"
     done = run(images, "--model", folder, "--output", output, "--workers", 0)
     assert done.stdout == ""

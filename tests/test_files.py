@@ -270,7 +270,7 @@ def test_locks_of_many_processes_are_held_by_one_at_a_time(tmp_path):
     assert counter.read_text() == "60"
 
 
-def test_where_the_file_system_has_no_locks_the_named_process_decides(tmp_path, monkeypatch):
+def test_lock_uses_the_recorded_process_without_file_system_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

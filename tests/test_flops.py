@@ -141,7 +141,7 @@ def test_what_runs_in_functional_form_is_counted():
     assert dict(flops.not_counted)["relu"] == 1
 
 
-def test_a_network_that_looks_at_numbers_is_counted_where_it_lies():
+def test_data_dependent_network_is_counted_on_its_own_device():
     class Looks(nn.Linear):
         def forward(self, x):
             return super().forward(x) if float(x.sum()) == 0 else x

@@ -15,7 +15,7 @@ def rates(model, **kwargs):
     return {names[p]: (round(g["lr"], 6), g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_normalised_routers_and_static_layers_are_trained_as_timm_trains_them():
+def test_normalised_routers_and_static_layers_use_timms_groups():
     model = timm.create_model("parameternet_50m", num_classes=3)
     ours = torch.optim.AdamW(param_groups(model, lr=0.1, weight_decay=0.05))
     theirs = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.05)
@@ -25,7 +25,7 @@ def test_normalised_routers_and_static_layers_are_trained_as_timm_trains_them():
         assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
 
 
-def test_what_reads_averages_without_normalisation_is_trained_more_slowly_the_more_it_reads():
+def test_unnormalised_routers_get_a_lower_learning_rate():
     model = nn.Sequential(
         DynamicConv(16, 4, bias=True, routing_norm="none"),
         DynamicConv(4, 4, routing_norm="none", routing_hidden=9),

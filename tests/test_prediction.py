@@ -49,7 +49,7 @@ def test_the_config_alone_decides_size_normalisation_and_names(predictor):
     assert result.labels == [list(checkpoints.LABELS.values())[index] for index in result.indices]
 
 
-def test_photos_are_seen_differently_and_probabilities_add_up(predictor):
+def test_photos_get_different_classes_and_probabilities_sum_to_one(predictor):
     results = predictor.predict(PHOTOS)
     assert [Path(result.path).name for result in results] == ["cat.jpg", "coffee.jpg", "rocket.jpg"]
     assert len({tuple(result.probabilities) for result in results}) == 3
@@ -98,7 +98,7 @@ needs_lite = pytest.mark.skipif(
 
 
 @needs_lite
-def test_no_name_is_the_default_checkpoint_and_it_knows_the_photos():
+def test_default_checkpoint_classifies_the_photos():
     predictor = Predictor(device="cpu")
     assert predictor.name == prediction.DEFAULT_MODEL and len(predictor.labels) == 1000
     first = [result.labels[0] for result in predictor.predict(PHOTOS)]
@@ -112,7 +112,7 @@ def test_a_folder_of_that_name_does_not_hide_the_recorded_checkpoint(folder, mon
     assert Predictor(checkpoints.NAME, "cpu").predict(noise()) == Predictor(folder, "cpu").predict(noise())
 
 
-def test_weights_that_are_not_the_recorded_ones_never_answer(monkeypatch, tmp_path):
+def test_unrecorded_weights_are_rejected(monkeypatch, tmp_path):
     own = checkpoints.write(tmp_path / checkpoints.NAME)
     checkpoints.record(monkeypatch, own)
     checkpoints.write(own, checkpoints.network(seed=1))
@@ -161,7 +161,7 @@ def test_classes_without_names_are_numbered(tmp_path):
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_read_is_reported_in_place_and_the_others_go_on(predictor, tmp_path):
+def test_unreadable_images_are_reported_and_others_predicted(predictor, tmp_path):
     noise().save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes()[:9000])

@@ -119,13 +119,13 @@ def test_one_expert_alone_has_no_entropy(tmp_path):
     assert (layer.image_entropy, layer.overall_entropy, layer.experts_in_use, layer.active_experts) == (0, 0, 1, 1)
 
 
-def test_routing_weights_that_are_all_0_favour_nobody(tmp_path):
+def test_all_zero_routing_weights_give_equal_shares(tmp_path):
     save(tmp_path / "a.png", RED)
     layer = only_layer(Tiny([[0.0] * 3] * 4, [-500.0] * 4, "sigmoid"), tmp_path)
     assert layer.routing_weights.tolist() == [[0.0] * 4] and layer.shares.tolist() == [[0.25] * 4]
 
 
-def test_classes_that_are_routed_apart_differ_in_shares_and_not_in_their_pictures(tmp_path):
+def test_shares_separate_classes_that_are_routed_differently(tmp_path):
     for index in range(2):
         save(tmp_path / "n1" / f"{index}.png", RED)
         save(tmp_path / "blue" / f"{index}.png", BLUE)
@@ -144,7 +144,7 @@ def test_an_expert_is_active_from_a_tenth_of_an_even_share(tmp_path, share, acti
     assert layer.active_experts == active
 
 
-def test_a_layer_that_stands_in_two_places_counts_each_picture_once(tmp_path):
+def test_layer_used_twice_counts_each_image_once(tmp_path):
     class Twice(Tiny):
         def forward(self, x):
             return (self.conv(x) + self.conv(x.flip(1))).mean((2, 3))
@@ -155,7 +155,7 @@ def test_a_layer_that_stands_in_two_places_counts_each_picture_once(tmp_path):
     assert layer.images == 2 and layer.shares.tolist() == [[0.5, 0.5], [0, 1]]
 
 
-def test_damaged_pictures_are_named_and_the_others_keep_their_rows(tmp_path):
+def test_damaged_images_are_named_and_others_keep_their_rows(tmp_path):
     save(tmp_path / "a.png", RED)
     (tmp_path / "b.png").write_text("no image")
     for name in "cd":
@@ -169,7 +169,7 @@ def test_damaged_pictures_are_named_and_the_others_keep_their_rows(tmp_path):
 def test_nothing_to_measure_is_an_error(tmp_path):
     network = Tiny(WEIGHT, BIAS)
     with pytest.raises(
-        ValueError, match=r"of 1 given none could be read \(the first is .*none.png: no such file\): give"
+        ValueError, match=r"none of the 1 given could be read \(the first is .*none.png: no such file\): give"
     ):
         routed(network, tmp_path / "none.png")
     network.spare = DynamicConv(3, 2)
@@ -236,7 +236,7 @@ def test_a_class_gives_a_fixed_choice_that_others_do_not_change(tmp_path):
     assert [Path(picture.name).name for picture in both if picture.group == "a"] == ["0.png", "1.png", "2.png"]
 
 
-def test_pictures_without_class_are_all_taken_and_namesakes_told_apart(tmp_path):
+def test_images_without_class_are_all_used_with_distinct_names(tmp_path):
     given = [save(tmp_path / folder / "cat.png", RED) for folder in "abc"] + [save(tmp_path / "dog.png", BLUE)]
     pictures = find_images(given, per_class=1)
     found = measure(Predictor(Tiny(WEIGHT, BIAS), "cpu"), pictures)
@@ -275,7 +275,7 @@ def test_colours_are_shares_relative_to_an_even_one(tmp_path):
     assert any(r > b + 50 for r, _, b in cell) and not any(b > r + 50 for r, _, b in cell)
 
 
-def test_many_layers_and_rows_make_a_large_picture_and_few_a_small_one(tmp_path):
+def test_plot_size_grows_with_layers_and_rows(tmp_path):
     few = drawing(tmp_path / "few.png", [[0.1, 0.2, 0.3, 0.4]] * 3)
     many = drawing(tmp_path / "many.png", [[0.1, 0.2, 0.3, 0.4]] * 100, num_layers=88)
     assert 900 < few.shape[1] < 1500 and 500 < few.shape[0] < 1000

@@ -90,7 +90,7 @@ def checkout(monkeypatch, tmp_path):
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_keeps_every_bit_and_leaves_nothing_beside(tmp_path):
+def test_round_trip_is_exact_and_leaves_no_other_files(tmp_path):
     weights.save(tensors(), tmp_path / "a.safetensors", metadata={"epoch": 3})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -132,7 +132,7 @@ def test_digest_sees(change):
     assert weights.tensors_digest(first) != weights.tensors_digest(other)
 
 
-def test_digest_knows_nothing_of_order_and_layout():
+def test_digest_is_independent_of_order_and_layout():
     state_dict = tensors()
     shuffled = dict(reversed(state_dict.items()))
     shuffled["head.weight"] = shuffled["head.weight"].t().contiguous().t()
@@ -195,7 +195,7 @@ def test_a_name_is_found_in_the_checkout(checkout):
     assert weights.config(NAME)["num_classes"] == 5
 
 
-def test_the_users_folder_comes_first_and_is_held_to_the_same_hash(checkout, monkeypatch, tmp_path):
+def test_weights_folder_takes_precedence_and_is_verified(checkout, monkeypatch, tmp_path):
     monkeypatch.setenv("PARAMETERNET_WEIGHTS", str(tmp_path / "own"))
     assert weights.find(NAME) == checkout
     own = put(tmp_path / "own")
@@ -232,7 +232,7 @@ def test_nowhere_lists_every_place_and_what_to_do(checkout, monkeypatch, tmp_pat
 
 
 def test_an_address_is_not_a_source():
-    with pytest.raises(weights.WeightsError, match="not read from a plain address"):
+    with pytest.raises(weights.WeightsError, match="not read from a plain URL"):
         weights.resolve({**CFG, "url": "https://example.org/model.safetensors"})
 
 
@@ -241,7 +241,7 @@ def test_given_tensors_pass_through():
     assert_same(weights.resolve({**CFG, "state_dict": given}), given)
 
 
-def test_config_beside_the_weights_is_required_and_read_plainly(checkout):
+def test_config_next_to_the_weights_is_required(checkout):
     beside = checkout.with_name("config.json")
     beside.write_text("{")
     with pytest.raises(weights.WeightsDamaged, match="is not JSON"):

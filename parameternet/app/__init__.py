@@ -1,4 +1,4 @@
-"""A page that shows what a network does with an image: `build` makes it, `Explainer` computes what it shows.
+"""A page that shows how a network classifies an image: `build` creates it, `Explainer` computes its content.
 
 >>> from parameternet.app import build  # doctest: +SKIP
 >>> build("dynamic_efficientnet_lite0").launch()  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What the page shows of an image: classes, routing weights, and the static baseline next to the network."""
+"""Content of the page for an image: classes, routing weights, and the static baseline's results."""
 
 import statistics
 import threading
@@ -19,7 +19,7 @@ from parameternet.surgery import collapse
 
 __all__ = ["Cost", "Explainer", "Explanation", "photos"]
 
-ROUNDS = 3  # of each network, in turn: an image should take less than a second
+ROUNDS = 3  # per network, in turn; an image should take less than a second
 
 
 class Cost(NamedTuple):
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What the network says of an image, and what its static baseline says.
+    """Results of the network and of its static baseline for an image.
 
     classes, static_classes: The most probable classes with their probabilities.
     routing: Routing weights (E,) of each dynamic layer.
@@ -46,23 +46,23 @@ class Explanation(NamedTuple):
 
 
 def photos() -> list[Path]:
-    """Photos to try, which come with the package."""
+    """Return the example photos that come with the package."""
     return sorted(weights.shipped("tests/photos").glob("*.jpg"))
 
 
 class Explainer:
     """Explain images with a network and its static baseline.
 
-    The static baseline is the same network with one kernel a layer: the experts mixed by their mean routing weights
-    over `examples`.
+    The static baseline is the same network with one kernel per layer: the experts, mixed with their mean routing
+    weights over `examples`.
 
     Args:
-        model, device: As of `Predictor`.
+        model, device: As in `Predictor`.
         examples: Images or folders; None: the photos that come with the package.
 
     Raises:
         ValueError: A network without dynamic convolutions.
-        WeightsError: No such weights, or not the right ones.
+        WeightsError: The weights are missing or invalid.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Explainer:
         device: str | torch.device | None = None,
         examples: Sequence[str | Path] | None = None,
     ) -> None:
-        self.turn = threading.Lock()  # recordings of two requests at once would mix
+        self.turn = threading.Lock()  # recordings of concurrent requests would mix
         self.predictor = Predictor(model, device)
         self.name = self.predictor.name
         given = photos() if examples is None else examples
@@ -99,7 +99,7 @@ class Explainer:
     def _recorded(self, x: Tensor, topk: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         with record_routing_weights(self.predictor.model) as recording:
             classes = self._classes(self.predictor, x, topk)
-        # A layer that is used in several places is called once for each.
+        # A layer used in several places is called once per place.
         return classes, {name: torch.cat(calls).mean(0) for name, calls in recording.calls.items() if calls}
 
     def _input(self, image: Image.Image) -> Tensor:

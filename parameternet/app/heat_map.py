@@ -1,4 +1,4 @@
-"""Draw the routing weights of one image as SVG: a column for each layer, a row for each expert."""
+"""Draw the routing weights of one image as SVG, with a column per layer and a row per expert."""
 
 import math
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ LIMIT = 2.0  # log2 of the share relative to 1/E at which colours end
 def draw(routing: Mapping[str, Tensor], title: str) -> str:
     """Return an SVG of routing weights (E,) by layer.
 
-    Colours show an expert's share of its layer's routing weights relative to 1/E, as `parameternet routing` draws it;
-    the routing weights themselves are shown under the pointer.
+    Colours show an expert's share of its layer's routing weights relative to 1/E, like `parameternet routing`; hovering
+    over a cell shows the routing weight.
     """
     rows = max((len(weights) for weights in routing.values()), default=0)
     cells = [
@@ -43,7 +43,7 @@ def _cell(x: int, expert: int, name: str, weights: Tensor) -> str:
 
 
 def _colour(ratio: float) -> str:
-    """From LOW for a quarter of 1/E or less to HIGH for four times 1/E or more."""
+    """Return a colour from LOW (a quarter of 1/E or less) to HIGH (four times 1/E or more)."""
     place = max(-1.0, min(1.0, math.log2(max(ratio, 1e-9)) / LIMIT))
     end = HIGH if place > 0 else LOW
     parts = (round(middle + abs(place) * (colour - middle)) for middle, colour in zip(MIDDLE, end, strict=True))

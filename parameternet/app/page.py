@@ -1,4 +1,4 @@
-"""The page itself, in Gradio; nothing on it comes from the network."""
+"""The page itself, in Gradio; it works offline."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,7 +27,10 @@ LEGEND = (
     "A column is a dynamic layer, a row one of its experts. Red: a larger share of the layer's routing weights than an "
     "even split; blue: a smaller one. Point at a cell to read it."
 )
-ALIKE = "Both images have the same routing weights: an upcycled network that was not trained routes every image alike."
+ALIKE = (
+    "Both images have the same routing weights: an upcycled network that was not trained routes every image "
+    "the same way."
+)
 
 
 def build(
@@ -39,14 +42,14 @@ def build(
     """Build the page; `.launch()` serves it.
 
     Args:
-        model, device, examples: As of `Explainer`.
-        detector: From an image to objects with `label`, `confidence` and `box` (left, top, right, bottom in pixels).
+        model, device, examples: As in `Explainer`.
+        detector: Maps an image to objects with `label`, `confidence` and `box` (left, top, right, bottom in pixels).
 
     Raises:
         ModuleNotFoundError: Gradio is not installed.
-        ValueError, WeightsError: As of `Explainer`.
+        ValueError, WeightsError: As in `Explainer`.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import, which asks for the newest version
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import, which checks for updates
     import gradio as gr
 
     explainer = Explainer(model, device, examples)
@@ -73,14 +76,14 @@ def build(
                 [first, second],
                 outputs,
                 api_name="explain",
-                concurrency_id="network",  # one at a time: the measured times are of a request alone
+                concurrency_id="network",  # one request at a time, for undisturbed latency measurements
                 concurrency_limit=1,
             )
     return page
 
 
 def _show(explainer: Explainer, detector: Detector | None, path: str | None, other: str | None) -> list[Any]:
-    """What the page shows of two images, in the order of its outputs."""
+    """Return the page's content for two images, in the order of its outputs."""
     if path is None:
         return [None, None, None, "", "", "", None]
     image = _read(path)
@@ -102,7 +105,7 @@ def _image(label: str, name: str) -> Any:
 
     sources = ["upload", "clipboard"]
     image = gr.Image(label=label, elem_id=name, type="filepath", sources=sources, height=280)
-    image.preprocess = _path  # Gradio would decode the file, but `data.images` reads it as everywhere
+    image.preprocess = _path  # read by `data.images` like all images, not decoded by Gradio
     return image
 
 

@@ -1,4 +1,4 @@
-"""The command line. One file per command, imported when it is used."""
+"""The command line: one module per command, imported on first use."""
 
 import difflib
 import importlib
@@ -15,24 +15,24 @@ from parameternet.text import printable_lines
 __all__ = ["main"]
 
 COMMANDS = {
-    "list": "Networks and checkpoints: size, cost, accuracy.",
-    "info": "One network: stages, experts, where parameters and MACs are.",
+    "list": "List networks and checkpoints: size, cost, accuracy.",
+    "info": "Describe a network: stages, experts, parameters and MACs.",
     "predict": "Classify images.",
     "routing": "Show which experts images use, per layer and class.",
-    "train": "Train a recipe.",
+    "train": "Train from a recipe.",
     "val": "Measure the accuracy of a checkpoint.",
-    "release": "Make a checkpoint of a finished run.",
-    "upcycle": "Convert a dense network to a dynamic one that computes the same function.",
-    "card": "Write the card of a checkpoint.",
-    "publish": "Put a checkpoint on the Hub.",
-    "export": "Write a network as ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
-    "app": "Serve a page to try a network.",
-    "doctor": "Check this installation.",
+    "release": "Turn a finished run into a checkpoint.",
+    "upcycle": "Convert a dense network to a dynamic one with the same outputs.",
+    "card": "Write the model card of a checkpoint.",
+    "publish": "Publish a checkpoint on the Hub.",
+    "export": "Export to ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
+    "app": "Serve a web page to try a network.",
+    "doctor": "Check the installation.",
 }
 
 
 class Commands(click.Group):
-    """Import a command when it is used, and report errors in a sentence."""
+    """Import commands on first use, and report errors without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> Sequence[str]:
         return [*COMMANDS]  # not list(): parameternet.cli.list hides it once it is imported
@@ -69,7 +69,7 @@ class Commands(click.Group):
 
 
 def _is_ours_to_tell(error: Exception) -> bool:
-    """True for errors raised on purpose; anything else is a bug and needs its traceback."""
+    """Return True for errors raised on purpose; anything else is a bug and needs its traceback."""
     expected = isinstance(error, RuntimeError | ValueError | OSError | ImportError)
     return expected or type(error).__module__.startswith("parameternet.")
 

@@ -1,4 +1,4 @@
-"""`parameternet app`: a page to try a network."""
+"""`parameternet app`: a web page to try a network."""
 
 import os
 from pathlib import Path
@@ -13,20 +13,24 @@ from parameternet.prediction import DEFAULT_MODEL
 
 @click.command()
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--detector", type=click.Path(exists=True, path_type=Path), help="A YOLO file; shows what it finds.")
+@click.option(
+    "--detector", type=click.Path(exists=True, path_type=Path), help="A YOLO checkpoint, whose detections are shown."
+)
 @click.option("--examples", type=click.Path(exists=True), help="Folder of images to try.  [default: three photos]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0 for other machines.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to serve on; 0.0.0.0 accepts other machines."
+)
 @click.option("--port", type=click.IntRange(min=1, max=65535), help="[default: the first free one from 7860]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 def app(
     model: str, detector: Path | None, examples: str | None, host: str, port: int | None, device: str | None
 ) -> None:
-    """Serve a page that classifies an image with MODEL and shows which experts it uses.
+    """Serve a web page that classifies images with MODEL and shows which experts they use.
 
-    Next to it are a second image and the network's static baseline. MODEL is a checkpoint, a folder or run folder, a
-    .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. The page needs no network.
+    It compares two images, and the network with its static baseline. MODEL is a checkpoint, a folder or run folder, a
+    .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. The page works offline.
 
-    A YOLO file is a pickle, which can run code: give --detector only files that you trust.
+    YOLO checkpoints are pickles, which can run code: pass --detector only files that you trust.
     """
     page = build(model, _detector(detector) if detector else None, [examples] if examples else None, device)
     _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True)
@@ -35,8 +39,8 @@ def app(
 
 
 def _detector(path: Path) -> Any:
-    os.environ.setdefault("YOLO_OFFLINE", "true")  # Ultralytics sends usage statistics otherwise
-    # Under AGPL-3.0, unlike the rest of this package: imported on request only.
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # keeps Ultralytics from sending usage statistics
+    # Under AGPL-3.0, unlike the rest of this package, so imported only on request.
     from parameternet.yolo.detector import Detector
 
     return Detector(path)

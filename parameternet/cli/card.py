@@ -17,7 +17,7 @@ from parameternet.hub import write_card
 def card(checkpoint: str, output: Path | None) -> None:
     """Write the card of CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) from its config and measured results.
 
-    The header is Hub metadata. `parameternet publish` writes a card by itself.
+    The header is Hub metadata. `parameternet publish` writes the card itself.
     """
     text = write_card(checkpoint)
     if output is None:

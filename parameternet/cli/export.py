@@ -1,4 +1,4 @@
-"""`parameternet export`: write a network for another runtime."""
+"""`parameternet export`: convert a network for another runtime."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from parameternet.models.summary import registered
     type=click.Choice(FORMS),
     default="computed",
     show_default=True,
-    help="computed: kernels are mixed in the graph (fast); constant: for TensorRT and mobile runtimes.",
+    help="computed: mix kernels in the graph (fast); constant: for TensorRT and mobile runtimes.",
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Batch size.  [default: any]")
 @click.option("--size", type=click.IntRange(min=1), help="Height and width.  [default: the checkpoint's]")
@@ -40,10 +40,11 @@ def export(
     opset: int | None,
     untrained: bool,
 ) -> None:
-    """Write NAME as a file for another runtime, run it, and keep it if it matches the network.
+    """Export NAME for another runtime, run the file, and keep it if its outputs match the network's.
 
-    NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained an
-    architecture. The file carries preprocessing and class names. The exit code is 1 if it differs by more than 1e-4.
+    NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained, an
+    architecture. The file includes preprocessing and class names. The exit code is 1 if outputs differ by more than
+    1e-4.
     """
     made = write(
         _untrained(name) if untrained else _trained(name),

@@ -12,10 +12,10 @@ from parameternet.models.summary import describe
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(name: str, as_json: bool) -> None:
-    """Show stages, features and experts of NAME, and where its parameters and MACs are.
+    """Show the stages, features and experts of NAME, and a breakdown of its parameters and MACs.
 
     NAME is an architecture (parameternet_150m), a checkpoint (parameternet_50m.tin200), a folder or run folder, a
-    .safetensors file, local-dir:DIR, hf-hub:ORG/NAME, or a network of timm.
+    .safetensors file, local-dir:DIR, hf-hub:ORG/NAME, or a timm model.
     """
     facts = describe(name)
     print_json(facts) if as_json else _show(facts)

@@ -17,9 +17,9 @@ HEADERS = ("name", "tag", "parameters", "MACs", "input", "top-1", "weights")
 @click.argument("pattern", default="*")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list(pattern: str, as_json: bool) -> None:
-    """List networks and checkpoints whose name contains PATTERN ('300m'), or matches it ('*.tin200').
+    """List networks and checkpoints whose name contains PATTERN ('300m') or matches it ('*.tin200').
 
-    MACs are multiply-adds per image at the input size shown. Weights are searched in the folder PARAMETERNET_WEIGHTS,
+    MACs are multiply-adds per image at the input size shown. Weights are looked up in the folder PARAMETERNET_WEIGHTS,
     in the checkout and on the Hub; `parameternet doctor` checks them.
     """
     rows = [summarise(name) for name in find_names(pattern)]

@@ -1,4 +1,4 @@
-"""What all commands print with: tables for a terminal, plain columns for a pipe, JSON for a program."""
+"""Output of all commands: tables on a terminal, plain columns in a pipe, JSON for programs."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ __all__ = ["count", "echo", "print_json", "print_table"]
 
 
 def echo(text: str = "", err: bool = False, nl: bool = True) -> None:
-    """Print text that may hold names from elsewhere: whatever could steer a terminal is escaped."""
+    """Print text that may contain untrusted names; escape terminal control sequences."""
     click.echo(printable_lines(text), err=err, nl=nl)
 
 
@@ -22,7 +22,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Rows under headers; `right` names the columns of numbers. Nothing is cut off where the output is piped."""
+    """Print rows under headers; columns in `right` are right-aligned. Piped output is never truncated."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(headers, rows, right)
@@ -31,7 +31,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, two spaces apart, as wide as they need to be."""
+    """Return lines of aligned columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     lines = []
     for row in [headers, *rows]:
@@ -59,7 +59,7 @@ def _rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def count(number: float | None) -> str:
-    """2_463_856 -> '2.46 M'; None -> '-'."""
+    """Format a count: Format a count: 2_463_856 -> '2.46 M'; None -> '-'."""
     if number is None:
         return "-"
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

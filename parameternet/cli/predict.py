@@ -34,15 +34,22 @@ def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Pat
     help="A checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.",
 )
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes per image.")
-@click.option("--save", type=click.Path(path_type=Path), callback=_image_path, help="Draw images with their classes.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    callback=_image_path,
+    help="Save a figure of the images with their classes.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write a row per image to a .csv, .jsonl or .parquet file instead of printing; resumes after a kill.",
+    help="Write a row per image to a .csv, .jsonl or .parquet file instead of printing; resumes if interrupted.",
 )
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images per step.")
-@click.option("--workers", type=click.IntRange(min=0), help="Reading processes.  [default: the cores less one]")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Data loading workers.  [default: one fewer than the cores]"
+)
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
@@ -56,13 +63,13 @@ def predict(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Classify each IMAGE: a file, a folder, or an http(s) address.
+    """Classify each IMAGE: a file, a folder, or an http(s) URL.
 
     Images that cannot be read are listed and skipped, and the exit code is 1.
 
     With --output, IMAGE is a file, a folder, a .tar, or webdataset shards (wds/FOLDER:shards-{000..009}.tar). The same
-    command resumes a run that was stopped. Images that cannot be read are listed in FILE.errors.csv, and the exit code
-    is 0. Several processes: torchrun --nproc-per-node N -m parameternet predict IMAGE --output FILE
+    command resumes an interrupted run. Images that cannot be read are listed in FILE.errors.csv, and the exit code is
+    0. Several processes: torchrun --nproc-per-node N -m parameternet predict IMAGE --output FILE
     """
     if output:
         if save:

@@ -1,4 +1,4 @@
-"""Progress on a terminal: a bar for many images, a spinner for other steps that take seconds. Nothing in a pipe."""
+"""Progress on a terminal: a bar for images, a spinner for other slow steps. Pipes get no output."""
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ def working(title: str) -> AbstractContextManager:
 
 
 class Bar:
-    """Images done, images per second and time left, on stderr if that is a terminal.
+    """Show images done, images per second and time left on stderr, if that is a terminal.
 
     >>> with Bar("predict") as bar:  # doctest: +SKIP
     ...     bar(32, 10_000)

@@ -1,4 +1,4 @@
-"""`parameternet publish NAME.TAG|DIR --to ORG/REPO`: put a checkpoint on the Hub."""
+"""`parameternet publish NAME.TAG|DIR --to ORG/REPO`: publish a checkpoint on the Hub."""
 
 import click
 
@@ -11,12 +11,12 @@ from parameternet.cli.output import echo, print_table
 @click.option("--to", "repository", required=True, help="Repository ORG/NAME; created if it does not exist.")
 @click.option("--revision", help="Branch; created from main if it does not exist.  [default: main]")
 @click.option("--private", is_flag=True, help="Create a private repository.")
-@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and upload nothing.")
-@click.option("--yes", is_flag=True, help="Replace other weights without asking.")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded, without uploading it.")
+@click.option("--yes", is_flag=True, help="Replace different weights without asking.")
 def publish(checkpoint: str, repository: str, revision: str | None, private: bool, dry_run: bool, yes: bool) -> None:
-    """Put CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) on the Hub in one commit: card, config, weights, recipe.
+    """Upload CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) to the Hub: card, config, weights, recipe.
 
-    Unchanged files are not uploaded again. Log in first: hf auth login, or HF_TOKEN.
+    The upload is a single commit and skips unchanged files. Log in first: hf auth login, or HF_TOKEN.
     """
     planned = hub.publish(checkpoint, repository, revision, dry_run=True)
     rows = [(file.path, f"{file.bytes:,}", file.state) for file in planned.files]

@@ -1,4 +1,4 @@
-"""`parameternet release RUN NAME.TAG --data VAL`: make a checkpoint of a finished run."""
+"""`parameternet release RUN NAME.TAG --data VAL`: turn a finished run into a checkpoint."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from parameternet.hub import release as make
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.
 
-    It holds float16 weights, config, card, recipe and history; the written file is then validated.
+    The checkpoint contains float16 weights, config, card, recipe and history. The written file is validated.
     """
     terminal = Terminal()
     try:

@@ -40,7 +40,7 @@ def _plot_path(_: click.Context, __: click.Parameter, path: Path) -> Path:
 )
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Images per step.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
-@click.option("--ablate", "ablating", is_flag=True, help="Measure top-1 without parts of the routing instead.")
+@click.option("--ablate", "ablating", is_flag=True, help="Measure top-1 with parts of the routing replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def routing(
     name: str,
@@ -57,21 +57,22 @@ def routing(
     NAME is a checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. IMAGES are
     files, folders, or .tar files. Sub-folders of a folder or .tar are classes, and the heat map has a row per class.
 
-    Entropies range from 0 (a single expert) to 1 (all experts equally): the mean entropy of an image's shares, and the
-    entropy of the mean shares. "experts in use" is the effective number of experts, "active" counts those with a mean
-    share of at least 1 / (10 E).
+    Shares are an image's routing weights divided by their sum. Shares are an image's routing weights divided by their
+    sum. Entropies range from 0 (a single expert) to 1 (all experts equally): the mean entropy of an image's shares, and
+    the entropy of the mean shares. "experts in use" is the effective number of experts, "active" counts those with a
+    mean share of at least 1 / (10 E).
 
     With --ablate, IMAGES is one labelled data set, as for `parameternet val`. Top-1 is measured with the network's own
-    routing weights; with their mean over the data set; with mean shares but each image's own sum (the loss is what the
-    choice of experts is worth); with own shares but the mean sum (what a gain per image is worth); and without each
-    expert.
+    routing weights; with their mean over the data set; with mean shares but each image's own sum (the drop shows the
+    value of choosing experts); with own shares but the mean sum (the drop shows the value of scaling the kernel per
+    image); and without each expert.
 
     Images that cannot be read are listed and skipped, and the exit code is 1.
     """
     if ablating:
         return _ablate(name, images, batch_size, device, as_json)
     predictor = Predictor(name, device)
-    dynamic_layers(predictor.model)  # fail before searching for images, which may take long
+    dynamic_layers(predictor.model)  # fail before the search for images, which may take long
     with Bar("routing") as bar:
         found = measure(predictor, find_images(images, per_class), batch_size, progress=bar)
     print_json(_plain(found)) if as_json else _show(found)
@@ -122,7 +123,7 @@ def _plain(found: Routing) -> dict[str, Any]:
     return {
         "model": found.model,
         "images": found.images,
-        "pictures": found.images,  # deprecated, as all former names below
+        "pictures": found.images,  # deprecated, like the other old names below
         "rows": [{**row._asdict(), "pictures": row.images} for row in found.rows],
         "layers": [_plain_layer(layer) for layer in found.layers],
         "unreadable": [{"path": path, "error": why} for path, why in found.unreadable],

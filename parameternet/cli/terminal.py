@@ -1,4 +1,4 @@
-"""Shared by the training commands: progress on the terminal, errors and exit codes."""
+"""Progress, errors and exit codes, shared by the training commands."""
 
 import functools
 import signal
@@ -16,7 +16,7 @@ __all__ = ["Terminal", "handle_errors"]
 
 
 def handle_errors(command: Callable) -> Callable:
-    """Show errors of training without a traceback, with exit code 1; a signal gives exit code 128 + its number."""
+    """Show training errors without a traceback and exit with 1, or with 128 + N after signal N."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`parameternet train RECIPE`: train by a recipe, or resume a run."""
+"""`parameternet train RECIPE`: train from a recipe, or resume a run."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @handle_errors
 def train(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
-    """Train by RECIPE, a YAML file. Resumes if the run folder exists.
+    """Train from RECIPE, a YAML file. Resumes if the run folder exists.
 
     Several processes: torchrun --nproc-per-node N -m parameternet.cli.train RECIPE
     """

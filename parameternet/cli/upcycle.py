@@ -25,11 +25,11 @@ from parameternet.text import printable
     metavar="PATTERN",
     help="Convert only layers that match.",
 )
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers that match.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip layers that match.")
 @click.option(
     "--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Convert only this kind.  [default: all]"
 )
-@click.option("--min-channels", default=1, show_default=True, type=click.IntRange(min=1), help="Leave smaller layers.")
+@click.option("--min-channels", default=1, show_default=True, type=click.IntRange(min=1), help="Skip smaller layers.")
 @click.option("--stem", is_flag=True, help="Convert the first convolution too.")
 @click.option("--head", is_flag=True, help="Convert the head and squeeze-and-excitation too.")
 @click.option("--routing", type=click.Choice(["softmax", "sigmoid"]), default="softmax", show_default=True)
@@ -37,17 +37,17 @@ from parameternet.text import printable
     "--noise",
     default=NOISE,
     show_default=True,
-    help="Std. between experts, relative to the kernel.",
+    help="Standard deviation of the noise between experts, relative to the kernel.",
 )
 @click.option(
-    "--redraw", default=0.0, show_default=True, help="Fraction of each expert's output channels to draw again."
+    "--redraw", default=0.0, show_default=True, help="Fraction of each expert's output channels to re-initialise."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the noise and of redrawn channels.")
-@click.option("--architecture", metavar="NAME", help="Name of the timm model, for a file without a config.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise and of re-initialised channels.")
+@click.option("--architecture", metavar="NAME", help="timm name of the model, for a file without a config.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint in DIR.")
 @click.option("--layers", is_flag=True, help="List every convolution, and why it was left dense.")
 def upcycle(source: str, output: Path, experts: int, kinds: tuple[str, ...], layers: bool, **options) -> None:
-    """Convert a dense network to a dynamic one that computes the same function, as a start for training.
+    """Convert a dense network to a dynamic one with the same outputs, as a starting point for training.
 
     SOURCE is a timm model (resnet18.a1_in1k), hf-hub:ORG/NAME, local-dir:DIR, a run folder, a weights folder, or a
     .safetensors file. Load the result with timm.create_model("local-dir:DIR", pretrained=True), `parameternet predict

@@ -1,4 +1,4 @@
-"""`parameternet val MODEL --data VAL`: measure a checkpoint and compare with its recorded accuracy."""
+"""`parameternet val MODEL --data VAL`: measure accuracy and compare it with the recorded one."""
 
 import sys
 
@@ -21,7 +21,8 @@ from parameternet.cli.terminal import Terminal, handle_errors
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @handle_errors
 def val(model: str, data: str, as_json: bool, **measuring) -> None:
-    """Measure MODEL: a name, a run folder, a weights folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME.
+    """Measure the accuracy of MODEL: a name, a run folder, a weights folder, a .safetensors file, local-dir:DIR or
+    hf-hub:ORG/NAME.
 
     Exits with 1 if the measured top-1 differs from the recorded one by more than 0.1 points.
     """

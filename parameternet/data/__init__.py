@@ -1,1 +1,1 @@
-"""Images and labels: one image reader, one order of classes, one interface to folders, tars and data sets."""
+"""Images and labels: one image reader, one class order, one interface to folders, tars and data sets."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Base of everything that reading data, training, validation and release raise on purpose."""
+    """Base class of all errors raised on purpose by data reading, training, validation and release."""
 
 
 class DataError(TrainingError, ValueError):
-    """Images or classes that are not what the recipe says."""
+    """Images or classes do not match the recipe."""
 
 
 class ImageError(DataError):
-    """An image that cannot be read: its `name`, and the `reason` in words."""
+    """An image cannot be read; has its `name` and the `reason` in words."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)

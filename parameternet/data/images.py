@@ -1,6 +1,6 @@
-"""Read images: the only place of the package where bytes become pixels.
+"""Read images: the only place in the package that decodes them.
 
-Every image comes out as a person sees it: the first frame, rotated as its EXIF says, transparency on white, RGB.
+Images are returned as a viewer shows them: first frame, rotated by EXIF, transparency on white, RGB.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from parameternet.data.errors import ImageError
 
 UNIDENTIFIED = "not an image, or of a format that Pillow does not read"
 COMMON = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow names these formats without decoding them, or starts another program to do it.
+# Pillow recognises these formats but cannot decode them, or starts another program to do it.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Formats that Pillow decodes here, plugins of other packages included."""
+    """Return the formats that the installed Pillow decodes, including plugins of other packages."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _NOT_DECODED)
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """File name extensions of `formats`, lower case, with their dot."""
+    """Return the file name extensions of `formats`, in lower case, with the dot."""
     known = Image.registered_extensions()
     return frozenset(extension.lower() for extension, name in known.items() if name in formats()) | set(COMMON)
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file name ends like an image's, in upper or lower case."""
+    """Return whether a file name has an image's extension, in upper or lower case."""
     return Path(name).suffix.lower() in extensions()
 
 
@@ -56,7 +56,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     """Decode an image file's bytes.
 
     Raises:
-        ImageError: whatever a decoder raises on them.
+        ImageError: the decoder failed, whatever it raised.
     """
     if not data:
         raise ImageError(name, "empty file")
@@ -76,7 +76,7 @@ def as_seen(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def naming(name: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turn errors into an `ImageError`: all of them, since decoders raise anything on broken bytes, or `kinds`."""
+    """Turn errors of `kinds` into `ImageError`; by default all, since decoders raise anything on broken bytes."""
     try:
         yield
     except ImageError:
@@ -86,7 +86,7 @@ def naming(name: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iter
 
 
 def _reason(error: Exception) -> str:
-    # A package that tries more formats after Pillow has given up fails by whatever it lacks.
+    # Plugins that try more formats after Pillow fails may raise errors about what they lack.
     if isinstance(error, Image.UnidentifiedImageError) or isinstance(error.__context__, Image.UnidentifiedImageError):
         return UNIDENTIFIED
     if isinstance(error, Image.DecompressionBombError):
@@ -120,7 +120,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits to 8: Pillow's own conversion turns all above 255 white."""
+    """Scale 16 bits to 8; Pillow's own conversion clips everything above 255 to white."""
     shades = image.convert("F")
     high = shades.getextrema()[1]
     white = 65535 if high > 255 else 255 if high > 1 else 1

@@ -1,4 +1,4 @@
-"""Classes: which folder is a class, in which order classes are numbered, and what of the data changed since."""
+"""Classes: which folders are classes, how they are numbered, and what changed in the data since."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from parameternet.text import printable
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("val", "valid", "validation", "eval", "evaluation")
 SPLITS = frozenset({*TRAIN_SPLITS, *EVAL_SPLITS, "test", "testing"})
-# Folders that systems and programs make; those of a leading dot are hidden too.
+# Folders that operating systems and programs create; names with a leading dot are hidden too.
 _SYSTEM = frozenset({"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is none of the user's data."""
+    """Return whether a file or folder of this name is not part of the user's data."""
     return name.startswith(".") or name in _SYSTEM
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort `a9` before `a10` and without regard to case, as timm does, with one order for names that differ by case."""
+    """Sort `a9` before `a10` and ignore case, like timm, but with a fixed order for names that differ only by case."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their labels."""
+    """Return class names in the order of their labels."""
     return sorted(set(names), key=natural_key)
 
 
 def few(names: Sequence[str], limit: int = 5) -> str:
-    """`a, b, c and 7 more`, or `none`."""
+    """Format names as `a, b, c and 7 more`, or `none`."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(map(printable, names[:limit])) or 'none'}{rest}"
 
@@ -49,7 +49,7 @@ def few(names: Sequence[str], limit: int = 5) -> str:
 class Listing(NamedTuple):
     """Labelled images by name. `class_to_idx` has the classes in the order of their labels.
 
-    `outside` are images in no class folder; `notes` say what was skipped.
+    `outside` has images outside of class folders; `notes` describe skipped files.
     """
 
     class_to_idx: dict[str, int]
@@ -71,12 +71,12 @@ def arrange(
 
     Args:
         names: files relative to the root, with slashes; hidden ones are left out already.
-        folders: folders, likewise; they tell of classes without images.
-        hidden: hidden files and folders, to be named.
+        folders: the same for folders; needed to find classes without images.
+        hidden: hidden files and folders, for the notes.
         own_name: the name of the root. A single folder of this name, or of a split's, that holds all the class
-            folders is looked through: `train.tar` may hold `train/cat/1.jpg`.
+            folders is skipped: `train.tar` may contain `train/cat/1.jpg`.
         class_map: labels by class; images of other classes are left out.
-        is_image: whether a file of a name is an image.
+        is_image: whether a file name is that of an image.
 
     Raises:
         DataError: a class name that is not UTF-8, or a class map with gaps.
@@ -98,14 +98,14 @@ def arrange(
         _note("images outside the class folders skipped", outside),
         _note("files without an image's extension ignored", sorted(set(names) - set(images), key=natural_key)),
         _note("class folders without images left out", [top for top in tops if top not in set(found)]),
-        _note("classes that class_map does not name left out", [name for name in found if name not in table]),
+        _note("classes missing from class_map left out", [name for name in found if name not in table]),
         class_map and _note("classes of class_map without images", [c for c in table if c not in set(found)]),
     ]
     return Listing(table, samples, outside, [note for note in notes if note])
 
 
 def _wrapper(images: Sequence[str], own_name: str) -> str:
-    """The prefix (`train/`, or empty) that contains the class folders."""
+    """Return the prefix (`train/`, or empty) that contains the class folders."""
     prefix = ""
     while True:
         below = [name[len(prefix) :].split("/") for name in images]
@@ -147,7 +147,7 @@ def _note(what: str, names: Sequence[str]) -> str:
 
 
 def digest(samples: Iterable[tuple[str, int]], classes: Sequence[str] | None) -> dict[str, Any]:
-    """Digest of images' names and labels, in their order: plain data for a checkpoint.
+    """Return a digest of image names and labels, in order, as plain data for a checkpoint.
 
     Returns:
         `sha256` of all, and `classes`: {name: [images, sha256 of their names]}.
@@ -167,7 +167,7 @@ def digest(samples: Iterable[tuple[str, int]], classes: Sequence[str] | None) ->
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What differs between two digests, class by class; empty if nothing does."""
+    """Describe the difference of two digests by class; empty if they are equal."""
     if old["sha256"] == new["sha256"]:
         return ""
     before, after = old["classes"], new["classes"]

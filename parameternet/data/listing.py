@@ -1,4 +1,4 @@
-"""List the images of files, folders, tars and webdataset shards, and read each by its index; labels are not needed."""
+"""List the images of files, folders, tars and webdataset shards, and read them by index, without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Listing"]
 
 EXPECTED = "Expected an image, a folder or a .tar of images, or wds/FOLDER:shards-{000..009}.tar"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-_INFO = ("_info.json", "info.json")  # what timm names the file that lists a webdataset's splits
+_INFO = ("_info.json", "info.json")  # timm's name of the file that lists a webdataset's splits
 
 
 class _Item(NamedTuple):
@@ -31,13 +31,13 @@ class _Item(NamedTuple):
 
 
 class Listing:
-    """Every image of `given`, once, in an order that does not change from run to run.
+    """Every image of `given`, once, in the same order on every run.
 
-    A folder is searched with its sub-folders; if it has no image but .tar files, those are its shards. Files inside a
-    tar that are not images are left out.
+    Folders are searched recursively; the .tar files of a folder without images are its shards. Files in a tar that are
+    not images are ignored.
 
-    names: The path of each image; of one in a tar, the tar's path and its place in it.
-    notes: What was left out, in sentences.
+    names: The path of each image; in a tar, the tar's path followed by the path inside it.
+    notes: Sentences about skipped files.
 
     Args:
         given: Image files, folders, .tar files, `wds/FOLDER`, `wds/FOLDER:SHARDS` or `wds/FOLDER:SPLIT`. SHARDS is a
@@ -61,7 +61,7 @@ class Listing:
         return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        """Read image `index` as `parameternet.data.images` does.
+        """Read image `index` with `parameternet.data.images`.
 
         Raises:
             ImageError: it cannot be read or decoded.
@@ -74,7 +74,7 @@ class Listing:
         return images.decode(data, name)
 
     def digest(self) -> str:
-        """SHA-256 over the names and sizes of all images."""
+        """Return the SHA-256 of the names and sizes of all images."""
         digest = hashlib.sha256()
         for path, (store, name) in self._items.items():
             size = store.size(name) if store else Path(name).stat().st_size
@@ -114,7 +114,7 @@ def _open(source: str) -> Folder | Tar:
         raise DataError(f"cannot list the images of {printable(source)}: {error}") from error
     if store.unlisted:
         folder, why = store.unlisted[0]
-        raise DataError(f"cannot look into the folder {printable(folder)} of {printable(source)}: {why}")
+        raise DataError(f"cannot read the folder {printable(folder)} of {printable(source)}: {why}")
     return store
 
 
@@ -124,7 +124,7 @@ def _open(source: str) -> Folder | Tar:
 
 
 def _shards(source: str) -> list[Path]:
-    """The shards of `wds/FOLDER[:SHARDS or SPLIT]`; `|10000`, a number of samples as timm takes it, is left out."""
+    """Return the shards of `wds/FOLDER[:SHARDS or SPLIT]`; ignore timm's number of samples, `|10000`."""
     root, _, wanted = source.removeprefix("wds/").partition(":")
     folder, wanted = Path(root), wanted.partition("|")[0]
     patterns = _of_split(folder, wanted) if wanted and ".tar" not in wanted else [wanted or "*.tar"]
@@ -155,7 +155,7 @@ def _expanded(folder: Path, pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """`a{0..2}{x,y}` as the shell expands it; numbers are as wide as the first one."""
+    """Expand `a{0..2}{x,y}` like a shell; numbers are as wide as the first one."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not found:
         return [pattern]

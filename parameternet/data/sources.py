@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, and the data sets that timm reads, behind one interface."""
+"""Sources of images: folders, tars, and timm's data sets, behind one interface."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, 
 
 
 class Folder:
-    """Files below a folder, links followed. `names` and `folders` are relative, with slashes; `hidden` are left out.
+    """Files below a folder, following links. `names` and `folders` are relative, with slashes; `hidden` are left out.
 
-    `unlisted` are (folder, why) of those that could not be looked into.
+    `unlisted` has (folder, reason) of folders that could not be read.
     """
 
     def __init__(self, root: Path):
@@ -47,7 +47,7 @@ class Folder:
         return (self.root / name).read_bytes()
 
     def size(self, name: str) -> int:
-        """Bytes of a file; -1 if it cannot be looked at."""
+        """Return a file's size in bytes; -1 if it is inaccessible."""
         try:
             return (self.root / name).stat().st_size
         except OSError:
@@ -79,10 +79,10 @@ class _Place(NamedTuple):
 
 
 class Tar:
-    """Files in an uncompressed tar, and in tars inside it, as if those were folders. See `Folder` for the attributes.
+    """Files in an uncompressed tar, and in tars inside it, as if those were folders; attributes as in `Folder`.
 
-    Only places are kept, and each read opens the file anew: an open tar has one file position, and workers that share
-    it would read each other's images.
+    Only offsets are kept, and each read reopens the file: an open tar has one file position, so workers that share it
+    would read each other's images.
     """
 
     def __init__(self, root: Path):
@@ -101,13 +101,13 @@ class Tar:
         """The content of a file."""
         place = self._place(name)
         if place is None:
-            raise ImageError(name, "a link to a file that the tar does not hold")
+            raise ImageError(name, "a link to a file that is not in the tar")
         with open(self.root, "rb") as file:
             file.seek(place.offset)
             return file.read(place.size)
 
     def size(self, name: str) -> int:
-        """Bytes of a file; -1 if the tar does not hold it."""
+        """Return a file's size in bytes; -1 if the tar does not contain it."""
         place = self._place(name)
         return -1 if place is None else place.size
 
@@ -139,7 +139,7 @@ class Tar:
         elif member.isfile() and name.lower().endswith(".tar"):
             self._scan(tar.extractfile(member), f"{name[:-4]}/", base + member.offset_data)
         elif member.isfile():
-            self.places[name] = _Place(base + member.offset_data, member.size)  # of two of a name, tar takes the last
+            self.places[name] = _Place(base + member.offset_data, member.size)  # of equal names, tar keeps the last
 
     def _hide(self, name: str) -> None:
         parts = name.split("/")
@@ -149,11 +149,11 @@ class Tar:
             self.hidden.append(top)
 
     def _check_end(self, file: Any, offset: int) -> None:
-        # tarfile takes a damaged header for the end of the archive, and what follows would be missing unnoticed
+        # tarfile takes a damaged header for the end of the archive and silently drops the rest
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
-            raise DataError(f"{self.root} is damaged: no header at byte {offset:,}, so that the rest cannot be listed")
+            raise DataError(f"{self.root} is damaged: no header at byte {offset:,}, so the rest cannot be listed")
         if not block:
             self.notes.append("the tar has no end mark: it may be cut short")
 
@@ -186,11 +186,11 @@ def arrange(files: Folder | Tar, **kwargs: Any) -> labels.Listing:
 
 
 class FileReader(Reader):
-    """Labelled images of a folder or tar, as a reader of timm's.
+    """Labelled images of a folder or tar, with the interface of timm's readers.
 
     Args:
         root: folder or .tar.
-        class_map: labels by class, or a file of class names, as timm has them.
+        class_map: labels by class, or a file of class names, as in timm.
         input_key: extensions, separated by `;`; None: every format that can be decoded.
 
     Raises:
@@ -209,7 +209,7 @@ class FileReader(Reader):
     def _check(self) -> None:
         if self.files.unlisted:
             folder, why = self.files.unlisted[0]
-            raise DataError(f"cannot look into the folder {printable(folder)} of {self.root}: {why}")
+            raise DataError(f"cannot read the folder {printable(folder)} of {self.root}: {why}")
         if not self.samples:
             raise DataError("; ".join(["no images in class folders", *self.notes]))
         # both `train/cat/1.jpg` and `val/cat/1.jpg`: the whole data set instead of one of its splits
@@ -238,7 +238,7 @@ class FileReader(Reader):
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read: its place in the data, its name, and what went wrong."""
+    """An image that could not be read: its index, its name, and the reason."""
 
     index: int
     name: str
@@ -246,10 +246,10 @@ class Unreadable(NamedTuple):
 
 
 class Source:
-    """Images by index over a dataset of timm. `read(i)` gives an RGB image and its label, or an `Unreadable`.
+    """Images of a timm dataset by index. `read(i)` returns an RGB image and its label, or an `Unreadable`.
 
-    timm's own dataset answers a broken image with its neighbour, which may be of another class; this asks the reader
-    underneath instead.
+    timm's own dataset replaces a broken image with the next one, which may be of another class; this class uses the
+    underlying reader instead.
     """
 
     def __init__(self, dataset: Any, where: str):
@@ -261,15 +261,15 @@ class Source:
         return len(self.dataset)
 
     def name(self, index: int) -> str:
-        """The image's file name, as the reader knows it."""
+        """Return the image's file name, as the reader reports it."""
         found = self.reader.filename(index) if self.reader is not None else None
         return f"{self.where}[{index}]" if found is None else printable(str(found))
 
     def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Image `index` (RGB) and its label, or what is wrong with it.
+        """Return image `index` (RGB) and its label, or an `Unreadable`.
 
         Raises:
-            DataError: a label that is none of the data's classes.
+            DataError: a label outside the data's classes.
         """
         try:
             with images.naming(self.where, (OSError, ValueError, SyntaxError, EOFError)):
@@ -302,16 +302,16 @@ def is_stream(spec: str | dict) -> bool:
 
 
 def open_dataset(spec: str | dict, split: str, **kwargs: Any) -> Any:
-    """timm's dataset for a recipe's `train` or `val`.
+    """Open timm's dataset for a recipe's `train` or `val`.
 
     Args:
         spec: a folder, a tar, `hfds/NAME[:split]`, `wds/FOLDER:split`, another prefix of timm's, or a dictionary of
             arguments of `timm.data.create_dataset`.
-        split: used where the spec names none.
+        split: used if the spec names none.
         kwargs: passed on to streams (batch size, seed, whether training).
 
     Raises:
-        DataError: nothing there, or no images in it.
+        DataError: the data does not exist or has no images.
     """
     arguments = _arguments(spec, split)
     if is_stream(spec):
@@ -342,7 +342,7 @@ def _arguments(spec: str | dict, split: str) -> dict[str, Any]:
 
 
 def _open(name: str, **kwargs: Any) -> Any:
-    """timm's `create_dataset`, with our reader of files and of images wherever it lets us."""
+    """Call timm's `create_dataset`, with our file and image readers where timm allows it."""
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix == "":
         return _of_files(name, **kwargs)
@@ -370,7 +370,7 @@ def _of_files(
 
 
 def _split_folder(root: str, split: str) -> str:
-    """The folder of a split below `root`, or else `root` itself."""
+    """Return the folder of a split below `root`, or `root` itself if there is none."""
     wanted = split.split("[")[0]
     synonyms = next((names for names in (labels.TRAIN_SPLITS, labels.EVAL_SPLITS) if wanted in names), ())
     folders = [Path(root) / name for name in (wanted, *synonyms)]
@@ -378,7 +378,7 @@ def _split_folder(root: str, split: str) -> str:
 
 
 class _AsSeen(Reader):
-    """A stream's reader whose images come out as `images` reads them."""
+    """A stream's reader that decodes images with `parameternet.data.images`."""
 
     def __init__(self, reader: Reader, where: str):
         super().__init__()
@@ -401,18 +401,18 @@ class _AsSeen(Reader):
 
 
 def classes_of(dataset: Any) -> list[str] | None:
-    """Class names in the order of their labels, where the reader knows them."""
+    """Return class names in the order of their labels, if the reader knows them."""
     reader = getattr(dataset, "reader", None) or dataset
     table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     return sorted(table, key=table.get) if table else None
 
 
 def notes_of(dataset: Any) -> list[str]:
-    """What the reader skipped, in sentences."""
+    """Return sentences about files that the reader skipped."""
     return getattr(getattr(dataset, "reader", None), "notes", [])
 
 
 def digest_of(dataset: Any) -> dict[str, Any] | None:
-    """Digest of names and labels of a folder or tar (see `labels.digest`); None for other data."""
+    """Return the digest of names and labels of a folder or tar (see `labels.digest`); None for other data."""
     reader = getattr(dataset, "reader", None)
     return labels.digest(reader.samples, classes_of(dataset)) if isinstance(reader, FileReader) else None

@@ -1,4 +1,4 @@
-"""Checkpoints for others: released from runs, described by cards, published on the Hub."""
+"""Release checkpoints from runs, write their model cards, and publish them on the Hub."""
 
 from parameternet.hub.card_text import write_card
 from parameternet.hub.publish import File, OtherWeights, Published, PublishError, publish

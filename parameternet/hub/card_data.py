@@ -1,4 +1,4 @@
-"""Gather the facts on the card of a checkpoint from its config, its weights file, and the files of its training run."""
+"""Collect the facts for a model card from the config, the weights file, and the files of the training run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPARISONS = {"claim": "What experts are worth", "transfer": "Transfer"}
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense checkpoint that an upcycled one was made from: its name, and its Hub repository if it has one."""
+    """The dense checkpoint behind an upcycled one: its name, and its Hub repository if it has one."""
 
     name: str
     repository: str | None
@@ -48,7 +48,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured, on the validation images of `data`; accuracies in percent, None where not measured."""
+    """Measurements on the validation images of `data`; accuracies in percent, None if not measured."""
 
     parameters: int
     macs: int
@@ -58,8 +58,8 @@ class Results:
     top1: float | None = None
     top5: float | None = None
     top1_interval: float | None = None
-    routing: dict[str, Any] | None = None  # as `release.draw_routing` returns it
-    ablation: dict[str, float] | None = None  # as `release.measure_ablation` returns it
+    routing: dict[str, Any] | None = None  # from `release.draw_routing`
+    ablation: dict[str, float] | None = None  # from `release.measure_ablation`
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class Usage:
-    """How examples load the checkpoint, and the input that they make: side in pixels, interpolation, crop.
+    """How examples load the checkpoint and prepare its input: side in pixels, interpolation, crop.
 
-    transformers: How transformers loads it, a folder or a repository of the Hub and its revision; None: not at all.
+    transformers: The folder, or the Hub repository and revision, for transformers; None if it cannot load it.
     """
 
     reference: str
@@ -97,7 +97,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A benchmark's table in Markdown, and the heading and image that go with it."""
+    """A benchmark's table in Markdown, with its heading and image."""
 
     heading: str
     text: str
@@ -106,7 +106,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CardData:
-    """Everything a card says. runs: the run that `init` names, if known, and the checkpoint's own, in this order."""
+    """The content of a card. runs: The run named by `init`, if known, then the checkpoint's own."""
 
     name: str
     architecture: str
@@ -123,16 +123,16 @@ class CardData:
 
 
 def gather(source: str | Path, reference: str | None = None) -> CardData:
-    """The facts on the card of a checkpoint.
+    """Collect the facts for the card of a checkpoint.
 
     Args:
-        source: As for `parameternet.models.loading.parse_source`. Of a folder, recipe.yaml, history.csv and comparisons
-            are read too, where they exist.
+        source: As for `parameternet.models.loading.parse_source`. In a folder, recipe.yaml, history.csv and comparisons
+            are read too, if they exist.
         reference: How examples load the checkpoint, in timm's form: `hf-hub:ORG/NAME`. None: by its name if it is
             registered, otherwise from its folder.
 
     Raises:
-        WeightsNotFound, WeightsDamaged: no such checkpoint, or its config or weights are not as they should be.
+        WeightsNotFound, WeightsDamaged: no such checkpoint, or its config or weights are invalid.
     """
     name, config, folder = describe(source)
     recipe = _recipe(folder)
@@ -153,10 +153,10 @@ def gather(source: str | Path, reference: str | None = None) -> CardData:
 
 
 def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
-    """(name, config, folder) of a checkpoint; no folder unless it holds this checkpoint alone.
+    """Return (name, config, folder) of a checkpoint; folder is None unless it holds only this checkpoint.
 
     Raises:
-        WeightsNotFound, WeightsDamaged: as `gather`.
+        WeightsNotFound, WeightsDamaged: as for `gather`.
     """
     found = loading.parse_source(source)
     loading.refuse_dense(found)
@@ -167,7 +167,7 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
     config = {"num_classes": cfg.get("num_classes", 1000), **config}
     if found.kind == "checkpoint":
         return found.name, config, weights.find(found.name).parent if found.name in weights.known() else None
-    says_little = not cfg.get("tag") or architecture == "dynamic_timm"  # which may be any network
+    says_little = not cfg.get("tag") or architecture == "dynamic_timm"  # may be any network
     tagged = f"{architecture}.{cfg.get('tag')}"
     if found.kind == "hub":
         return found.name.partition("@")[0].rpartition("/")[2] if says_little else tagged, config, None
@@ -177,7 +177,7 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any], Path | None]:
 
 
 def public_recipe(path: Path) -> Recipe:
-    """The recipe of a run, without local paths.
+    """Return the recipe of a run, without local paths.
 
     Raises:
         RecipeError: an unknown key, or a value of the wrong type.
@@ -234,7 +234,7 @@ def _data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _results(config: dict[str, Any]) -> Results:
-    """The recorded figures; parameters and multiply-adds are counted where they are missing."""
+    """Return the recorded figures; count parameters and multiply-adds if they are missing."""
     known = {field.name for field in dataclasses.fields(Results)}
     found = {key: value for key, value in (config.get("results") or {}).items() if key in known and value is not None}
     if not {"parameters", "macs"} <= found.keys():
@@ -255,7 +255,7 @@ def _dense(upcycled_from: str | None) -> Dense | None:
 
 
 def _weights_file(source: str | Path) -> Path | None:
-    """The weights file of a checkpoint, if it is on this machine."""
+    """Return the weights file of a checkpoint, if it is on this machine."""
     found = loading.parse_source(source)
     return weights.local(found.name) if found.name in weights.known() else found.path
 

@@ -35,7 +35,7 @@ _ALONG = (
 
 
 class PublishError(RuntimeError):
-    """A checkpoint was not published; the message says why and what to do."""
+    """A checkpoint was not published; the message says why and how to fix it."""
 
 
 class OtherWeights(PublishError):
@@ -44,7 +44,7 @@ class OtherWeights(PublishError):
 
 @dataclass(frozen=True)
 class File:
-    """A file of the checkpoint, and how it compares with the repository's: "new", "changed" or "same"."""
+    """A file of the checkpoint, and its state compared with the repository: "new", "changed" or "same"."""
 
     path: str
     bytes: int
@@ -53,7 +53,7 @@ class File:
 
 @dataclass(frozen=True)
 class Published:
-    """The result of `publish`; `commit` is the address of the commit, or None if nothing was committed."""
+    """The result of `publish`; `commit` is the URL of the commit, or None if nothing was committed."""
 
     repository: str
     files: tuple[File, ...]
@@ -61,7 +61,7 @@ class Published:
 
     @property
     def replaces_weights(self) -> bool:
-        """Whether the repository holds other weights, which this would replace."""
+        """Return whether this would replace different weights in the repository."""
         return any(file.path == weights.FILE_NAME and file.state == "changed" for file in self.files)
 
 
@@ -77,10 +77,10 @@ def publish(
     """Upload a checkpoint to the Hub in one commit: card, config.json, model.safetensors and training record.
 
     Creates the repository if it does not exist. Uploads only files that differ, and commits nothing if none does. A
-    README.md that was written by hand is uploaded as it is; otherwise the card is written for `repo_id`.
+    hand-written README.md is uploaded unchanged; otherwise the card is written for `repo_id`.
 
     Args:
-        source: As for `parameternet.models.loading.parse_source`. Local paths are removed from what is uploaded.
+        source: As for `parameternet.models.loading.parse_source`. Local paths are removed from the upload.
         repo_id: `ORG/NAME`.
         revision: The branch, created from main if it does not exist; None: main.
         dry_run: Only report what would be uploaded; needs no write access.
@@ -122,7 +122,7 @@ def publish(
 
 
 def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
-    """The files to upload, path -> content. Each is read once, so the verified bytes are the uploaded bytes."""
+    """Return the files to upload, path -> content. Each is read once, so the verified bytes are the uploaded bytes."""
     name, config, folder = describe(source)
     found = loading.parse_source(source)
     if found.kind == "checkpoint" and folder is None:
@@ -130,7 +130,7 @@ def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
             f"{name} has no weights of its own: they are read from another repository of the Hub. "
             "`parameternet upcycle` makes a folder of them, which can be published"
         )
-    Predictor(source, "cpu")  # config, weights and class names fit, or this raises
+    Predictor(source, "cpu")  # raises if config, weights and class names do not match
     path, sha256 = loading.weights_file(found)
     files = {weights.CONFIG_NAME: _config(path, config), weights.FILE_NAME: path.read_bytes()}
     along = [folder / file for file in _ALONG] if folder else []
@@ -145,7 +145,7 @@ def _read(source: str | Path, repo_id: str) -> dict[str, bytes]:
 
 
 def _config(file: Path, config: dict[str, Any]) -> bytes:
-    """The config.json next to the weights as it is, if it exists and holds no local path."""
+    """Return the config.json next to the weights unchanged, if it exists and contains no local path."""
     path = file.with_name(weights.CONFIG_NAME)
     if path.is_file():
         data = path.read_bytes()
@@ -164,7 +164,7 @@ def _public_recipe(path: Path) -> bytes:
 
 
 def _public_weights(data: bytes, tensors: dict[str, Tensor], words: dict[str, str]) -> bytes:
-    """The weights file as it is, or rewritten if its header holds a local path."""
+    """Return the weights file unchanged, or rewritten if its header contains a local path."""
     cleaned = {key: without_local_paths(value) for key, value in words.items() if key != "config"}
     if "config" in words:
         config = weights.parse_config(words["config"], "the config in the header of the weights")
@@ -186,7 +186,7 @@ def _card(source: str | Path, folder: Path | None, repo_id: str) -> str:
 
 
 def _there(api: HfApi, repo_id: str, revision: str | None, paths: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """(newest commit, path -> the Hub's facts on the file); None: no such repository or branch."""
+    """Return (newest commit, path -> the Hub's file info); None if the repository or branch does not exist."""
     try:
         head = api.model_info(repo_id, revision=revision).sha or ""
         return head, {file.path: file for file in api.get_paths_info(repo_id, paths, revision=head or revision)}
@@ -214,5 +214,5 @@ def _make(api: HfApi, repo_id: str, revision: str | None, private: bool) -> None
 def _in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever the HTTP library of the installed client raises
+    except Exception as error:  # any error of the installed client's HTTP library
         raise PublishError(f"{repo_id}: {weights.hub_reason(error, token)}") from weights.hub_cause(error, token)

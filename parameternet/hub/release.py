@@ -1,4 +1,4 @@
-"""Make a checkpoint of a run: weights, config, card, and the training record."""
+"""Turn a run into a checkpoint: weights, config, card, and training record."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def release(
 
     Args:
         run: a run folder.
-        name: `<architecture>.<tag>`; the tag says data and recipe.
+        name: `<architecture>.<tag>`; the tag names data and recipe.
         data: validation data, as for `validate`, for the figures on the card.
         destination: the folder of checkpoints; None: `weights/` of this copy of the package.
         data_name, data_terms: for the card, instead of the recipe's.
         records: the JSON file {name: {sha256, bytes}} to record the checkpoint in; None: the package's own if
             `destination` is None too, otherwise no record.
-        reporter: hears of the validation.
+        reporter: called during validation.
         measuring: further arguments of `validate`: batch_size, workers, device, threads.
 
     Returns:
@@ -108,7 +108,7 @@ def _check_name(name: str, architecture: str) -> None:
     stem, _, tag = name.partition(".")
     if stem != architecture or not re.fullmatch(r"\w+", tag):
         raise CheckpointError(
-            f"a checkpoint of this run is named {architecture}.<tag> with letters, digits and _, got {name!r}"
+            f"a checkpoint of this run must be named {architecture}.<tag> with letters, digits and _, got {name!r}"
         )
 
 
@@ -195,7 +195,7 @@ def _write_words(run: Path, folder: Path, recipe: Recipe, config: dict[str, Any]
 
 
 def _init_run(run: Path) -> Path | None:
-    """The run folder that `init` names; None if it is something else, or gone."""
+    """Return the run folder named by `init`; None if it is not a run folder, or gone."""
     init = saved_recipe((run / "recipe.yaml").read_text("utf-8")).init
     if not init or init == "pretrained":
         return None
@@ -208,7 +208,7 @@ def _init_run(run: Path) -> Path | None:
 
 
 def replace_folder(folder: Path, fresh: Path) -> None:
-    """Put `fresh` in the place of `folder`, or leave `folder` as it was."""
+    """Replace `folder` by `fresh`, or leave `folder` unchanged on failure."""
     old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -222,7 +222,7 @@ def replace_folder(folder: Path, fresh: Path) -> None:
 
 
 def _restore(folder: Path) -> None:
-    """Put the old checkpoint back after a release that was killed while it replaced it."""
+    """Restore the old checkpoint after a release that was killed while replacing it."""
     if not folder.exists() and _old(folder).is_dir():
         _old(folder).rename(folder)
 
@@ -234,7 +234,7 @@ def _old(folder: Path) -> Path:
 def record(name: str, entry: dict[str, Any], records: Path = weights.RECORDS) -> None:
     """Record a checkpoint's SHA-256 and size, so that its name resolves and its file is verified.
 
-    Digests of the files that it replaces stay known: copies of them still load.
+    Digests of replaced files are kept, so copies of them still load.
     """
     records = Path(os.path.realpath(records))
     with claimed(records.with_name(f".{records.name}.lock"), f"the record file {records}", timeout=60):

@@ -1,4 +1,4 @@
-"""The dynamic convolution: layer, router, function, and the Ghost blocks that use it."""
+"""The dynamic convolution: layer, router, function, and Ghost blocks built from it."""
 
 from .dynamic_conv import DynamicConv
 from .functional import STRATEGIES, dynamic_conv2d

@@ -1,4 +1,4 @@
-"""What torch.autocast asks for, and how to leave it."""
+"""Query and disable torch.autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,13 +8,13 @@ __all__ = ["autocast_dtype", "without_autocast"]
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of torch.autocast where it is on for this kind of device, None where it is off or unknown."""
-    # Some kinds of devices have no autocast at all, and must not be asked whether it is on.
+    """Return torch.autocast's dtype for this device type; None if autocast is off or unsupported."""
+    # Querying autocast raises for device types that do not support it.
     if device in ("cpu", "cuda") or torch.amp.is_autocast_available(device):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return None
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """A context in which torch.autocast is off for this kind of device."""
+    """Return a context that disables torch.autocast for this device type."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

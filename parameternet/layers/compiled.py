@@ -1,7 +1,7 @@
-"""The dynamic convolution as one operator of torch.compile's graphs.
+"""The dynamic convolution as a single operator in torch.compile's graphs.
 
-A compiler sees the operator and not what is in it: the batch size stays free, and each call runs what an uncompiled
-one would run, chosen for the shapes that come. Programs that leave Python, traced or exported, must not hold it.
+The operator is opaque to the compiler: the batch size stays dynamic, and each call chooses the same strategy as an
+uncompiled one. Traced and exported programs, which run outside of Python, must not contain it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ __all__ = ["compiles_for_python", "make_operator", "records_a_graph"]
 
 
 def records_a_graph() -> bool:
-    """Is a graph being recorded that may run with other batch sizes: a trace, a compiled or exported program?"""
+    """Return whether a graph is being recorded that may run with other batch sizes: traced, compiled or exported."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def compiles_for_python() -> bool:
-    """Is torch.compile recording, and not an export?"""
+    """Return whether torch.compile, and not an export, is recording."""
     if not torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # Before torch 2.7 the two could not be distinguished.
@@ -32,8 +32,7 @@ def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Register `parameternet::convolve`, and return a function that calls it.
 
     Args:
-        compute: `(x, weight, routing_weights, output_bias, conv_params, strategy) -> y`, what the operator does when
-            it is called.
+        compute: `(x, weight, routing_weights, output_bias, conv_params, strategy) -> y`, the operator's implementation.
 
     Returns:
         `(x, weight, routing_weights, conv_params, strategy, output_bias) -> y`, for tensors of one dtype.
@@ -71,12 +70,12 @@ def make_operator(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """The layout that the graph records: the input's."""
+    """Return the memory format that the graph records: the input's."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _fake(x, weight, routing_weights, output_bias, stride, padding, dilation, groups, strategy) -> Tensor:
-    """Shape and layout of the output, without computing it."""
+    """Return an output with the right shape and memory format, without computing it."""
     sides = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)

@@ -1,7 +1,7 @@
-"""Which strategy computes a dynamic convolution, and on which path: compiled, recorded, with gradients, or without.
+"""Choose the strategy and the execution path of a dynamic convolution: compiled, traced, autograd or inference.
 
-`STRATEGIES` is the one table. `choose_strategy` picks a row by shape, `check_strategy` refuses a row that does not take
-the convolution, and `convolve` runs it.
+`STRATEGIES` is the table of strategies. `choose_strategy` picks one by shape, `check_strategy` rejects one that does
+not support the convolution, and `convolve` runs it.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, ConvParams], Tensor]
 class Strategy:
     """A way to compute y_b = (sum_e alpha_be W_e) * x_b.
 
-    forward: `(x, weight, routing_weights, output_bias, conv_params) -> y` in differentiable operations that trace.
-    forward_inference: The same where neither gradients nor a graph are needed.
-    takes: 'all', 'pointwise' or 'depthwise' convolutions; `check_strategy` says which those are.
-    keeps_kernels: Backward needs the mixed kernels of all samples, or mixes them again.
+    forward: `(x, weight, routing_weights, output_bias, conv_params) -> y` in differentiable, traceable operations.
+    forward_inference: The same, for when neither gradients nor a graph are needed.
+    takes: Supported convolutions: 'all', 'pointwise' or 'depthwise', as checked by `check_strategy`.
+    keeps_kernels: Backward needs the mixed kernels of all samples, which can be kept or mixed again.
     """
 
     forward: Forward
@@ -63,15 +63,15 @@ STRATEGIES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which row
+# Strategy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_strategy(strategy: str, weight: Tensor, padding: tuple[int, int], groups: int, num_experts: int) -> None:
-    """Refuse a strategy that would compute something else than the convolution of these experts.
+    """Reject a strategy that cannot compute this convolution.
 
     Raises:
-        ValueError: An unknown name, or one that does not take this kind of convolution.
+        ValueError: An unknown name, or a strategy that does not support this kind of convolution.
     """
     takes = _takes_scripted(strategy) if torch.jit.is_scripting() else _takes(strategy)
     if takes == "pointwise" and not is_pointwise(weight, padding, groups):
@@ -94,7 +94,7 @@ def _takes(strategy: str) -> str:
 
 
 def _takes_scripted(strategy: str) -> str:
-    """The column `takes` as a chain: TorchScript reads no table of functions."""
+    """Return the column `takes` from a chain of ifs: TorchScript cannot read a table of functions."""
     if strategy == "batched_matmul" or strategy == "gated_inputs":
         return "pointwise"
     if strategy == "shifted":
@@ -113,34 +113,34 @@ def choose_strategy(
     groups: int = 1,
     recorded: bool = False,
 ) -> str:
-    """Name of the strategy that runs.
+    """Return the name of the fastest strategy.
 
-    `recorded`: a graph is being recorded, which must neither depend on the size of the image nor, where it is to serve
-    other batch sizes, on that of the batch.
+    `recorded`: A graph is being recorded. It must not depend on the image size, nor on the batch size if that is
+    dynamic.
     """
     if is_pointwise(weight, padding, groups):
         if recorded:
             return "batched_matmul"
-        # Rounded up, as the strided positions 0, s, 2s, ... are counted.
+        # Rounded up: the number of strided positions 0, s, 2s, ...
         positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
-        # Up to here gating the inputs beats mixing a kernel for every sample. Training 80 -> 240 channels, batch 128,
-        # on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
+        # Up to 4 positions, gating the inputs is faster than mixing a kernel per sample. Training 80 -> 240 channels,
+        # batch 128, on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
         return "gated_inputs" if positions <= 4 else "batched_matmul"
     if not recorded or _batch_is_fixed(x):
         return "grouped"
-    # Compilers of traced programs fuse the sum over the taps, but it is 70 operations in a graph of torch.export.
+    # Compilers of traced programs fuse the sum over the taps, but in a torch.export graph it is 70 operations.
     traced = torch.jit.is_tracing() and is_depthwise(weight, groups, routing_weights.shape[1])
     return "shifted" if traced else "wide"
 
 
 @torch.jit.unused
 def _batch_is_fixed(x: Tensor) -> bool:
-    """Is this torch.export for one batch size? A trace is always meant to serve others, too."""
+    """Return whether this is torch.export with a fixed batch size; traces always allow others."""
     return not torch.jit.is_tracing() and isinstance(x.shape[0], int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On which path
+# Execution path
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +153,7 @@ def convolve(
     strategy: str | None,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """`dynamic_conv2d` for tensors whose shapes are known to fit; a strategy that was asked for is still checked."""
+    """Compute `dynamic_conv2d` without checking shapes; a requested strategy is still checked."""
     if strategy is not None:
         check_strategy(strategy, weight, conv_params.padding, conv_params.groups, routing_weights.shape[1])
     if torch.jit.is_scripting():
@@ -165,7 +165,7 @@ def convolve(
             with without_autocast(x.device.type):
                 x, weight = x.to(dtype), weight.to(dtype)
                 return convolve(x, weight, routing_weights, bias, conv_params, strategy, output_bias)
-        # Comparing is cheaper than a cast that changes nothing, and at batch 1 such things add up.
+        # A comparison is cheaper than a no-op cast, which is noticeable at batch 1.
         if routing_weights.dtype != weight.dtype:
             routing_weights = routing_weights.to(weight.dtype)
         if output_bias is not None and output_bias.dtype != weight.dtype:
@@ -185,7 +185,7 @@ def _convolve(
     strategy: str | None,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """Choose the execution path: compiled operator, recorded graph, autograd, or inference."""
+    """Choose the execution path: compiled op, traced graph, autograd, or inference."""
     if x.shape[0] == 0:
         return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     recorded = records_a_graph()
@@ -215,7 +215,7 @@ def _convolve_scripted(
     strategy: str | None,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """The column `forward` as a chain, for TorchScript."""
+    """Run the column `forward` from a chain of ifs, for TorchScript."""
     if x.shape[0] == 0:
         return _convolve_nothing(x, weight, routing_weights, conv_params, output_bias)
     if strategy is None:
@@ -236,7 +236,7 @@ def _convolve_scripted(
 def _convolve_nothing(
     x: Tensor, weight: Tensor, routing_weights: Tensor, conv_params: ConvParams, output_bias: Tensor | None
 ) -> Tensor:
-    """The empty output of an empty batch. Everything takes part, so that every gradient is zero and none is missing."""
+    """Return the empty output of an empty batch, connected to all inputs so that every gradient is zero, not None."""
     kernel = weight[: weight.shape[0] // routing_weights.shape[1]]
     y = F.conv2d(
         x, kernel, output_bias, conv_params.stride, conv_params.padding, conv_params.dilation, conv_params.groups
@@ -245,10 +245,10 @@ def _convolve_nothing(
 
 
 def _gains_by_mixing_again(x: Tensor, weight: Tensor, routing_weights: Tensor, groups: int) -> bool:
-    """Is it better to mix kernels again for their gradients than to keep those of all samples?
+    """Return whether mixing kernels again in backward is faster than keeping those of all samples.
 
-    It is where they are large, and where the gradients of depthwise ones are our own. (Training of parameternet_600m,
-    batch 16, 128 px, two cores: 0.90 of the time that it takes to mix them all again.)
+    It is for large kernels, and for depthwise ones with our own gradients. (Training parameternet_600m with batch 16 at
+    128 px on two cores takes 0.90 of the time of always mixing again.)
     """
     slow = gains_by_own_gradient(x, weight) or gains_by_float32_gradients(x)
     own = is_depthwise(weight, groups, routing_weights.shape[1]) and slow
@@ -263,7 +263,7 @@ def _compute(
     conv_params: ConvParams,
     strategy: str | None,
 ) -> Tensor:
-    """What the compiled operator does when it is called: choose for the shapes that came, and compute."""
+    """Implement the compiled operator: choose the strategy by the actual shapes, and compute."""
     if strategy is None:
         strategy = choose_strategy(
             x, weight, routing_weights, conv_params.stride, conv_params.padding, conv_params.groups

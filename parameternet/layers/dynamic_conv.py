@@ -16,38 +16,37 @@ __all__ = ["DynamicConv", "Router", "set_temperature"]
 
 
 class DynamicConv(nn.Module):
-    """Convolution whose kernel is mixed for each sample from `num_experts` kernels.
+    """Convolution whose kernel is mixed per sample from `num_experts` kernels.
 
     Input (B, in_channels, H, W) -> output (B, out_channels, H', W'). `weight` is (E * out_channels, in_channels /
-    groups, kh, kw): the kernels of E static convolutions, stacked. Sigmoid routing weights need not sum to one.
-    `output_bias` (out_channels,) is added to every sample's output; it is None until batch normalisation is folded in.
+    groups, kh, kw): the stacked kernels of E static convolutions. Sigmoid routing weights need not sum to one.
+    `output_bias` (out_channels,) is added to every sample's output; it is None until batch normalisation is folded.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: As of torch.nn.Conv2d, but for the
-            default kernel of 1 and no bias; pairs are (h, w). A bias is mixed as the kernels are.
-        padding: As timm's: '' is symmetric, half of (stride - 1) + dilation * (kernel - 1); 'same' is TensorFlow's
-            (the output has ceil(size / stride) positions, the odd zero comes last); 'valid' is none; or a number or
-            a pair.
-        num_experts: Kernels to mix.
-        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that are fed the same tensor; None:
-            no router, every call is given routing weights.
-        routing_hidden, temperature, routing_norm: As of `Router`; a shared router has its own.
-        strategy: How it is computed, a name in `STRATEGIES`; None: the fast way for each input. An attribute, so that
-            it can be changed later.
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: As in torch.nn.Conv2d, but the default
+            is a 1 x 1 kernel without bias; pairs are (h, w). Biases are mixed like kernels.
+        padding: As in timm: '' is symmetric, half of (stride - 1) + dilation * (kernel - 1); 'same' is TensorFlow's
+            (the output has ceil(size / stride) positions, the odd zero comes last); 'valid' is none; or a number or a
+            pair.
+        num_experts: Number of kernels to mix.
+        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that read the same tensor; None: no
+            router, every call takes routing weights.
+        routing_hidden, temperature, routing_norm: As in `Router`; a shared router has its own.
+        strategy: A name in `STRATEGIES`; None: the fastest for each input. The attribute can be changed later.
 
     Raises:
-        ValueError: Numbers that do not fit each other; the message shows them.
+        ValueError: Inconsistent arguments; the message shows them.
 
     To route once for several convolutions, pass the routing weights: `r = router(x); a(x, r) + b(x, r)`.
-    Cost: E times the parameters of the static convolution, and E products more for each of its parameters and sample.
-    Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
+    Cost: E times the parameters of the static convolution, and E more multiply-adds per sample for each of its
+    parameters. Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
     """
 
     if TYPE_CHECKING:
         routing: Router | None
         output_bias: nn.Parameter | None
 
-    # TorchScript would compile the property, and read it to look for methods, which warns.
+    # TorchScript would compile the property and read it while looking for methods, which warns.
     __jit_unused_properties__ = ("shift",)
     __jit_ignored_attributes__ = ("shift",)
     shift = renamed("shift", "output_bias")
@@ -78,7 +77,7 @@ class DynamicConv(nn.Module):
         self.strategy: str | None = strategy
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"in_channels={in_channels} and out_channels={out_channels} must be positive and divide by "
+                f"in_channels={in_channels} and out_channels={out_channels} must be positive and divisible by "
                 f"groups={groups}"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -104,7 +103,7 @@ class DynamicConv(nn.Module):
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle; up to 0.1.0 the output bias was called `shift`."""
+        """Unpickle; in 0.1.0 the output bias was called `shift`."""
         super().__setstate__(state)
         if "shift" in self._parameters:
             self.register_parameter("output_bias", self._parameters.pop("shift"))
@@ -115,7 +114,7 @@ class DynamicConv(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
-        """Draw every expert as torch.nn.Conv2d draws its kernel. The router is left alone: it may be shared."""
+        """Initialise every expert like torch.nn.Conv2d. The router is not changed, because it may be shared."""
         for kernel in self.expert_kernels():
             nn.init.kaiming_uniform_(kernel, a=5**0.5)
         if self.bias is not None:
@@ -124,13 +123,13 @@ class DynamicConv(nn.Module):
 
     @torch.jit.ignore
     def expert_kernels(self) -> list[Tensor]:
-        """The kernels one by one, each (out_channels, in_channels / groups, kh, kw): views, for initialisers."""
+        """Return views of the kernels, each (out_channels, in_channels / groups, kh, kw), for initialisers."""
         return list(self.weight.detach().chunk(self.num_experts))
 
     @torch.jit.unused
     def _check(self, x: Tensor, routing_weights: Tensor | None) -> None:
         if torch.jit.is_tracing():
-            return  # whose sizes are tensors, not numbers
+            return  # in which sizes are tensors, not numbers
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected x of shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
         if routing_weights is not None and routing_weights.shape != (x.shape[0], self.num_experts):
@@ -144,7 +143,7 @@ class DynamicConv(nn.Module):
             self._check(x, routing_weights)
         if routing_weights is None:
             if self.routing is None:
-                raise ValueError("this convolution has no router: hand it routing_weights (batch, experts) with x")
+                raise ValueError("this convolution has no router: pass routing_weights (batch, experts) with x")
             routing_weights = self.routing(x)
         if self.pad_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
@@ -185,7 +184,7 @@ def _resolve_padding(
     stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[bool, tuple[int, int]]:
-    """(pad by the input's size on every call?, fixed padding)."""
+    """Return (whether to pad by the input's size on every call, fixed padding)."""
     if not isinstance(padding, str):
         if min(pair(padding)) < 0:
             raise ValueError(f"padding must not be negative, got {padding}")
@@ -201,7 +200,7 @@ def _resolve_padding(
 
 
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """Zeros around x so that a convolution gives ceil(size / stride) positions; the odd one comes last."""
+    """Pad x with zeros so that a convolution has ceil(size / stride) positions; an odd zero comes last."""
     height = _same_total(x.shape[2], kernel_size[0], stride[0], dilation[0])
     width = _same_total(x.shape[3], kernel_size[1], stride[1], dilation[1])
     return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it: arithmetic on one pair of layers."""
+"""Fold batch normalisation into the convolution before it, for one pair of layers."""
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
@@ -18,19 +18,19 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
 
 def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    """Is `norm(conv(x))` the same as some `conv'(x)`, as far as the two layers tell?"""
+    """Return whether `norm(conv(x))` equals some `conv'(x)`, judging by the two layers."""
     return why_not(conv, norm) is None
 
 
 def why_not(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the two layers cannot be folded; None if they can."""
+    """Return why the two layers cannot be folded; None if they can."""
     dynamic = isinstance(conv, DynamicConv) and type(conv).forward is DynamicConv.forward
     for role, layer in (("the convolution", conv), ("the norm", norm)):
         altered = alteration(layer)
         if altered:
             return f"{role}: {altered}"
     if not (dynamic or type(conv) in CONVOLUTIONS):
-        return f"does not follow a convolution that is known, but a {type(conv).__name__}"
+        return f"does not follow a known convolution, but a {type(conv).__name__}"
     if type(norm) not in NORMS:
         return f"a {type(norm).__name__} may compute something else"
     if norm.running_mean is None or norm.running_var is None:
@@ -44,7 +44,7 @@ def why_not(conv: nn.Module, norm: nn.Module) -> str | None:
 
 
 def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, start), float64, for which `norm(y)` is `scale * y + start`."""
+    """Return (scale, start), float64, so that `norm(y)` is `scale * y + start`."""
     assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -56,22 +56,22 @@ def _scale_and_start(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """Scale the kernels of `conv`, equally for every expert, so that its output is that of `norm(conv(x))`.
+    """Fold `norm` into `conv`, scaling every expert alike, so that its output is `norm(conv(x))`.
 
-    Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. What normalisation
-    adds is not mixed: it becomes `output_bias` of a DynamicConv and `bias` of a torch.nn.Conv2d. The running statistics
-    are folded in training mode too, as timm's `reparameterize_model` does.
+    Exact for any routing: the scale belongs to output channels and mixing is linear in the kernels. The shift of the
+    normalisation is not mixed: it becomes `output_bias` of a DynamicConv or `bias` of a torch.nn.Conv2d. The running
+    statistics are folded in training mode too, as timm's `reparameterize_model` does.
 
     Returns:
-        What is left to do after `conv`: nn.Identity, the activation of a BatchNormAct2d, or `norm` itself, and `conv`
-        as it was, where the pair is none of these.
+        The layer that remains after `conv`: nn.Identity, or the activation of a BatchNormAct2d. If the pair cannot be
+        folded, `norm` itself, and `conv` is not changed.
     """
     if not can_fold(conv, norm):
         return norm
     assert isinstance(conv, nn.Conv2d | DynamicConv)
     scale, start = _scale_and_start(norm)
     experts = conv.weight.shape[0] // conv.out_channels
-    # New tensors, so that others that hold the old ones, or views of them, are not changed.
+    # New tensors, because others may hold the old ones or views of them.
     conv.weight = _scaled(conv.weight, scale.repeat(experts)[:, None, None, None])
     if isinstance(conv, DynamicConv) and conv.bias is not None:
         conv.bias = _scaled(conv.bias, scale.repeat(experts))
@@ -86,7 +86,7 @@ def fold_batch_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _in_place_of(norm: nn.Module, rest: nn.Module) -> nn.Module:
-    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):  # which others may read
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):  # others may read it
         setattr(rest, name, getattr(norm, name))
     return keep_marks(norm, rest).train(norm.training)
 

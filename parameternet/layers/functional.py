@@ -1,4 +1,4 @@
-"""`dynamic_conv2d`: one kernel a sample, mixed from several experts.
+"""`dynamic_conv2d`: one kernel per sample, mixed from several experts.
 
 For sample b, with routing weights alpha and expert kernels W_e: W_b = sum_e alpha_be W_e and y_b = W_b * x_b. The
 experts are one 4-D tensor, expert-major: `weight[e * out : (e + 1) * out]` is the kernel of expert e. `dispatch.py`
@@ -37,16 +37,16 @@ def dynamic_conv2d(
     output_bias: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """Convolve each sample with a kernel of its own, mixed from experts.
+    """Convolve each sample with its own kernel, mixed from experts.
 
     Args:
         x: Input (B, in, H, W).
         weight: Kernels of all experts, expert-major, (E * out, in / groups, kh, kw).
         routing_weights: (B, E), any values; cast to the dtype of `weight`.
-        bias: Biases of all experts, (E * out,), mixed as the kernels are; or None.
+        bias: Biases of all experts, (E * out,), mixed like the kernels; or None.
         stride, padding, dilation: Numbers or (h, w) pairs; zeros are padded on both sides.
         groups: Groups of each sample's convolution.
-        strategy: A name in `STRATEGIES`, used or refused and never replaced; None: the fast one for this shape.
+        strategy: A name in `STRATEGIES`, used or rejected but never replaced; None: the fastest for this shape.
         output_bias: Added to the output of every sample, not mixed, (out,); or None.
         shift: Deprecated name of `output_bias`.
 
@@ -54,9 +54,9 @@ def dynamic_conv2d(
         (B, out, H', W'), with H' and W' as torch.nn.Conv2d has them. An empty batch gives an empty output.
 
     Raises:
-        ValueError: Shapes, groups or the strategy do not fit; the message shows the values.
+        ValueError: Shapes, groups or the strategy do not match; the message shows the values.
 
-    Where the kernels of all samples are large, none is kept for backward: they are mixed again. Source: CondConv,
+    Large kernels are not kept for backward, but mixed again. Source: CondConv,
     arXiv:1904.04971; the expert-major 4-D weight is ours.
     """
     if shift is not None:
@@ -90,7 +90,8 @@ def _check(
     if groups < 1 or x.shape[1] != weight.shape[1] * groups or out % groups:
         raise ValueError(
             f"x has {x.shape[1]} channels and each expert {out} kernels of {weight.shape[1]} channels, which "
-            f"groups={groups} does not fit: channels must be {weight.shape[1]} * groups, kernels divide by groups"
+            f"groups={groups} does not fit: channels must be {weight.shape[1]} * groups, "
+            "and groups must divide the number of kernels"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (experts * out,) = ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -1,7 +1,7 @@
 """Blocks of GhostNet with dynamic convolutions: ConvBnAct, GhostModule, GhostBottleneck.
 
-Every block builds its convolutions with `conv_layer`, which is called as torch.nn.Conv2d is. None means DynamicConv
-with `num_experts` experts; torch.nn.Conv2d gives the static block; functools.partial sets a router.
+Every block builds its convolutions with `conv_layer`, which takes the arguments of torch.nn.Conv2d. None means
+DynamicConv with `num_experts` experts; torch.nn.Conv2d gives the static block; use functools.partial to set a router.
 """
 
 import math
@@ -32,7 +32,7 @@ def _act(act_layer: ActLayer) -> nn.Module:
 
 
 class ConvBnAct(nn.Module):
-    """Convolution, batch norm, activation; with `skip`, the input is added where its shape is the output's.
+    """Convolution, batch norm, activation; with `skip`, the input is added if it has the output's shape.
 
     Input (B, in_chs, H, W) -> output (B, out_chs, H', W'). `pad_type` is DynamicConv's `padding`.
     """
@@ -77,15 +77,15 @@ class ConvBnAct(nn.Module):
 
 
 class GhostModule(nn.Module):
-    """Half of the channels by an ordinary convolution, the rest from them by a cheap depthwise one.
+    """Compute half of the channels with a convolution, and the rest from these with a cheap depthwise one.
 
     Input (B, in_chs, H, W) -> output (B, out_chs, H', W'). The primary convolution makes ceil(out_chs / ratio)
-    channels, the cheap one ratio - 1 more from each; what exceeds `out_chs` is cut off. Ratio 1 has no cheap part.
+    channels, the cheap one ratio - 1 more from each; channels beyond `out_chs` are dropped. Ratio 1 has no cheap part.
 
     Args:
         in_chs, out_chs: Channels in and out.
-        kernel_size, stride: Of the primary convolution.
-        ratio: Output channels for each primary one, at least 1.
+        kernel_size, stride: For the primary convolution.
+        ratio: Output channels per primary channel, at least 1.
         dw_size: Kernel of the cheap convolution, odd (an even one changes height and width).
         act_layer: After each part; None for none.
         num_experts, conv_layer: See this file's first lines.
@@ -151,18 +151,18 @@ class GhostModule(nn.Module):
 
 
 class GhostBottleneck(nn.Module):
-    """Ghost module up, depthwise convolution where stride > 1, squeeze-and-excitation, Ghost module down, shortcut.
+    """Ghost module up, depthwise convolution if stride > 1, squeeze-and-excitation, Ghost module down, shortcut.
 
     Input (B, in_chs, H, W) -> output (B, out_chs, ceil(H / stride), ceil(W / stride)).
 
     Args:
         in_chs, out_chs: Channels in and out.
-        dw_kernel_size: Of the strided depthwise convolution and of a projecting shortcut; odd.
-        stride: Of both of these.
-        act_layer: Of the first Ghost module and of squeeze-and-excitation.
+        dw_kernel_size: For the strided depthwise convolution and a projecting shortcut; odd.
+        stride: For both of these.
+        act_layer: For the first Ghost module and squeeze-and-excitation.
         se_ratio: Width of squeeze-and-excitation relative to the middle; 0 or None for none.
         drop_path: Probability of dropping the residual branch of a sample in training.
-        mid_chs: Middle width, as in the released ParameterNet; None: 2 * in_chs, as in the article's form.
+        mid_chs: Middle width, as in the released ParameterNet; None: 2 * in_chs, as in the articles.
         num_experts, conv_layer: See this file's first lines. The strided depthwise convolution is always static.
 
     Source: GhostNet, arXiv:1911.11907; ParameterNet, arXiv:2306.14525.

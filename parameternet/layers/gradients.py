@@ -1,8 +1,8 @@
-"""Convolutions with gradients of our own: of mixed kernels, which are not kept for backward, and of depthwise ones.
+"""Custom gradients for convolutions: mixed kernels, which are not kept for backward, and depthwise kernels.
 
-Both are linear in each of their tensors, and so are all formulas here: `backward` is made of differentiable operations,
-and forward mode and `torch.func.vmap` go through `plain`, the same function in torch's own operations. To autograd they
-are therefore what `F.conv2d` is; `tests/layers/test_like_conv2d.py` holds them to that.
+Both functions are linear in each of their tensors: `backward` consists of differentiable operations, and forward mode
+and `torch.func.vmap` use `plain`, the same function in torch's own operations. So they behave like `F.conv2d` under
+autograd; `tests/layers/test_like_conv2d.py` checks this.
 """
 
 import functools
@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 
-# Positions of a map up to which our gradient of depthwise kernels is faster on CUDA.
+# Largest number of positions at which our gradient of depthwise kernels is faster on CUDA.
 CUDA_POSITIONS = 64
 
 
 class MixedConvolution(torch.autograd.Function):
-    """A strategy that mixes kernels; backward mixes them again, a few samples at a time.
+    """Run a strategy that mixes kernels; backward mixes them again, a few samples at a time.
 
     Only the inputs are kept for backward, not the kernels of all samples.
     """
@@ -63,7 +63,7 @@ class MixedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         conv_params = ctx.options[0]
-        with without_autocast(grad.device.type):  # forward ran without it, whatever is on now
+        with without_autocast(grad.device.type):  # forward ran without autocast, whatever is on now
             grads = mixed_gradients(*ctx.saved_tensors, grad, conv_params, ctx.needs_input_grad)
         return *grads, None, None, None
 
@@ -77,7 +77,7 @@ class MixedConvolution(torch.autograd.Function):
 
 
 class DepthwiseConvolution(torch.autograd.Function):
-    """Depthwise convolution (B, C, H, W) by (C, 1, kh, kw) with the gradients of `convolution_gradients`."""
+    """Convolve (B, C, H, W) depthwise by (C, 1, kh, kw), with the gradients of `convolution_gradients`."""
 
     @staticmethod
     def forward(x: Tensor, kernels: Tensor, conv_params: ConvParams) -> Tensor:
@@ -105,7 +105,7 @@ class DepthwiseConvolution(torch.autograd.Function):
 
 
 def _own_tensor(y: Tensor) -> Tensor:
-    """Return `y` as a tensor that is no view: autograd forbids in-place changes of a view that a Function returns."""
+    """Return `y` as a tensor that is not a view: autograd forbids in-place changes of views returned by a Function."""
     return y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's types lack this form
 
 
@@ -116,7 +116,7 @@ def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
 
 
 def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | None]) -> Tensor:
-    """Of a function that is linear in each of its tensors: the sum of what it makes of each tangent in its place."""
+    """Return the directional derivative of a multilinear function: sum it with each tensor replaced by its tangent."""
     tensors = ctx.saved_tensors
     terms = [
         plain(*tensors[:index], tangent, *tensors[index + 1 :], *ctx.options)
@@ -129,7 +129,7 @@ def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | No
 def mixed_gradients(
     x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, conv_params: ConvParams, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of input, experts and routing, as `needed`; kernels are mixed again, a few samples at a time."""
+    """Return the `needed` gradients of input, experts and routing, mixing kernels again a few samples at a time."""
     form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []
@@ -154,7 +154,7 @@ def mixed_gradients(
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b`, in float32 at least, as one product over the whole batch would be summed."""
+    """Return `total + a @ b`, accumulated in at least float32, like one product over the whole batch."""
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     return torch.mm(a, b) if total is None else total.addmm_(a, b)
@@ -181,7 +181,7 @@ def _matmul_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Ten
 
 
 def _spread(grad: Tensor, shape: torch.Size, stride: tuple[int, int]) -> Tensor:
-    """Put the gradient of `x[:, :, ::stride_h, ::stride_w]` back where it was read from, zeros elsewhere."""
+    """Scatter the gradient of `x[:, :, ::stride_h, ::stride_w]` to its positions in x, with zeros elsewhere."""
     spread = grad.new_zeros(shape)
     spread[:, :, :: stride[0], :: stride[1]] = grad
     return spread
@@ -203,7 +203,7 @@ def _grouped_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Te
 
 
 def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a static convolution, those of a depthwise one in float32 or by our own formula where it gains."""
+    """Return gradients of a static convolution; for depthwise ones use float32 or our own formula if faster."""
     grad, dtype = grad.to(x.dtype), x.dtype
     depthwise = kernels.shape[0] == conv_params.groups == x.shape[1]
     if depthwise and gains_by_float32_gradients(x):
@@ -215,7 +215,7 @@ def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tu
         grad, x, kernels, None, stride, padding, dilation, False, [0, 0], groups, mask
     )
     if own:
-        # A convolution of the input by the output's gradient, in which strides and dilations change places: the tap
+        # A convolution of the input by the output's gradient, with stride and dilation swapped: the tap
         # (i, j) saw x at i * dilation + row * stride.
         taps = grad.reshape(x.shape[1], 1, grad.shape[2], grad.shape[3])
         seen = F.conv2d(x, taps, None, dilation, padding, stride, groups)
@@ -226,12 +226,12 @@ def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tu
 
 
 def gains_by_own_gradient(x: Tensor, weight: Tensor) -> bool:
-    """Is torch's gradient of depthwise kernels slow for these shapes?
+    """Return whether torch's gradient of depthwise kernels is slower than ours for these shapes.
 
-    oneDNN's is for kernels of 5 x 5 and more, and for maps smaller than the kernel: ours takes 0.16 to 0.34 of its time
-    (forward not counted; 16 samples of 44 to 912 channels, sides 2 to 32, one core). For 3 x 3 kernels on larger maps
-    ours takes up to 1.26 times as long. CUDA's is on small maps, for each of whose kernels it starts a block of
-    threads: 0.03, 0.05 and 0.24 of its time on sides of 2, 4 and 8, 1.2 on 16 (512 samples, bfloat16, one H200).
+    oneDNN is slow for kernels of 5 x 5 and more, and for maps smaller than the kernel: ours takes 0.16 to 0.34 of its
+    time (backward only; 16 samples of 44 to 912 channels, sides 2 to 32, one core). For 3 x 3 kernels on larger maps
+    ours takes up to 1.26 times as long. CUDA is slow on small maps, because it starts a block of threads per kernel:
+    ours takes 0.03, 0.05 and 0.24 of its time on sides of 2, 4 and 8, and 1.2 on 16 (512 samples, bfloat16, one H200).
     """
     kernel, side = max(weight.shape[2], weight.shape[3]), min(x.shape[2], x.shape[3])
     if x.device.type == "cuda":
@@ -240,10 +240,10 @@ def gains_by_own_gradient(x: Tensor, weight: Tensor) -> bool:
 
 
 def gains_by_float32_gradients(x: Tensor) -> bool:
-    """Is this half precision on a CPU? oneDNN's gradients of depthwise convolutions are better not taken in it.
+    """Return whether this is half precision on a CPU, where oneDNN's depthwise gradients are faster in float32.
 
-    The input's gradient for stride 2 takes 65 to 75 ms in bfloat16 and 1 to 5 ms in float32, that of 5 x 5 kernels 31
-    and 5, that of 3 x 3 kernels on maps of 2 x 2 23 and 4 (64 samples of 92, 136 and 912 channels, channels last, one
-    core with AMX); elsewhere the two differ little.
+    The input's gradient for stride 2 takes 65 to 75 ms in bfloat16 and 1 to 5 ms in float32; for 5 x 5 kernels 31 and
+    5; for 3 x 3 kernels on 2 x 2 maps 23 and 4 (64 samples of 92, 136 and 912 channels, channels last, one core with
+    AMX); elsewhere the two differ little.
     """
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)

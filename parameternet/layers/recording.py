@@ -19,14 +19,14 @@ class Recording:
     """Routing weights by layer name.
 
     calls: (B, E) float64 on the CPU for every call of a layer, in order.
-    from_caller: Names of layers whose caller passed routing weights, or anything by keyword.
+    from_caller: Names of layers whose caller passed routing weights, or any keyword argument.
     """
 
     calls: dict[str, list[Tensor]] = field(default_factory=dict)
     from_caller: set[str] = field(default_factory=set)
 
     def samples(self, name: str) -> Tensor:
-        """All samples of a layer, (N, E). A layer used in several places has the samples of each."""
+        """Return all samples of a layer, (N, E); a layer used in several places has those of each."""
         return torch.cat(self.calls[name])
 
 
@@ -65,7 +65,7 @@ def record_routing_weights(model: nn.Module) -> Iterator[Recording]:
             recording.from_caller.add(name)
         if routing_weights is None and conv.routing is not None:
             routing_weights = conv.routing(x)
-        if routing_weights is not None:  # without any, the layer itself raises
+        if routing_weights is not None:  # without router and routing weights, the layer itself raises
             recording.calls[name].append(routing_weights.detach().cpu().double())
 
     with _before_each_call(model, note):
@@ -74,7 +74,7 @@ def record_routing_weights(model: nn.Module) -> Iterator[Recording]:
 
 @contextmanager
 def replace_routing_weights(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Let every dynamic convolution use `replace(name, routing_weights)`, (B, E) -> (B, E), while the block runs.
+    """Replace the routing weights of every dynamic convolution by `replace(name, routing_weights)` inside the block.
 
     >>> with replace_routing_weights(model, lambda name, weights: means[name].expand_as(weights)):  # doctest: +SKIP
     ...     model(images)

@@ -1,4 +1,4 @@
-"""Router: from an image's features to its routing weights."""
+"""Router: compute routing weights from an image's features."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ NORMS = ("layer", "none")
 
 
 class _Affine(nn.Module):
-    """Weight (out, in) and bias (out,) for a matrix product of pooled vectors; `reset_parameters` draws them.
+    """Weight (out, in) and bias (out,) of an affine map of pooled vectors.
 
-    Not a torch.nn.Linear: tools that replace, quantise or adapt every Linear of a network call what they put in its
-    place with what a Linear takes, and would miss that its weight is read here.
+    Not a torch.nn.Linear: tools that replace, quantise or adapt every Linear of a network expect it to be called like
+    one, but a router reads the weight directly.
     """
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
@@ -29,7 +29,7 @@ class _Affine(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias as torch.nn.Linear does."""
+        """Initialise weight and bias like torch.nn.Linear."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = self.in_features**-0.5 if self.in_features > 0 else 0.0
         nn.init.uniform_(self.bias, -bound, bound)
@@ -41,25 +41,25 @@ class _Affine(nn.Module):
 class Router(_Affine):
     """Map each image to its routing weights: global average -> linear -> sigmoid or softmax.
 
-    Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), under autocast too:
+    Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), also under autocast:
     a saturated half-precision sigmoid has no gradient.
 
     Args:
-        in_channels: Channels of the tensor that it reads.
-        num_experts: Routing weights of each image.
+        in_channels: Channels of the input.
+        num_experts: Number of routing weights per image.
         activation: 'sigmoid' (the weights are independent) or 'softmax' (they sum to one).
         hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
-        temperature: Divides the logits of softmax. A float buffer, so that moving averages and checkpoints carry it;
-            anneal it with `set_temperature`. A sigmoid router has no buffer.
+        temperature: Divides the logits of softmax. A float buffer, so that EMA and checkpoints include it; anneal it
+            with `set_temperature`. A sigmoid router has no buffer.
         norm: 'layer' scales the averages of each image to mean 0 and length 1 (layer normalisation divided by
-            sqrt(in_channels)) and starts the last layer at zero, so that every image is routed alike at first. The
-            average of a single channel carries nothing after that: with in_channels=1 all images are routed alike.
-            'none' is the router of the released code, whose logits move further with each optimizer step the wider the
-            layer is, until routers saturate (benchmarks/router_dynamics.py). None means 'none', but timm.create_model
+            sqrt(in_channels)) and starts the last layer at zero, so that every image has the same routing weights at
+            first. With in_channels=1, the normalised average is constant, so all images keep the same routing weights.
+            'none' is the router of the released code. The wider the layer, the further an optimizer step moves its
+            logits, until routers saturate (benchmarks/router_dynamics.py). None means 'none', but timm.create_model
             drops it.
 
     `bias` is (1, num_experts) with normalisation and (num_experts,) without, as in 0.1.0. Loading a state dict switches
-    the router to the kind that its bias has. Nothing depends on other images, so a batch of one trains.
+    the router to the kind given by its bias. Images do not depend on each other, so training with a batch of one works.
     Source: ParameterNet, arXiv:2306.14525; the normalisation is ours.
     """
 
@@ -99,7 +99,7 @@ class Router(_Affine):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the layers as torch.nn.Linear does; with normalisation the last one starts at zero."""
+        """Initialise the layers like torch.nn.Linear; with normalisation, the last one starts at zero."""
         super().reset_parameters()
         if self.hidden is not None:
             self.hidden.reset_parameters()
@@ -111,11 +111,11 @@ class Router(_Affine):
 
     @property
     def norm(self) -> str:
-        """'layer' or 'none'."""
+        """Return 'layer' or 'none'."""
         return "layer" if self.bias.ndim == 2 else "none"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle; up to 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
+        """Unpickle; in 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
         super().__setstate__(state)
         if not self.softmax:
             self._buffers["temperature"] = None
@@ -128,7 +128,7 @@ class Router(_Affine):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
         if weight is not None and bias is None:
-            # A filter by shape drops the bias of the other kind and keeps the weight, which would be misread.
+            # A filter by shape drops a bias of the other kind but keeps the weight, which would be misinterpreted.
             raise RuntimeError(
                 f"{prefix}weight comes without {prefix}bias, whose shape says whether the router normalises: load both"
             )
@@ -179,14 +179,14 @@ class Router(_Affine):
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value.to(dtype)` that leaves no node in a graph where there is nothing to do."""
+    """Return `value.to(dtype)`, without a node in the graph if it is a no-op."""
     return value if value.dtype == dtype else value.to(dtype)
 
 
 def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight @ x.mean((2, 3)) + bias` computed in `dtype`, (B, in, H, W) -> (B, out)."""
+    """Compute `weight @ x.mean((2, 3)) + bias` in `dtype`, (B, in, H, W) -> (B, out)."""
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # A graph must divide by the size of the image that it is given, not of the one that it was recorded with.
+        # A graph must divide by the size of its actual input, not of the example that it was recorded with.
         return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
     return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
 
@@ -197,7 +197,7 @@ def _check_temperature(temperature: float) -> None:
 
 
 def set_temperature(model: nn.Module, temperature: float) -> int:
-    """Set the temperature of every softmax router in `model` (for annealing); returns how many there are."""
+    """Set the temperature of every softmax router in `model` (for annealing); return their number."""
     _check_temperature(temperature)
     routers = [m for m in model.modules() if isinstance(m, Router) and m.softmax]
     for router in routers:
@@ -207,7 +207,7 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
 
 
 def match_routers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Switch each router of `model` to the kind that it is in `state_dict`, as loading would.
+    """Switch each router of `model` to its kind in `state_dict`, as loading would.
 
     For callers that compare shapes before they load.
     """

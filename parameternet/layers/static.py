@@ -1,4 +1,4 @@
-"""Static layers of torch and timm, computed as they train and compile best."""
+"""Static layers of torch and timm, in forms that train and compile faster."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from .strategies import ConvParams
 
 __all__ = ["CollapsedConv", "CollapsedConvSame", "DepthwiseConv", "PooledConv", "SqueezeExcite", "static_conv2d"]
 
-# Their choice between two ways depends on the input, which torch.fx cannot follow.
+# They choose an algorithm by the input, which torch.fx cannot trace.
 torch.fx.wrap("depthwise_conv2d")
 torch.fx.wrap("pooled_conv2d")
 
@@ -23,10 +23,10 @@ torch.fx.wrap("pooled_conv2d")
 class DepthwiseConv(nn.Conv2d):
     """A static depthwise torch.nn.Conv2d that trains faster on a CPU, see `depthwise_conv2d`.
 
-    Arguments are torch.nn.Conv2d's, but for `padding`, which must be numbers, and `padding_mode`.
+    Arguments are as in torch.nn.Conv2d, except that `padding` must be numbers and there is no `padding_mode`.
 
     Raises:
-        ValueError: More or fewer than one kernel for each channel, or another kind of padding.
+        ValueError: Not exactly one kernel per channel, or another kind of padding.
     """
 
     if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class CollapsedConv(nn.Conv2d):
-    """A torch.nn.Conv2d for callers that hand on routing weights, which it does not need."""
+    """A torch.nn.Conv2d that accepts and ignores routing weights, for callers that pass them."""
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         return super().forward(x)
@@ -62,7 +62,7 @@ class CollapsedConvSame(timm.layers.Conv2dSame):
 
 
 def static_conv2d(in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, **kwargs) -> nn.Conv2d:
-    """A torch.nn.Conv2d, as `DepthwiseConv` where it is a depthwise one; arguments are torch.nn.Conv2d's."""
+    """Build a torch.nn.Conv2d, or a `DepthwiseConv` if it is depthwise; arguments are as in torch.nn.Conv2d."""
     depthwise = groups == in_channels == out_channels and not isinstance(kwargs.get("padding"), str)
     layer = DepthwiseConv if depthwise else nn.Conv2d
     return layer(in_channels, out_channels, kernel_size, groups=groups, **kwargs)
@@ -77,11 +77,11 @@ def depthwise_conv2d(
     dilation: tuple[int, int],
     training: bool,
 ) -> Tensor:
-    """Static depthwise convolution, (B, C, H, W) by (C, 1, kh, kw), plus a bias (C,) or None.
+    """Compute a static depthwise convolution, (B, C, H, W) by (C, 1, kh, kw), plus a bias (C,) or None.
 
     In training on a CPU, with kernels of 5 x 5 and larger, the batch is folded into the channels: 7.7 and 10.7 ms
     against oneDNN's 18.6 and 30.2 for 128 x 36 x 16 x 16 and 128 x 336 x 4 x 4 with stride 2, forward and backward on
-    one core. In half precision its gradients are taken in float32, see `gains_by_float32_gradients`.
+    one core. In half precision its gradients are computed in float32, see `gains_by_float32_gradients`.
     """
     if not torch.jit.is_scripting() and training and bias is None:
         if _gains_by_folding(x, weight):
@@ -120,10 +120,10 @@ def _depthwise_by_samples(x: Tensor, weight: Tensor, conv_params: ConvParams) ->
 
 
 class PooledConv(nn.Conv2d):
-    """A 1 x 1 torch.nn.Conv2d for pooled maps, computed as the linear layer that it is there, see `pooled_conv2d`.
+    """A 1 x 1 torch.nn.Conv2d for pooled maps, computed as a linear layer, see `pooled_conv2d`.
 
     Raises:
-        ValueError: Another kernel size. There are neither strides nor padding nor groups.
+        ValueError: Another kernel size, or strides, padding or groups.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *args: Any, **kwargs: Any) -> None:
@@ -139,12 +139,12 @@ class PooledConv(nn.Conv2d):
 
 
 def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-    """Static 1 x 1 convolution, (B, C, H, W) by (out, C, 1, 1), plus a bias (out,) or None.
+    """Compute a static 1 x 1 convolution, (B, C, H, W) by (out, C, 1, 1), plus a bias (out,) or None.
 
     On maps of one position it is a linear layer in training and for torch.compile. Backward of 1,824 -> 456 channels
-    takes 0.6 ms so, and 13.5 ms as a convolution (128 samples, bfloat16, two cores with AMX). And torch.compile writes
-    the batch size into a graph with such a convolution on a CPU, one graph below 16 and one from there on (torch 2.15);
-    it does not do so with a linear layer.
+    then takes 0.6 ms instead of 13.5 (128 samples, bfloat16, two cores with AMX). Also, torch.compile on a CPU
+    specialises a graph with such a convolution on the batch size, below 16 and from 16 on (torch 2.15), which it does
+    not do for a linear layer.
     """
     if not torch.jit.is_scripting() and _is_linear(x, training):
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
@@ -158,7 +158,7 @@ def _is_linear(x: Tensor, training: bool) -> bool:
 
 
 class SqueezeExcite(timm.layers.SqueezeExcite):
-    """timm's, with `PooledConv` inside."""
+    """timm's squeeze-and-excitation, built from `PooledConv`."""
 
     def __init__(self, channels: int, device=None, dtype=None, **kwargs) -> None:
         super().__init__(channels, device=device, dtype=dtype, **kwargs)

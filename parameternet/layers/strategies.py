@@ -1,8 +1,7 @@
-"""The same sum computed in several orders: y_b = (sum_e alpha_be W_e) * x_b.
+"""Strategies: different ways to compute y_b = (sum_e alpha_be W_e) * x_b.
 
 A strategy is a plain function `(x, weight, routing_weights, output_bias, conv_params) -> y`. Those that end in
-`_in_parts` compute a batch in parts, for when neither gradients nor a graph are needed. `dispatch.py` says which one
-runs where.
+`_in_parts` compute a batch in parts, when neither gradients nor a graph are needed. `dispatch.py` chooses among them.
 """
 
 from collections.abc import Sequence
@@ -42,26 +41,26 @@ class ConvParams(NamedTuple):
 
     @staticmethod
     def of(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> "ConvParams":
-        """From pairs of any kind, as operators of torch get them."""
+        """Convert from sequences of any kind, as torch operators receive them."""
         return ConvParams((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
 
-# Mixed kernels of so many bytes stay in the cache of a CPU until they are used; larger ones go to memory and back.
+# Mixed kernels of up to this many bytes stay in a CPU's cache until they are used.
 CACHED_BYTES = 16 << 20
-# From here on the C library asks the system for fresh pages at each call, which costs more than mixing.
+# Above this size the C library requests fresh pages on each call, which costs more than mixing.
 HEAP_BYTES = 32 << 20
-# A part reads all experts once, so that very large kernels want parts of some size: 960 -> 960, 3 x 3, batch 16 takes
+# Each part reads all experts once, so very large kernels need larger parts: 960 -> 960, 3 x 3, batch 16 takes
 # 613 ms in parts of 2 and 533 in parts of 8, on two cores.
 FEWEST_SAMPLES = 8
 
 
 def mix(weight: Tensor, routing_weights: Tensor) -> Tensor:
-    """Experts (E * out, in / groups, kh, kw) and routing (B, E) -> kernels (B, out * in / groups * kh * kw)."""
+    """Mix experts (E * out, in / groups, kh, kw) by routing (B, E) into kernels (B, out * in / groups * kh * kw)."""
     return torch.mm(routing_weights, weight.reshape(routing_weights.shape[1], -1))
 
 
 def samples_at_a_time(weight: Tensor, routing_weights: Tensor) -> int:
-    """For how many samples kernels are mixed at once, where the parts need not be kept."""
+    """Return how many samples' kernels to mix at once if they need not be kept."""
     batch, experts = routing_weights.shape
     if weight.device.type != "cpu":
         return batch
@@ -70,7 +69,7 @@ def samples_at_a_time(weight: Tensor, routing_weights: Tensor) -> int:
 
 
 def kernels_are_large(weight: Tensor, routing_weights: Tensor) -> bool:
-    """Are the mixed kernels of a whole batch more than memory that is at hand?"""
+    """Return whether the mixed kernels of a whole batch exceed memory that is already allocated."""
     batch, experts = routing_weights.shape
     return batch * (weight.numel() // experts) * weight.element_size() > HEAP_BYTES
 
@@ -78,8 +77,9 @@ def kernels_are_large(weight: Tensor, routing_weights: Tensor) -> bool:
 def grouped(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Mix B kernels, fold the batch into the channels, convolve once with B * groups groups: at batch 1 a plain
-    convolution. Takes every shape."""
+    """Mix B kernels, fold the batch into the channels, and convolve once with B * groups groups.
+
+    At batch 1 this is a plain convolution. Supports every shape."""
     batch, experts = routing_weights.shape
     out = weight.shape[0] // experts
     kernels = mix(weight, routing_weights).reshape(batch * out, weight.shape[1], weight.shape[2], weight.shape[3])
@@ -95,7 +95,7 @@ def grouped(
 def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    # The parts of a convolution are copied together, which only pays where the kernels are large.
+    # The outputs of the parts are concatenated, which pays off only for large kernels.
     if x.shape[0] == 1 or not kernels_are_large(weight, routing_weights):
         return grouped(x, weight, routing_weights, output_bias, conv_params)
     step = samples_at_a_time(weight, routing_weights)
@@ -106,10 +106,10 @@ def grouped_in_parts(
 def batched_matmul(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Mix B kernels and apply each to its sample by a batched matrix product. Pointwise; the batch stays free."""
+    """Mix B kernels and apply them by a batched matrix product. Pointwise; the batch size stays dynamic."""
     x = _subsample(x, conv_params.stride)
     batch, channels, height, width = x.shape
-    out = weight.shape[0] // routing_weights.shape[1]  # -1 would mean nothing to a recorded graph at batch 0
+    out = weight.shape[0] // routing_weights.shape[1]  # -1 would be ambiguous in a recorded graph at batch 0
     kernels = mix(weight, routing_weights).reshape(batch, out, channels)
     if is_channels_last(x):
         rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -128,7 +128,7 @@ def _product(a: Tensor, b: Tensor, output_bias: Tensor | None) -> Tensor:
 def batched_matmul_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """The same, as many samples at a time as the cache holds kernels of."""
+    """Compute `batched_matmul` for as many samples at a time as have their kernels in the cache."""
     x = _subsample(x, conv_params.stride)
     batch, channels, height, width = x.shape
     if is_channels_last(x):
@@ -144,7 +144,7 @@ def batched_matmul_in_parts(
 
 
 def _mixed_product(columns: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None) -> Tensor:
-    """(B, in, positions) -> (B, out, positions)."""
+    """Multiply (B, in, positions) by each sample's kernel -> (B, out, positions)."""
     batch, channels, positions = columns.shape
     kernels = mix(weight, routing_weights).view(batch, -1, channels)
     # Vectors run along the last axis of a product. A few positions, as the 49 of 7 x 7, do not fill them; channels do:
@@ -157,14 +157,14 @@ def _mixed_product(columns: Tensor, weight: Tensor, routing_weights: Tensor, out
 
 
 def _add_(y: Tensor, output_bias: Tensor | None) -> Tensor:
-    # baddbmm would first write a copy of the bias for every position: 3 % of parameternet_600m at batch 8.
+    # baddbmm would first copy the bias to every position: 3 % of parameternet_600m's time at batch 8.
     return y if output_bias is None else y.add_(output_bias)
 
 
 def gated_inputs(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """[W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product: no kernel a sample, E times the products. Pointwise."""
+    """Compute [W_1 ... W_E] [alpha_1 x; ...; alpha_E x] as one product, at E times the cost. Pointwise."""
     x = _subsample(x, conv_params.stride)
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
@@ -178,12 +178,12 @@ def gated_inputs(
 def shifted(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Add up shifted copies of x times one tap each. Depthwise; the batch stays free and compilers fuse it."""
+    """Add up shifted copies of x times one tap each. Depthwise; the batch size stays dynamic, and compilers fuse it."""
     kh, kw = weight.shape[2], weight.shape[3]
     kernels = mix(weight, routing_weights).reshape(x.shape[0], conv_params.groups, kh * kw)
     (stride_h, stride_w), (dilation_h, dilation_w) = conv_params.stride, conv_params.dilation
     x = F.pad(x, [conv_params.padding[1], conv_params.padding[1], conv_params.padding[0], conv_params.padding[0]])
-    # From a first row or column to behind the last that one tap reads.
+    # The first row or column that a tap reads, and the end of its range.
     rows = (x.shape[2] - dilation_h * (kh - 1) - 1) // stride_h * stride_h + 1
     columns = (x.shape[3] - dilation_w * (kw - 1) - 1) // stride_w * stride_w + 1
     terms = []
@@ -200,10 +200,10 @@ def shifted(
 def wide(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Convolve with all experts, then add their outputs up. Constant kernels and a free batch, E times the products."""
+    """Convolve with all experts, then sum their outputs. Constant kernels, dynamic batch size, E times the cost."""
     experts, groups = routing_weights.shape[1], conv_params.groups
     out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
-    # A grouped convolution needs kernels ordered by group; they are ordered by expert.
+    # A grouped convolution needs kernels ordered by group, not by expert.
     by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1).reshape(weight.shape)
     y = F.conv2d(x, by_group, None, conv_params.stride, conv_params.padding, conv_params.dilation, groups)
     height, width = y.shape[2], y.shape[3]
@@ -217,26 +217,26 @@ def wide(
 
 
 def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The positions that a strided 1 x 1 kernel reads."""
+    """Return the positions that a strided 1 x 1 kernel reads."""
     if stride[0] == 1 and stride[1] == 1:
         return x
     x = x[:, :, :: stride[0], :: stride[1]]
-    # torch.export would else ask for sizes for which the reshape that follows is the kind of view that it saw.
+    # Otherwise torch.export would add guards on sizes for which the following reshape is a view.
     return x.contiguous() if torch.compiler.is_compiling() else x
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost, so that positions are rows of a product and nothing is copied."""
+    """Return whether channels are innermost, so that positions are rows of a matrix and nothing is copied."""
     return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
 
 
 def is_pointwise(weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
-    """1 x 1, unpadded and ungrouped: a matrix product."""
+    """Return whether the kernel is 1 x 1, unpadded and ungrouped, i.e. a matrix product."""
     return weight.shape[2] == 1 and weight.shape[3] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
 
 
 def is_depthwise(weight: Tensor, groups: int, num_experts: int) -> bool:
-    """One kernel of one channel for each channel of the input."""
+    """Return whether there is one single-channel kernel per input channel."""
     return weight.shape[1] == 1 and weight.shape[0] == groups * num_experts
 
 

@@ -1,4 +1,4 @@
-"""timm's model builder, with verified checkpoints and untrusted configs."""
+"""timm's model builder, with verified checkpoints and checked configs."""
 
 import dataclasses
 import inspect
@@ -31,21 +31,21 @@ __all__ = [
     "public_config",
 ]
 
-# timm's arguments besides the network's own: where weights come from and how they are loaded. A config that came with
-# weights must not set them, or unverified files could replace the verified ones.
+# timm's arguments that say where weights come from and how to load them. A config that came with weights must not set
+# them, or unverified files could replace the verified ones.
 LOADING = {
     name
     for function in (timm.create_model, build_model_with_cfg)
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 } | {"features_only", "out_indices", "feature_cls"}
-# Keys of pretrained_cfg that say where weights are; a config that came with weights must not set them either.
+# Keys of pretrained_cfg that locate weights; a config that came with weights must not set them either.
 PLACES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACES
 
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """`timm.models.build_model_with_cfg`, except that `pretrained=True` reads through `parameternet.weights`.
+    """Call `timm.models.build_model_with_cfg`, but read weights for `pretrained=True` through `parameternet.weights`.
 
     The verified tensors go through timm's own loading (filter, input channels, classes, strictness) as a state dict.
     """
@@ -69,17 +69,17 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
 
 
 def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
-    """The network that a config in timm's Hub layout describes, with its weights.
+    """Build the network described by a config in timm's Hub layout, and load its weights.
 
     Args:
         config: `architecture`, `pretrained_cfg` and optionally `model_args`, `num_classes`, `label_names` and
-            `label_descriptions`; the last three are copied to the network's `pretrained_cfg`. Places of weights in it
-            are ignored.
+            `label_descriptions`; the last three are copied to the network's `pretrained_cfg`. Locations of weights in
+            it are ignored.
         source: Where the weights are, as `weights.resolve` reads it: `state_dict=` verified tensors, `file=`,
             `source=` and `hf_hub_id=`, or `tag=`.
 
     Raises:
-        WeightsDamaged: the config names no registered network, or asks for what is no argument of a network.
+        WeightsDamaged: the config's network is not registered, or it sets something that is no argument of a network.
     """
     architecture = config["architecture"]
     kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
@@ -96,7 +96,7 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
 
 
 def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
-    """The network that a config describes, in evaluation mode on the meta device: without weights, and without memory.
+    """Build a config's network in evaluation mode on the meta device, without allocating memory.
 
     Raises:
         WeightsDamaged: as `model_arguments`, or the network cannot be built with these arguments.
@@ -108,7 +108,7 @@ def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def buildable(config: Mapping[str, Any], what: str) -> Iterator[None]:
-    """Raise `WeightsDamaged` for whatever a network raises that is built from an untrusted config."""
+    """Turn any error of building a network from an untrusted config into `WeightsDamaged`."""
     try:
         yield
     except (weights.WeightsError, OSError, ImportError):
@@ -122,13 +122,13 @@ def buildable(config: Mapping[str, Any], what: str) -> Iterator[None]:
 
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of classes and the `model_args` of a config: the arguments that build its network.
+    """Return the number of classes and the `model_args` of a config, the arguments that build its network.
 
     Raises:
-        WeightsDamaged: the architecture is not registered, the config would make timm load something, as
-            `checkpoint_path` does, or it contradicts itself.
+        WeightsDamaged: the architecture is not registered, the config would make timm load a file (as `checkpoint_path`
+            does), or it contradicts itself.
     """
-    if not timm.is_model(config["architecture"]):  # timm would take hf-hub:ORG/NAME and local-dir:DIR for one
+    if not timm.is_model(config["architecture"]):  # timm would also accept hf-hub:ORG/NAME and local-dir:DIR
         raise weights.WeightsDamaged(
             f"the config names the architecture {printable(config['architecture'])!r}, which timm does not know: "
             "expected one of timm.list_models(). Update timm or this package, or get the config again"
@@ -157,7 +157,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without local paths; class names are kept."""
+    """Return `config` without local paths; class names are kept."""
     labels = ("label_names", "label_descriptions")
     cleaned = {key: value if key in labels else without_local_paths(value) for key, value in config.items()}
     cfg = config.get("pretrained_cfg") or {}
@@ -171,18 +171,18 @@ def _is_registered(name: Any) -> bool:
 
 
 def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -> dict[str, Any]:
-    """The config.json of a network's weights, in timm's Hub layout, which transformers reads too.
+    """Return the config.json of a network's weights, in timm's Hub layout, which transformers reads too.
 
     Args:
         model: The network; its classes and features are recorded.
-        model_args: What the network is built with besides.
-        config: Further keys, and those that are to differ: `pretrained_cfg`, `architecture`, `label_names`.
+        model_args: Further arguments of the network.
+        config: Keys to add or override: `pretrained_cfg`, `architecture`, `label_names`.
     """
     with tempfile.TemporaryDirectory() as private:
         path = Path(private) / weights.CONFIG_NAME
         save_config_for_hf(model, path, model_config=config, model_args=without_local_paths(dict(model_args)))
         written = json.loads(path.read_text("utf-8"))
-    # Older releases of timm take the architecture from the network, whatever they are passed.
+    # Older releases of timm take the architecture from the network and ignore the argument.
     written |= {"architecture": config.get("architecture", written["architecture"])}
     # transformers, and timm by default, preprocess images for the training size: store the evaluation size there.
     cfg = written["pretrained_cfg"]
@@ -197,9 +197,9 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
 
 
 def _routing_norm(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
-    """`routing_norm`, if the routers of `model` are not what its config builds, as with weights of 0.1.0.
+    """Return `routing_norm` if the routers of `model` differ from its config's, as with weights of 0.1.0.
 
-    Our loaders switch routers by their weights. transformers compares shapes, so the config must say it.
+    Our loaders switch routers by their weights. transformers compares shapes, so the config must name the kind.
     """
     norms, default = (
         {m.norm for m in net.modules() if isinstance(m, Router)} for net in (model, build_on_meta(config))

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and the config of each: those that are recorded, and timm's that are upcycled."""
+"""Available checkpoints and their configs: recorded ones, and timm's weights upcycled."""
 
 from typing import Any
 
@@ -11,37 +11,37 @@ __all__ = ["architectures", "checkpoint", "checkpoints", "config", "is_ours", "u
 
 
 def architectures() -> list[str]:
-    """Every network of this package that timm knows."""
+    """Return every network of this package registered with timm."""
     return [name for name in timm.list_models() if is_ours(name)]
 
 
 def is_ours(architecture: str) -> bool:
-    """Whether a network is one of this package, registered with timm."""
+    """Return whether a network belongs to this package and is registered with timm."""
     return timm.is_model(architecture) and timm.model_entrypoint(architecture.partition(".")[0]).__module__.startswith(
         "parameternet."
     )
 
 
 def upcycled() -> list[str]:
-    """Checkpoints whose weights are those of a dense network in timm's own repositories."""
+    """Return checkpoints whose weights are upcycled from a dense network in timm's own repositories."""
     return [name for name in timm.list_pretrained("dynamic_*") if name.partition(".")[0] in dynamic_timm.SOURCES]
 
 
 def checkpoints() -> list[str]:
-    """Every checkpoint, `architecture.tag`."""
+    """Return every checkpoint, `architecture.tag`."""
     return sorted({*weights.known(), *upcycled()})
 
 
 def checkpoint(architecture: str) -> str | None:
-    """The checkpoint that an architecture's name alone means: its first one; None if it has none."""
+    """Return the default (first) checkpoint of an architecture; None if it has none."""
     return next((name for name in checkpoints() if name.partition(".")[0] == architecture), None)
 
 
 def config(name: str) -> dict[str, Any]:
-    """The config.json of a checkpoint; of an upcycled one as it would be, with the dense network's figures.
+    """Return the config.json of a checkpoint; for an upcycled one it is built, with the dense network's accuracy.
 
     Raises:
-        UnknownWeights: there is no such checkpoint.
+        UnknownWeights: the checkpoint does not exist.
         WeightsNotFound, WeightsDamaged: as `weights.config`.
     """
     if name in weights.known():

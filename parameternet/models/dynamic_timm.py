@@ -1,8 +1,8 @@
-"""timm's networks with dynamic convolutions where the released ParameterNet has them: one table, one mechanism.
+"""timm's networks with dynamic convolutions in the same places as in the released ParameterNet.
 
-A network is timm's own, built by timm and upcycled: pointwise and depthwise convolutions of the body become dynamic;
-stem, head and squeeze-and-excitation stay dense. The upcycled network computes what the dense network computes, so
-the tags `in1k_upcycled` read timm's dense checkpoints, and their figures hold.
+timm builds the network, which is then upcycled: pointwise and depthwise convolutions of the body become dynamic; stem,
+head and squeeze-and-excitation stay dense. The upcycled network has the outputs of the dense one, so the tags
+`in1k_upcycled` read timm's dense checkpoints, and their accuracies hold.
 """
 
 import sys
@@ -26,11 +26,11 @@ __all__ = ["SOURCES", "Source", "by_order", "dynamic_timm", "filtered", "labels"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dynamic network comes from.
+    """The dense network behind a dynamic one.
 
-    name: timm's network. exclude: Layers that stay dense besides those of `upcycle`'s own rules. prepare: Changes
-    timm's network before it is upcycled. top1, top5: ImageNet-1k accuracy in percent, of timm's dense checkpoint at
-    its test size, as timm measured it (results/results-imagenet.csv there, August 2026).
+    name: timm's network. exclude: Layers to keep dense in addition to `upcycle`'s own rules. prepare: Changes timm's
+    network before it is upcycled. top1, top5: ImageNet-1k accuracy in percent of timm's dense checkpoint at its test
+    size, as measured by timm (its results/results-imagenet.csv, August 2026).
     """
 
     name: str
@@ -45,21 +45,21 @@ class Source:
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """GhostNetV3 with the branches of each convolution added up, in place; timm's own `convert_to_deploy` does nothing.
+    """Merge the parallel branches of GhostNetV3 in place; timm's own `convert_to_deploy` does nothing.
 
-    The paper's network is what is left then: three branches with their own experts would cost three times the memory
-    for kernels that add up to one.
+    The result is the paper's network: three branches with their own experts would take three times the memory for
+    kernels that add up to one.
     """
     for module in list(model.modules()):
         if hasattr(module, "switch_to_deploy"):
-            with next(module.parameters()).device:  # it makes new layers wherever layers are made by default
+            with next(module.parameters()).device:  # it creates layers on the default device
                 module.switch_to_deploy()
             _become_plain(module)
-    return model.requires_grad_()  # it detaches what it keeps
+    return model.requires_grad_()  # it detaches the parameters that it keeps
 
 
 def _become_plain(module: nn.Module) -> None:
-    """What is left of a block of the third generation is one of an earlier one, which TorchScript can follow."""
+    """Turn a merged GhostNetV3 block into one of an earlier version, which TorchScript supports."""
     if isinstance(module, ghostnet.GhostModuleV3):
         gated = module.mode == "shortcut"
         module.__class__ = ghostnet.GhostModuleV2 if gated else ghostnet.GhostModule
@@ -69,7 +69,7 @@ def _become_plain(module: nn.Module) -> None:
             module.conv_dw = module.bn_dw = None
 
 
-# The attention of the second and third generation gates, as squeeze-and-excitation does, and stays dense as that does.
+# The attention of GhostNetV2 and V3 is a gate like squeeze-and-excitation, and stays dense like it.
 GATE = ("*.short_conv.*",)
 
 SOURCES = {
@@ -92,7 +92,7 @@ SOURCES = {
 
 
 class Experts(NamedTuple):
-    """Arguments of every network here besides those of timm's network; `recipe` is `Upcycling.recipe` of another."""
+    """Arguments of every network here in addition to timm's; `recipe` is the `Upcycling.recipe` of another network."""
 
     dynamic: bool = True
     num_experts: int = 4
@@ -103,7 +103,7 @@ class Experts(NamedTuple):
 
 
 def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
-    """timm's network, upcycled."""
+    """Build timm's network and upcycle it."""
     model = _dense(source, **kwargs)
     if not experts.dynamic:
         return model
@@ -119,18 +119,18 @@ def _build(source: Source, experts: Experts, **kwargs: Any) -> nn.Module:
         routing=experts.routing,
         routing_hidden=experts.routing_hidden,
         routing_norm=experts.routing_norm,
-        share_routers=False,  # as the released network: a router for each convolution
+        share_routers=False,  # like the released network: a router for each convolution
         inplace=True,
     )
 
 
 def _dense(source: Source, output_stride: int = 32, **kwargs: Any) -> nn.Module:
-    """timm's network, dilated by timm if it can do that, and else by `dilate`."""
+    """Build timm's network, dilated by timm if it supports that, otherwise by `dilate`."""
     if output_stride == 32:
         return source.entrypoint(**kwargs)
     try:
         return source.entrypoint(output_stride=output_stride, **kwargs)
-    except (TypeError, AssertionError, NotImplementedError, ValueError):  # timm's networks each refuse in their own way
+    except (TypeError, AssertionError, NotImplementedError, ValueError):  # networks raise different errors
         return dilate(source.entrypoint(**kwargs), output_stride)
 
 
@@ -159,13 +159,13 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
 
 
 def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
-    """A state dict of the dense or the dynamic network -> one of the dynamic network."""
+    """Convert a state dict of the dense or the dynamic network to the dynamic network."""
     state_dict = renamed(state_dict, model, source)
     return state_dict if _is_dynamic(state_dict) else upcycle_state_dict(state_dict, model)
 
 
 def renamed(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
-    """A state dict of the dense or the dynamic network under the names of `model`; dense kernels stay dense."""
+    """Rename a state dict of the dense or the dynamic network to the names of `model`; dense kernels stay dense."""
     state_dict = by_order(state_dict, source.name)
     if _is_dynamic(state_dict):
         return state_dict
@@ -179,11 +179,11 @@ def renamed(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> 
 
 
 def filtered(state_dict: dict[str, Tensor], model: nn.Module, architecture: str | None) -> dict[str, Tensor]:
-    """A state dict of any release of a network, or of its dense source, under the names of `model`; see `renamed`.
+    """Rename a state dict of any release of a network, or of its dense source; see `renamed`.
 
     Args:
-        model: The network, or the one of timm that it holds.
-        architecture: Its registered name, where it has one.
+        model: The network, or the timm network inside it.
+        architecture: Its registered name, if it has one.
     """
     name = (architecture or "").partition(".")[0]
     if name in SOURCES:
@@ -198,7 +198,7 @@ def _is_dynamic(state_dict: dict[str, Tensor]) -> bool:
 
 
 def by_order(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """The tensors of the Lite networks' packages under timm's names: the names differ, the order does not."""
+    """Rename the tensors of the Lite networks' packages to timm's names; only the names differ, not the order."""
     if "_conv_stem.weight" not in state_dict:
         return state_dict
     with torch.device("meta"):
@@ -208,7 +208,7 @@ def by_order(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tens
 
 @torch.no_grad()
 def _prepared(state_dict: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """What `source.prepare` makes of the dense network's tensors."""
+    """Return the dense network's tensors after `source.prepare`."""
     classifier = state_dict["classifier.weight"]
     with torch.device("cpu"):
         dense = source.entrypoint(num_classes=len(classifier))
@@ -222,7 +222,7 @@ def _prepared(state_dict: dict[str, Tensor], source: Source) -> dict[str, Tensor
 
 
 def _cfg(source: Source) -> dict[str, Any]:
-    """timm's own configuration of a source: where its dense weights are on the Hub, and its preprocessing."""
+    """Return timm's own config of a source: the Hub location of its dense weights, and its preprocessing."""
     return asdict(replace(timm.get_pretrained_cfg(source.name), architecture=None, tag=None, url=""))
 
 
@@ -236,7 +236,7 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 def labels() -> dict[str, Any]:
-    """`label_names` and `label_descriptions` of ImageNet-1k, as configs of timm's Hub layout have them."""
+    """Return `label_names` and `label_descriptions` of ImageNet-1k, as in configs of timm's Hub layout."""
     info = ImageNetInfo("imagenet-1k")
     names = info.label_names()
     return {"label_names": names, "label_descriptions": {name: info.label_name_to_description(name) for name in names}}
@@ -261,11 +261,11 @@ for _name, _source in SOURCES.items():
 
 @register_model
 def dynamic_timm(pretrained: bool = False, source: str = "resnet18", **kwargs: Any) -> nn.Module:
-    """Any network of timm, `source` (with a tag or without), with dynamic convolutions.
+    """Build any timm network, `source` (with or without a tag), with dynamic convolutions.
 
-    `pretrained=True` reads the source's dense weights; `recipe` says which layers, see `Upcycling.recipe`.
+    `pretrained=True` reads the source's dense weights; `recipe` selects the layers, see `Upcycling.recipe`.
     """
     if not kwargs.get("pretrained_cfg"):
         kwargs["pretrained_cfg"] = {**_cfg(Source(source)), "architecture": "dynamic_timm", "tag": "upcycled"}
-    # The one kind of feature extraction that all of timm's networks have.
+    # The only kind of feature extraction that all timm networks support.
     return _create("dynamic_timm", Source(source), pretrained, {"feature_cls": "getter"}, **kwargs)

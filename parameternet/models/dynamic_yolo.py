@@ -1,8 +1,8 @@
 """YOLOv8's backbones with dynamic convolutions, as classifiers and as timm's feature extractors.
 
-The networks that `parameternet.yolo` builds under the names `yolov8n-dynamicconv.yaml` and so on, without Ultralytics:
-rows 0 to 9 are modules `model.0` to `model.9` in both, so a classifier trained here fills the backbone of a detector
-there. The rows, the widths and the depths are YOLOv8's (Jocher et al., 2023); the code is ours.
+The networks that `parameternet.yolo` builds for `yolov8n-dynamicconv.yaml` and so on, but without Ultralytics. Rows 0
+to 9 are modules `model.0` to `model.9` in both, so a classifier trained here initialises the backbone of a detector.
+The rows, the widths and the depths are YOLOv8's (Jocher et al., 2023); the code is ours.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ ConvLayer = Callable[..., nn.Module]
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, batch norm, SiLU. Input (B, c1, H, W) -> output (B, c2, H / s, W / s)."""
+    """Apply convolution, batch norm and SiLU. Input (B, c1, H, W) -> output (B, c2, H / s, W / s)."""
 
     def __init__(
         self, c1: int, c2: int, k: int = 1, s: int = 1, conv_layer: ConvLayer = nn.Conv2d, device=None, dtype=None
@@ -58,7 +58,7 @@ class ConvNormAct(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Two 3 x 3 convolutions, of which the second may be dynamic, and a shortcut."""
+    """Two 3 x 3 convolutions with a shortcut; the second may be dynamic."""
 
     def __init__(self, channels: int, conv_layer: ConvLayer, device=None, dtype=None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 class C2f(nn.Module):
-    """Half of the channels pass through `repeats` blocks one after the other; all that they gave is put together."""
+    """Pass half of the channels through `repeats` blocks in sequence, and concatenate all outputs."""
 
     def __init__(
         self, c1: int, c2: int, repeats: int, block: Callable[..., nn.Module], device=None, dtype=None
@@ -118,12 +118,12 @@ class YoloBackbone(nn.Module):
 
     Args:
         scale: Factors of depth and width.
-        kind: What is dynamic: 'dynamicconv' (the strided convolutions after the first, bare, without norm and
-            activation), 'c2f_dynamicconv' (the second convolution of each bottleneck) or 'c2f_ghost_dynamicconv'
-            (Ghost modules for bottlenecks).
-        num_experts, routing: As of DynamicConv.
-        dynamic: False: static convolutions in their places.
-        num_classes, in_chans, global_pool, drop_rate: As everywhere in timm.
+        kind: Which layers are dynamic: 'dynamicconv' (all strided convolutions but the first, without norm and
+            activation), 'c2f_dynamicconv' (the second convolution of each bottleneck) or 'c2f_ghost_dynamicconv' (Ghost
+            modules instead of bottlenecks).
+        num_experts, routing: As in DynamicConv.
+        dynamic: False uses static convolutions instead.
+        num_classes, in_chans, global_pool, drop_rate: As in timm.
         output_stride: 32; the pyramid pooling of the last row cannot be dilated.
     """
 
@@ -187,7 +187,7 @@ class YoloBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` (0: none); `global_pool` '' pools nothing, None keeps the pooling."""
+        """Replace the classifier, for `num_classes` (0: none); `global_pool` '' disables pooling, None keeps it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         like = next(self.model.parameters())
@@ -202,7 +202,7 @@ class YoloBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last features and those of `indices` (of `feature_info`; an int: the last so many; None: all)."""
+        """Return the last features, and those of `indices` (in `feature_info`; an int: the last N; None: all)."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stage_ends), indices)
@@ -223,7 +223,7 @@ class YoloBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Cut off what the features of `indices` do not need; returns the indices taken."""
+        """Remove layers that the features of `indices` do not need; return the indices."""
         take, last = feature_take_indices(len(self.stage_ends), indices)
         self.model = self.model[: self.stage_ends[last] + 1]
         if prune_head:
@@ -231,13 +231,13 @@ class YoloBackbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
+        """Map (B, in_chans, H, W) to the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.model, x)
         return self.model(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map -> logits (B, num_classes), or with `pre_logits` what the classifier reads."""
+        """Map a feature map to logits (B, num_classes), or with `pre_logits` to the classifier's input."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def _bare(conv: ConvLayer, c1: int, c2: int, k: int, s: int, device=None, dtype=
 
 
 def _divisible(width: float) -> int:
-    """Up to the next multiple of 8, as YOLOv8 rounds its widths."""
+    """Round up to a multiple of 8, as YOLOv8 does with its widths."""
     return int(-(-width // 8) * 8)
 
 

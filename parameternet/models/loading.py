@@ -1,10 +1,10 @@
-"""Load a model from text: for every command, every field of a recipe and every call from Python.
+"""Load a model by name or path: for every command, recipe field and Python call.
 
 >>> load("parameternet_50m.tin200").config["num_classes"]
 200
 
-The same text means the same model everywhere, whatever is in the current folder. Every known digest is verified before
-a tensor reaches a network, and configs are restricted to an allow-list of keys.
+The same text means the same model everywhere, whatever the current folder contains. Every known digest is verified
+before a tensor reaches a network, and configs are restricted to an allow-list of keys.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """The location of a model.
 
     kind: 'checkpoint' (recorded, or timm's weights upcycled), 'dense' (timm's own), 'architecture' (registered,
-        without weights), 'hub', or 'file' (the weights of a folder, of a run, or by themselves).
-    name: The full name of a checkpoint or architecture, or ORG/NAME[@REV]; of a file, its path.
+        without weights), 'hub', or 'file' (a folder, a run folder, or a weights file).
+    name: The full name of a checkpoint or architecture, or ORG/NAME[@REV]; for a file, its path.
     path: The weights file of kind 'file'.
     """
 
@@ -58,12 +58,12 @@ class Source:
 
     @property
     def architecture(self) -> str | None:
-        """The registered architecture, if the name says it."""
+        """Return the registered architecture, if the name contains it."""
         return self.name.partition(".")[0] if self.kind in ("checkpoint", "dense", "architecture") else None
 
     @property
     def path_name(self) -> str | None:
-        """The name of the given folder or file, without its location; None for other kinds."""
+        """Return the name of the folder or file without its parent folders; None for other kinds."""
         given = self.text.removeprefix("local-dir:")
         return Path(given).expanduser().absolute().name if self.kind == "file" else None
 
@@ -77,7 +77,7 @@ class LoadedModel(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From text to a place
+# From text to a location
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +90,7 @@ def parse_source(text: str | Path | Source) -> Source:
             `hf-hub:ORG/NAME[@REV]`. A `Path` is always a path.
 
     Raises:
-        UnknownWeights: no such name, with what was tried and the nearest names.
+        UnknownWeights: no such name; the message lists what was tried and the closest names.
         WeightsNotFound: no such file, or a folder without weights.
         WeightsError: a file of another format.
     """
@@ -141,7 +141,7 @@ def _place(text: str, path: Path) -> Source:
     for name in (BEST, weights.FILE_NAME):
         if (path / name).is_file():
             return Source(text, "file", str(path), path / name)
-    weights.read_config(path / weights.CONFIG_NAME)  # of a folder with nothing in it, say that first
+    weights.read_config(path / weights.CONFIG_NAME)  # for an empty folder, say that first
     raise weights.no_weights_in(path)
 
 
@@ -170,7 +170,7 @@ def _other_format(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a place to a config and tensors
+# From a location to a config and tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -187,9 +187,9 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
         that `weights.save` writes to the header.
 
     Raises:
-        UnknownWeights, WeightsNotFound: no such model; the message says what was tried.
-        WeightsDamaged: weights or config are not what they should be, or contradict each other.
-        ValueError: a network of timm where `dense` is False.
+        UnknownWeights, WeightsNotFound: no such model; the message lists what was tried.
+        WeightsDamaged: weights or config are invalid, or contradict each other.
+        ValueError: a timm network, and `dense` is False.
     """
     source = parse_source(source)
     if not dense:
@@ -204,10 +204,10 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
 
 
 def refuse_dense(source: Source) -> None:
-    """Reject the name of one of timm's networks, where only networks of this package are accepted.
+    """Reject timm's own networks where only networks of this package are accepted.
 
     Raises:
-        UnknownWeights: it is one.
+        UnknownWeights: the source is a timm network.
     """
     if source.kind == "dense":
         raise weights.UnknownWeights(
@@ -217,8 +217,9 @@ def refuse_dense(source: Source) -> None:
 
 
 def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
-    """The weights file of a source, downloaded if necessary, and the SHA-256 digests accepted for it; none if
-    unknown. Read it with `weights.read_all`, which checks both.
+    """Return the weights file of a source, downloaded if necessary, and the SHA-256 digests accepted for it, if known.
+
+    Read it with `weights.read_all`, which checks both.
 
     Raises:
         UnknownWeights, WeightsNotFound: as `load`.
@@ -227,7 +228,7 @@ def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
 
 
 def read_tensors(source: str | Path | Source) -> dict[str, Tensor]:
-    """The verified tensors of a model, under timm's names.
+    """Return the verified tensors of a model, with timm's names.
 
     Raises:
         UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
@@ -237,9 +238,9 @@ def read_tensors(source: str | Path | Source) -> dict[str, Tensor]:
 
 
 def read_config(source: str | Path | Source) -> dict[str, Any]:
-    """The config of a model in timm's Hub layout, without building it; the weights of a file are verified.
+    """Return the config of a model in timm's Hub layout, without building it; the weights of a file are verified.
 
-    A file's own metadata comes before the config.json next to it.
+    A file's own metadata takes precedence over the config.json next to it.
 
     Raises:
         UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
@@ -250,21 +251,21 @@ def read_config(source: str | Path | Source) -> dict[str, Any]:
 
 
 def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], bool]:
-    """Tensors, the metadata in the file's header, and whether a digest verified the tensors."""
+    """Return the tensors, the metadata in the file's header, and whether a digest verified the tensors."""
     path, sha256 = weights_file(source)
     tensors, words = weights.read_all(path, *sha256)
     return tensors, words, bool(sha256) or weights.DIGEST in words
 
 
 def _under_timms_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a package with names of its own; of an upcycled checkpoint they are the dense network's."""
+    """Rename the tensors of a package to timm's names; for an upcycled checkpoint, those of the dense network."""
     upcycled = dynamic_timm.SOURCES.get(source.architecture or "")
     architecture = upcycled.name if upcycled else source.architecture
     return dynamic_timm.by_order(tensors, architecture) if architecture else tensors
 
 
 def _location(source: Source) -> Mapping[str, Any]:
-    """Where the weights are, as `weights.locate` reads it."""
+    """Return the location of the weights, as arguments of `weights.locate`."""
     if source.kind == "architecture":
         raise weights.UnknownWeights(weights.unknown(source.name, catalogue.checkpoints()))
     if source.kind == "file":
@@ -280,10 +281,10 @@ def _location(source: Source) -> Mapping[str, Any]:
 def _config(
     source: Source, words: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None, named: str | None = None
 ) -> dict[str, Any]:
-    """The config of a source: the file's own metadata, then `config.json`.
+    """Return the config of a source: the file's own metadata, or else `config.json`.
 
     Raises:
-        WeightsDamaged: they contradict each other, or one is not what it should be.
+        WeightsDamaged: they contradict each other, or one is invalid.
         WeightsNotFound: neither exists.
     """
     if source.kind == "checkpoint":
@@ -314,13 +315,13 @@ def _config(
 
 
 def _embedded(source: Source, words: Mapping[str, str]) -> dict[str, Any] | None:
-    """The config in a file's header, verified by its digest if there is one."""
+    """Return the config in a file's header, verified by its digest if there is one."""
     if "config" not in words:
         return None
     where = f"the config in the header of {source.path or source.text}"
     recorded = words.get(weights.CONFIG_DIGEST)
     if recorded and recorded != weights.text_digest(words["config"]):
-        raise weights.WeightsDamaged(f"{where} is not the one that was saved: its digest differs. Get the file again")
+        raise weights.WeightsDamaged(f"{where} does not match its digest. Download or copy the file again")
     return weights.parse_config(words["config"], where)
 
 
@@ -345,7 +346,7 @@ def _short(value: Any) -> str:
 
 
 def _of_timm(name: str) -> dict[str, Any]:
-    """The config of one of timm's networks or of an architecture of this package, from timm's registry."""
+    """Return the config of a timm network or an architecture of this package, from timm's registry."""
     architecture = name.partition(".")[0]
     cfg = timm.get_pretrained_cfg(name)
     cfg = cfg.to_dict() if cfg else {}
@@ -359,7 +360,7 @@ def _of_timm(name: str) -> dict[str, Any]:
 
 
 def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for a file without one, for the architecture that the caller names."""
+    """Return a config for a file without one, for the architecture named by the caller."""
     if not timm.is_model(name):
         raise ValueError(f"{source.path} does not say which network it is of, and timm knows no {name!r}")
     cfg = timm.get_pretrained_cfg(name)

@@ -2,12 +2,12 @@
 
 Paper: `ParameterNet: Parameters Are All You Need` - https://arxiv.org/abs/2306.14525 (CVPR 2024)
 Released code: huawei-noah/Efficient-AI-Backbones, parameternet_pytorch (Apache-2.0): `parameternet_600m` is the network
-of that file. It never published the 300M network; ours is a reconstruction from the parameter counts of the paper's
-tables. The smaller ones are our own.
+of that file. The 300M network was never published; ours is a reconstruction from the parameter counts in the paper's
+tables. The smaller networks are our own.
 
-Where we differ from the released file on purpose, the function in eval mode being the same: stochastic depth grows
-over single blocks and not over stages; features are tapped at the last block of each resolution; pooling and the head
-are apart from `forward_features`; and timm's arguments and methods work.
+Intended differences from the released file, with the same outputs in eval mode: stochastic depth grows per block, not
+per stage; features are taken from the last block of each resolution; `forward_features` excludes pooling and the head;
+timm's arguments and methods work.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ __all__ = ["ParameterNet"]
 
 register_notrace_module(DynamicConv)
 
-# One row a block: kernel, middle width, output width, squeeze-and-excitation ratio, stride; one list a stage.
+# One row per block: kernel, middle width, output width, squeeze-and-excitation ratio, stride; one list per stage.
 RELEASED_STAGES = (
     ((3, 16, 16, 0, 1),),
     ((3, 48, 24, 0, 2),),
@@ -80,9 +80,9 @@ class ParameterNet(nn.Module):
         stages: Block table, as above.
         width: Factor of all widths, which are rounded to multiples of 4.
         num_experts: Kernels that each dynamic convolution mixes.
-        routing, routing_hidden, temperature, routing_norm: As of DynamicConv.
-        dynamic: False builds the plain static network of the same size.
-        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: As everywhere in timm. Stochastic depth grows
+        routing, routing_hidden, temperature, routing_norm: As in DynamicConv.
+        dynamic: False builds the static baseline, with one kernel per convolution.
+        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: As in timm. Stochastic depth grows
             linearly from 0 at the first block to `drop_path_rate` at the last.
         output_stride: 8, 16 or 32; below 32 the last stages are dilated instead of strided, see `surgery.dilate`.
         act_layer: Activation, a class or timm's name for it.
@@ -142,14 +142,14 @@ class ParameterNet(nn.Module):
                 )
                 chs = out
                 reduction *= stride
-            # A later stage of the same resolution takes over: the last one is the richest.
+            # Of several stages with the same resolution, use the last.
             if taps[-1][1] == reduction:
                 taps.pop()
             taps.append((chs, reduction, f"blocks.{index}"))
             blocks.append(nn.Sequential(*stage))
         blocks.append(nn.Sequential(ConvBnAct(chs, mid, 1, act_layer=act_layer, conv_layer=conv_layer, **dd)))
         self.blocks = nn.Sequential(*blocks)
-        # The first stage keeps the stem's resolution, yet the stem is what timm's features of reduction 2 mean.
+        # The first stage has the stem's resolution too, but timm's features of reduction 2 are the stem's.
         if taps[0][2] != "stem":
             taps[0] = (self.stem.conv.out_channels, 2, "stem")
         self.feature_info = [{"num_chs": c, "reduction": r, "module": m} for c, r, m in taps]
@@ -167,9 +167,10 @@ class ParameterNet(nn.Module):
             dilate(self, output_stride)
 
     def _init_weights(self) -> None:
-        """Residual branches start at zero and the head at unit gain; the rest as torch draws it.
+        """Start residual branches at zero and the head at unit gain; keep torch's initialisation elsewhere.
 
-        With torch's own start the first thousands of images of a short run on Tiny-ImageNet taught next to nothing.
+        With torch's initialisation, the network learned almost nothing from the first thousands of images of a short
+        run on Tiny-ImageNet.
         """
         for block in self.modules():
             if isinstance(block, GhostBottleneck):
@@ -198,7 +199,7 @@ class ParameterNet(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` (0: none); `global_pool` '' pools nothing, None keeps the pooling."""
+        """Replace the classifier, for `num_classes` (0: none); `global_pool` '' disables pooling, None keeps it."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool).train(self.training)
@@ -218,10 +219,10 @@ class ParameterNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last features and those of `indices` (of `feature_info`; an int: the last so many; None: all).
+        """Return the last features, and those of `indices` (in `feature_info`; an int: the last N; None: all).
 
-        `norm` is without effect, as every feature is normalised already. `stop_early` leaves out what comes after the
-        last feature asked for.
+        `norm` has no effect, because every feature is normalised already. `stop_early` skips layers after the last
+        requested feature.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -247,7 +248,7 @@ class ParameterNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Cut off what the features of `indices` do not need; returns the indices taken."""
+        """Remove layers that the features of `indices` do not need; return the indices."""
         take, last = feature_take_indices(len(self.stage_ends), indices)
         whole = last == len(self.stage_ends) - 1
         if whole and not prune_norm and not prune_head:
@@ -259,14 +260,14 @@ class ParameterNet(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
+        """Map (B, in_chans, H, W) to the last feature map, (B, num_features, H / 32, W / 32), rounded up."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x, flatten=True)
         return self.blocks(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map -> logits (B, num_classes), or with `pre_logits` the (B, 1280) that the classifier reads."""
+        """Map a feature map to logits (B, num_classes), or with `pre_logits` to the classifier's input (B, 1280)."""
         x = self.flatten(self.act2(self.conv_head(self.global_pool(x))))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -276,15 +277,15 @@ class ParameterNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# The released file's names -> ours; our own first checkpoints have its stem, too. Squeeze-and-excitation is timm's.
+# The released file's names -> ours; our first checkpoints used its stem's names too. Squeeze-and-excitation is timm's.
 _RENAMED = {"cond_conv.": "", "se.conv_reduce.": "se.fc1.", "se.conv_expand.": "se.fc2."}
 _STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """State dicts of the released code, or ours, -> ours, for the channels that `model` has.
+    """Convert a state dict of the released code or of this package for `model` and its input channels.
 
-    The released code keeps the experts of a convolution as one matrix (experts, numbers), whose elements are in the
+    The released code stores the experts of a convolution as a matrix with one row per expert, whose elements have the
     order of our (experts * out, in / groups, kh, kw).
     """
     state_dict = state_dict.get("state_dict", state_dict)
@@ -298,7 +299,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             if new.startswith(old) and new.replace(old, ours, 1) in own:
                 new = new.replace(old, ours, 1)
         if "cond_conv." in name and new in own:
-            # The stem may have other input channels here than there, so they are left open.
+            # -1: the stem may have a different number of input channels.
             shape = own[new].shape
             value = value.reshape(shape[0], -1, *shape[2:]) if len(shape) == 4 else value.reshape(-1)
         out[new] = value
@@ -307,7 +308,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
-    """Follow timm's adaptation of the first kernel to other input channels with the router that reads them."""
+    """Adapt the first router to other input channels, as timm adapts the first kernel."""
     reader = "stem.conv.routing.hidden.weight"
     reader = reader if reader in state_dict else "stem.conv.routing.weight"
     if reader not in state_dict:
@@ -353,7 +354,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _tin200(**kwargs: Any) -> dict[str, Any]:
-    """Tiny-ImageNet: 200 classes at 64 pixels."""
+    """Return a config for Tiny-ImageNet: 200 classes at 64 pixels."""
     return _cfg(
         num_classes=200,
         input_size=(3, 64, 64),
@@ -377,19 +378,19 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def parameternet_50m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
-    """Ours: GhostNet 1.0's stages at width 0.5, Hardswish, 4 experts."""
+    """Build our 50M network: GhostNet 1.0's stages at width 0.5, Hardswish, 4 experts."""
     return _create_parameternet("parameternet_50m", pretrained, **dict({"width": 0.5}, **kwargs))
 
 
 @register_model
 def parameternet_150m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
-    """Ours: GhostNet 1.0's stages at width 1.0, Hardswish, 4 experts."""
+    """Build our 150M network: GhostNet 1.0's stages at width 1.0, Hardswish, 4 experts."""
     return _create_parameternet("parameternet_150m", pretrained, **dict({"width": 1.0}, **kwargs))
 
 
 @register_model
 def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
-    """A reconstruction of the paper's ParameterNet-300M: GhostNet 1.0's stages at width 1.45, Hardswish, 4 experts.
+    """Build a reconstruction of ParameterNet-300M: GhostNet 1.0's stages at width 1.45, Hardswish, 4 experts.
 
     It was never released. The static baseline and the network with 8 experts have the paper's 8.6 M and 25.2 M
     parameters.
@@ -399,6 +400,6 @@ def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 
 @register_model
 def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
-    """Official: the network of the released code. Its own stages at width 1.9, Hardswish, 4 experts."""
+    """Build the official 600M network of the released code: its own stages at width 1.9, Hardswish, 4 experts."""
     defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing_norm": "none"}
     return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))

@@ -1,4 +1,4 @@
-"""Facts about models as plain data: what `parameternet list` and `parameternet info` show.
+"""Facts about models as plain data, for `parameternet list` and `parameternet info`.
 
 Networks are built on the meta device, so that no weights are loaded.
 """
@@ -27,7 +27,7 @@ def find_names(pattern: str = "*") -> list[str]:
     """Return every checkpoint, and every architecture without one, whose name matches or contains `pattern`.
 
     Raises:
-        UnknownWeights: None does; the message has the nearest names.
+        UnknownWeights: No name does; the message has the closest names.
     """
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     known = catalogue.checkpoints()
@@ -41,7 +41,7 @@ def registered(name: str) -> str:
     """Return `name` if it is an architecture or checkpoint of this package.
 
     Raises:
-        UnknownWeights: It is not; the message has the nearest names.
+        UnknownWeights: It is not; the message has the closest names.
     """
     everything = [*catalogue.architectures(), *catalogue.checkpoints()]
     if name in everything:
@@ -52,7 +52,7 @@ def registered(name: str) -> str:
 
 
 def summarise(name: str) -> dict[str, Any]:
-    """Return name, tag, parameters, macs, input_size, top1 and weights (where they are) of a name of `find_names`."""
+    """Return name, tag, parameters, macs, input_size, top1 and location of the weights for a name from `find_names`."""
     source = parse_source(name) if name in catalogue.checkpoints() else Source(name, "architecture", name)
     config = _config(source)
     model, size = build_on_meta(config), _input_size(config)
@@ -68,7 +68,7 @@ def summarise(name: str) -> dict[str, Any]:
 
 
 def describe(text: str) -> dict[str, Any]:
-    """Return description, stages, experts, and where parameters and multiply-adds are, of one model.
+    """Return the description, stages, experts, and breakdown of parameters and multiply-adds of a model.
 
     Args:
         text: As for `loading.parse_source`; an architecture alone is described as registered, without a checkpoint.
@@ -103,12 +103,12 @@ def _source(text: str) -> Source:
     try:
         return parse_source(text)
     except weights.UnknownWeights:
-        registered(text)  # raises with the nearest names
+        registered(text)  # raises with the closest names
         raise
 
 
 def _config(source: Source) -> dict[str, Any]:
-    """The config of a model; the registry's for a recorded checkpoint that is not on this machine."""
+    """Return the config of a model; for a recorded checkpoint that is not on this machine, the registry's."""
     if source.kind == "architecture" or source.name in weights.known():
         path = weights.local(source.name) if source.name in weights.known() else None
         config = path.with_name(weights.CONFIG_NAME) if path else None
@@ -132,7 +132,7 @@ def _top1(config: dict[str, Any]) -> float | None:
 
 
 def _location(source: Source) -> str | None:
-    """Where the weights are: a path, a package or the Hub; None if there are none."""
+    """Return the location of the weights: a path, a package or the Hub; None if there are none."""
     name = source.name
     if source.kind == "file":
         return _relative(source.path)
@@ -158,7 +158,7 @@ def _relative(path: Path) -> str:
 
 
 def _stages(model: nn.Module, size: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """Feature maps of `features_only`, one row per resolution."""
+    """Return the feature maps of `features_only`, one row per resolution."""
     return [
         {
             "module": tap["module"],
@@ -183,7 +183,7 @@ def _experts(model: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters by kind of module; they add up to `total`."""
+    """Return parameters by kind of module; they add up to `total`."""
     split = Counter(dict.fromkeys(("expert kernels", "routers", "static convolutions", "normalisation", "linear"), 0))
     routed = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     for module in model.modules():

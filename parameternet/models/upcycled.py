@@ -1,4 +1,4 @@
-"""From a dense checkpoint, wherever it is, to a folder with a dynamic one in the Hub's layout."""
+"""Convert a dense checkpoint from any source to a dynamic one, as a folder in the Hub's layout."""
 
 import warnings
 from collections.abc import Mapping
@@ -29,14 +29,14 @@ def upcycle_checkpoint(
     """Load a dense checkpoint, upcycle it, and write it as a folder that `timm.create_model("local-dir:FOLDER")` loads.
 
     Args:
-        source: As for `loading.parse_source`, networks of timm too.
+        source: As for `loading.parse_source`, including timm models.
         architecture: timm's name of the network, for a file that has no config.
         folder: model.safetensors and config.json go there.
-        overwrite: Replace a checkpoint that is in `folder` already.
-        options: As of `upcycle`.
+        overwrite: Replace an existing checkpoint in `folder`.
+        options: As in `upcycle`.
 
     Returns:
-        The dynamic network with its `upcycling`, and what changed; the difference is on noise of the network's size.
+        The dynamic network with its `upcycling`, and a comparison with the dense one; outputs are compared on noise.
 
     Raises:
         FileExistsError: `folder` holds a checkpoint.
@@ -44,7 +44,7 @@ def upcycle_checkpoint(
     folder = Path(folder)
     if (folder / weights.FILE_NAME).exists() and not overwrite:
         raise FileExistsError(
-            f"{folder} holds a checkpoint already: choose another folder, or ask for it to be replaced"
+            f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True (--overwrite)"
         )
     dense, config, _ = loading.load(source, dense=True, architecture=architecture)
     dynamic = upcycle(dense, **options)
@@ -52,7 +52,7 @@ def upcycle_checkpoint(
     x = torch.randn(2, *dense.pretrained_cfg["input_size"], generator=generator)
     compared = compare(dense, dynamic, x)
     found = loading.parse_source(source)
-    # Only the file's name: local paths do not leave the machine.
+    # Only the file's name, to keep local paths out of the config.
     save_upcycled(dynamic, folder, found.path_name or found.name, config.get("model_args"))
     return dynamic, compared
 
@@ -64,8 +64,8 @@ def save_upcycled(
 
     Args:
         model: A network that `upcycle` returned; its `pretrained_cfg` names timm's architecture.
-        folder: Made if it is not there.
-        upcycled_from: Words for the config: where the dense weights are from.
+        folder: Created if it does not exist.
+        upcycled_from: Origin of the dense weights, in words, for the config.
         model_args: Further arguments that the dense network was built with; older releases of timm do not record them.
     """
     folder = Path(folder)
@@ -80,13 +80,13 @@ def save_upcycled(
         pretrained_cfg=_plain(cfg),
         upcycled_from=upcycled_from,
     )
-    with files.lock(folder / ".lock", str(folder)):  # weights and config of two writers must not mix
+    with files.lock(folder / ".lock", str(folder)):  # do not mix the weights and config of two writers
         weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
         files.write_json(folder / weights.CONFIG_NAME, config)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration what is true of the upcycled weights: not where the dense ones are."""
+    """Return the parts of a config that hold for the upcycled weights, without the location of the dense ones."""
     gone = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
     kept = {key: value for key, value in cfg.items() if value is not None and key not in gone}
     return {**kept, "architecture": "dynamic_timm", "tag": "upcycled"}

@@ -1,4 +1,4 @@
-"""Classify images: `Predictor` gives `Result`s, `draw` draws them, `predict_to_file` writes those of many images.
+"""Classify images: `Predictor` returns `Result`s, `draw` plots them, `predict_to_file` writes many to a file.
 
 >>> predictor = Predictor()  # doctest: +SKIP
 >>> predictor.predict("cat.jpg")[0].labels[0]  # doctest: +SKIP

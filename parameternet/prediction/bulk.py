@@ -1,4 +1,4 @@
-"""Classify many images into a file; a killed run resumes, and torchrun's processes share the work."""
+"""Classify many images into a file; a killed run resumes, and torchrun processes share the work."""
 
 import os
 import signal
@@ -27,12 +27,12 @@ PATIENCE = timedelta(days=30)  # a process may wait for slower ones until the la
 
 
 class Summary(NamedTuple):
-    """What a bulk prediction wrote.
+    """The output of a bulk prediction.
 
     images: Rows of `output`.
-    resumed: Images that an earlier, stopped run had answered.
+    resumed: Images predicted by an earlier, interrupted run.
     unreadable: Rows of `errors`, a CSV of paths and reasons; None if every image could be read.
-    notes: What was left out of the sources, in sentences.
+    notes: Sentences about files skipped in the sources.
     """
 
     output: Path
@@ -54,28 +54,29 @@ def predict_to_file(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary | None:
-    """Classify every image of `sources` into `output`, a row each, in the order of their names.
+    """Classify every image of `sources` into `output`, one row per image, sorted by name.
 
-    Until the end, answers are in the folder `OUTPUT.parts`; the same call resumes from it after a kill. The number of
-    processes, batch size and device may differ then. Images that cannot be read are listed in `OUTPUT.errors.csv`.
+    While running, predictions are kept in the folder `OUTPUT.parts`; after a kill, the same call resumes from it. The
+    number of processes, batch size and device may differ then. Images that cannot be read are listed in
+    `OUTPUT.errors.csv`.
 
     Args:
-        model, device: As of `Predictor`; under torchrun, `cuda` is each process's own GPU.
-        sources: As of `Listing`.
+        model, device: As in `Predictor`; under torchrun, `cuda` is each process's own GPU.
+        sources: As in `Listing`.
         output: A .csv, .jsonl or .parquet file that does not exist.
         topk: Classes per image; all if there are fewer.
         batch_size: Images per forward pass.
-        workers: Processes that read images; None: the cores of this process, less one, at most 8.
-        progress: Called in the first process with the images done and the images in all of its share.
+        workers: Data loading workers; None: one fewer than this process's cores, at most 8.
+        progress: Called in the first process with (images done, images) of its share.
 
     Returns:
-        What was written; None in every process of torchrun's but the first.
+        A summary of the files written; None in all torchrun processes but the first.
 
     Raises:
-        ValueError: an output that cannot be written or is of another setup, no images, processes that differ.
-        ModuleNotFoundError: the format needs a package that is not installed.
+        ValueError: the output cannot be written or belongs to another setup, there are no images, or processes see
+        different images. ModuleNotFoundError: the format needs a package that is not installed.
         Locked: another process writes the output.
-        WeightsError: no such weights, or not the right ones.
+        WeightsError: the weights are missing or invalid.
     """
     if topk < 1 or batch_size < 1:
         raise ValueError(f"topk and batch_size must be at least 1, got {topk} and {batch_size}")
@@ -91,7 +92,7 @@ def predict_to_file(
         here.agreed(lambda: held.enter_context(parts.begin(setup)))
         parts.check_shared()
         known = parts.known()
-        here.wait()  # before any process adds to what the others count
+        here.wait()  # before any process adds to the parts that others count
         left = [index for index in range(len(listing)) if index not in known]
         mine = left[here.rank :: here.world]
         with parts.append() as writer:
@@ -121,7 +122,7 @@ def _workers(given: int | None) -> int:
 
 
 def _setup(predictor: Predictor, listing: Listing, topk: int) -> dict[str, Any]:
-    """Everything that the rows depend on."""
+    """Return everything that the rows depend on."""
     return {
         "model": predictor.name,
         "digest of the weights": weights.tensors_digest(predictor.model.state_dict()),
@@ -139,7 +140,7 @@ def _setup(predictor: Predictor, listing: Listing, topk: int) -> dict[str, Any]:
 
 
 class _Inputs(Dataset):
-    """The network's input for each index, or why there is none."""
+    """Return the network's input for each index, or why there is none."""
 
     def __init__(self, listing: Listing, indices: list[int], preprocess: Preprocess) -> None:
         self.listing, self.indices, self.preprocess = listing, indices, preprocess
@@ -153,7 +154,7 @@ class _Inputs(Dataset):
             return index, self.preprocess(self.listing.read(index))
         except ImageError as error:
             return index, error.reason
-        except Exception as error:  # of an image that decodes but cannot be resized, such as 1 x 60,000 pixels
+        except Exception as error:  # an image that decodes but cannot be resized, such as 1 x 60,000 pixels
             return index, f"cannot be prepared for the network: {str(error) or type(error).__name__}"
 
 
@@ -172,13 +173,13 @@ def _collate(items: list[tuple[int, Tensor | str]]) -> _Batch:
 def _answers(
     predictor: Predictor, listing: Listing, indices: list[int], topk: int, batch_size: int, workers: int
 ) -> Iterator[list[Answer]]:
-    """Answers of each batch, indices ascending."""
+    """Yield the predictions of each batch, indices ascending."""
     workers = min(workers, len(indices))
     loader = DataLoader(
         _Inputs(listing, indices, predictor.preprocess),
         batch_size=batch_size,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,  # enough for a network that is a little uneven
+        prefetch_factor=4 if workers else None,  # enough for a small variation of batch times
         collate_fn=_collate,
         worker_init_fn=_ignore_interrupt,
         pin_memory=predictor.device.type == "cuda",
@@ -199,7 +200,7 @@ def _answer(index: int, error: str | None, found: Iterator[tuple[list[float], li
 
 
 def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the process itself stops them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the process itself stops them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def _finish(predictor: Predictor, listing: Listing, parts: Parts, topk: int, resumed: int) -> Summary:
-    """Write the errors, then the rows, then remove the parts: a kill in between leaves what a resumed run needs."""
+    """Write the errors, then the rows, then remove the parts, so that a run killed in between can resume."""
     output = parts.output
     errors = output.with_name(f"{output.name}.errors.csv")
     remove_leftovers(output)
@@ -216,11 +217,11 @@ def _finish(predictor: Predictor, listing: Listing, parts: Parts, topk: int, res
     failed = [Result(listing.names[found.index], error=found.error) for found in parts.merged() if found.error]
     missing = len(listing) - sum(1 for _ in parts.merged())
     if missing:
-        raise RuntimeError(f"{missing} images have no answer in {parts.folder}; run the same command again")
+        raise RuntimeError(f"{missing} images have no prediction in {parts.folder}; run the same command again")
     if failed:
         write_errors(errors, failed)
     else:
-        errors.unlink(missing_ok=True)  # of another run, whose output was deleted
+        errors.unlink(missing_ok=True)  # from another run, whose output was deleted
     write_rows(output, (_result(predictor, listing, found) for found in parts.merged() if not found.error), topk)
     parts.remove()
     return Summary(output, len(listing) - len(failed), resumed, len(failed), errors if failed else None, listing.notes)

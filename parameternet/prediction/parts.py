@@ -1,4 +1,4 @@
-"""What a bulk prediction has so far, on the disk: a killed run resumes from it."""
+"""Partial results of a bulk prediction on disk, from which a killed run resumes."""
 
 import heapq
 import json
@@ -21,7 +21,7 @@ SUFFIX = ".jsonl"
 
 
 class Answer(NamedTuple):
-    """What is known of image `index`: its classes, most probable first, or why it could not be read."""
+    """The prediction for image `index`: its classes, most probable first, or why it could not be read."""
 
     index: int
     classes: list[int]
@@ -30,9 +30,9 @@ class Answer(NamedTuple):
 
 
 class Parts:
-    """The folder `OUTPUT.parts`: what is predicted, and a file of answers for each process and each start of the run.
+    """The folder `OUTPUT.parts`: the setup, and a file of predictions per process and start of the run.
 
-    A start never touches the files of earlier ones, so that a line cut off by a kill stays the last one of its file.
+    A start never changes files of earlier ones, so a line truncated by a kill stays the last of its file.
     """
 
     patience = 15.0  # seconds: a killed run's processes may need a moment to notice
@@ -43,11 +43,11 @@ class Parts:
 
     @contextmanager
     def begin(self, setup: dict[str, Any]) -> Iterator[None]:
-        """Hold the run for this process, begun anew or resumed.
+        """Lock the run for this process, new or resumed.
 
         Raises:
-            Locked: another process writes it.
-            ValueError: the output exists, or the parts are of another setup.
+            Locked: another process is writing.
+            ValueError: the output exists, or the parts belong to another setup.
         """
         lock = self.output.with_name(f".{self.output.name}.lock")
         with files.lock(lock, str(self.output), timeout=self.patience):
@@ -69,17 +69,17 @@ class Parts:
             if begun.get(key) != value:
                 was, now = (printable(str(found.get(key)))[:80] for found in (begun, setup))
                 raise ValueError(
-                    f"{self.folder} holds a run that began with another {key}: {was}, now {now}. "
-                    "Run it with what it began with, delete that folder to start over, or give another --output"
+                    f"{self.folder} holds a run started with another {key}: {was}, now {now}. "
+                    "Use the same again, delete the folder to start over, or give another --output"
                 )
 
     def check_shared(self, patience: float = 30.0) -> None:
-        """Check that this process sees the folder that the first process has begun.
+        """Check that this process sees the folder created by the first process.
 
         Raises:
-            ValueError: it does not within `patience` seconds.
+            ValueError: the folder does not appear within `patience` seconds.
         """
-        end = time.monotonic() + patience  # network file systems may show a new folder late
+        end = time.monotonic() + patience  # network file systems may show a new folder with a delay
         while not (self.folder / SETUP).exists():
             if time.monotonic() > end:
                 raise ValueError(f"{self.folder} is not seen by all hosts; put --output in a folder that they share")
@@ -87,17 +87,17 @@ class Parts:
 
     @contextmanager
     def append(self) -> Iterator["Writer"]:
-        """Open a file of this process for more answers."""
+        """Open this process's file for further predictions."""
         with open(self.folder / f"{secrets.token_hex(8)}{SUFFIX}", "xb") as file:
             yield Writer(file)
             os.fsync(file.fileno())
 
     def known(self) -> set[int]:
-        """Indices of images that have an answer."""
+        """Return the indices of images that have a prediction."""
         return {answer.index for path in self._files() for answer in _read(path)}
 
     def merged(self) -> Iterator[Answer]:
-        """Every answer, by index; the first one where processes that overlapped gave two."""
+        """Return the prediction of each index; the first if overlapping processes made two."""
         last = -1
         for answer in heapq.merge(*map(_read, self._files()), key=lambda answer: answer.index):
             if answer.index > last:
@@ -113,7 +113,7 @@ class Parts:
 
 
 class Writer:
-    """Append answers to a file, indices ascending."""
+    """Append predictions to a file, indices ascending."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -124,7 +124,7 @@ class Writer:
 
 
 def _read(path: Path) -> Iterator[Answer]:
-    """The answers of a file up to a line that is not whole."""
+    """Return the predictions of a file up to an incomplete line."""
     with open(path, "rb") as file:
         for line in file:
             try:

@@ -22,7 +22,7 @@ from parameternet.models import loading
 __all__ = ["DEFAULT_MODEL", "ImageLike", "Predictor", "Preprocess", "Result", "load"]
 
 DEFAULT_MODEL = "dynamic_efficientnet_lite0.in1k_upcycled"
-MAX_DOWNLOAD = 64 << 20  # bytes: more than any photo, and an endless response stops
+MAX_DOWNLOAD = 64 << 20  # bytes: more than any photo, but limits an endless response
 THUMBNAIL = 480  # pixels of the longer side of images that are kept for drawing
 ImageLike = str | Path | Image.Image
 
@@ -55,16 +55,16 @@ def load(model: str | Path | None = None) -> nn.Module:
 
     Raises:
         WeightsError: no such weights, or not the right ones.
-        ValueError: weights of a network that is not of this package.
+        ValueError: the network is not one of this package.
     """
     return loading.load(model or DEFAULT_MODEL).model
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
-    """Return a name for each class: in words if the config has them, `class 7` if it has none.
+    """Return a name for each class: from the config if it has names, otherwise `class 7`.
 
     Raises:
-        ValueError: there are names, but not one for each class.
+        ValueError: the number of names differs from the number of classes.
     """
     names = list(cfg.get("label_names") or [])
     if not names:
@@ -76,7 +76,7 @@ def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
 
 
 class Preprocess:
-    """Turn an image into the network's input (C, H, W); it holds no network, so that workers can have a copy."""
+    """Turn an image into the network's input (C, H, W); holds no network, so that workers can copy it."""
 
     def __init__(self, data_config: dict[str, Any]) -> None:
         self.gray = data_config["input_size"][0] == 1
@@ -119,7 +119,7 @@ class Predictor:
         """Return the `topk` most probable classes of each image. An unreadable image gets a result with an `error`.
 
         Args:
-            images: Files, folders (searched recursively), http(s) addresses, PIL images; one or several.
+            images: Files, folders (searched recursively), http(s) URLs, PIL images; one or several.
             topk: Number of classes; all if there are fewer.
             batch_size: Images per forward pass.
             keep_images: Keep a small copy of each image in its result, for `draw`.
@@ -165,7 +165,7 @@ class Predictor:
 
 
 def expand(item: ImageLike) -> list[ImageLike]:
-    """Return the images of a folder, sorted, or `item` itself if it is no folder."""
+    """Return the images of a folder, sorted, or `item` itself if it is not a folder."""
     if isinstance(item, Image.Image) or not Path(item).is_dir():
         return [item]
     names = sources.Folder(Path(item)).names
@@ -173,7 +173,7 @@ def expand(item: ImageLike) -> list[ImageLike]:
 
 
 def read_image(source: ImageLike) -> Image.Image:
-    """Read an image as `parameternet.data.images` does: upright, transparency on white, RGB.
+    """Read an image like `parameternet.data.images`: upright, transparency on white, RGB.
 
     Raises:
         ImageError: it cannot be fetched, opened or decoded.

@@ -1,4 +1,4 @@
-"""Write predictions as CSV, JSON lines or Parquet, one row an image."""
+"""Write predictions as CSV, JSON lines or Parquet, one row per image."""
 
 import csv
 import importlib
@@ -14,14 +14,14 @@ from parameternet.prediction.predictor import Result
 
 __all__ = ["FORMATS", "check_output", "write_errors", "write_rows"]
 
-ROW_GROUP = 10_000  # rows of a Parquet file that are in memory at once
+ROW_GROUP = 10_000  # rows of a Parquet file in memory at once
 
 
 def check_output(path: Path) -> None:
     """Check that a file of predictions can be written to `path`.
 
     Raises:
-        ValueError: its suffix is no format, or its folder does not exist.
+        ValueError: the suffix is not a supported format, or the folder does not exist.
         ModuleNotFoundError: its format needs a package that is not installed.
     """
     if path.suffix.lower() not in FORMATS:
@@ -35,7 +35,7 @@ def check_output(path: Path) -> None:
 
 
 def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
-    """Write results, whole or not at all, in the format of the suffix.
+    """Write results atomically, in the format of the suffix.
 
     Args:
         topk: Classes of each result.
@@ -105,5 +105,5 @@ class _Text(io.TextIOWrapper):
 
 
 def _unicode(text: str) -> str:
-    # File names may hold bytes that are no UTF-8, which none of the formats can hold.
+    # File names may contain invalid UTF-8, which none of the formats can store.
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Which experts do images use: measure routing weights and draw them.
+"""Measure and plot which experts images use.
 
 >>> routing = measure(Predictor("parameternet_50m.tin200"), find_images(["val.tar"]))  # doctest: +SKIP
 >>> draw(routing, "routing.png")  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Is routing used? Measure top-1 with parts of the routing weights replaced by their mean over the data set."""
+"""Measure top-1 with parts of the routing weights replaced by their mean over the data set."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ Replace = Callable[[Tensor], Tensor]
 
 
 class Ablated(NamedTuple):
-    """Top-1 in percent, and its difference in points from that with the network's own routing weights."""
+    """Top-1 in percent, and the difference in points from the network's own routing weights."""
 
     routing: str
     top1: float
@@ -31,18 +31,18 @@ def ablate(
 ) -> list[Ablated]:
     """Measure top-1 with the routing weights of every layer replaced, in one process.
 
-    The shares of an image are its routing weights divided by their sum. The sum scales the whole kernel, as a gain of a
-    single expert would; only the shares choose among experts. Rows of the result:
+    The shares of an image are its routing weights divided by their sum. The sum scales the whole kernel, which a single
+    expert could do too; only the shares choose among experts. Rows of the result:
 
     - own: nothing is replaced.
     - mean weights: every image gets the mean routing weights of the data set.
-    - mean shares: every image keeps its own sum. The loss is what the choice of experts is worth.
-    - mean sum: every image keeps its own shares. The loss is what the gain per image is worth.
+    - mean shares: every image keeps its own sum. The drop shows the value of choosing experts.
+    - mean sum: every image keeps its own shares. The drop shows the value of scaling the kernel per image.
     - without expert N: its weight is 0, and the others are scaled to the same sum.
 
     Args:
-        model, data, measuring: As of `training.validate`.
-        without_experts: Measure the rows `without expert N`, too.
+        model, data, measuring: As in `training.validate`.
+        without_experts: Also measure the rows `without expert N`.
 
     Raises:
         ValueError: No dynamic layer.
@@ -72,7 +72,7 @@ def _replaced(replacements: dict[str, Replace], network: nn.Module) -> Any:
 
 
 def _replacements(weights: dict[str, Tensor], experts: int) -> dict[str, dict[str, Replace]]:
-    """Row -> layer -> function of routing weights (B, E)."""
+    """Return row -> layer -> function of routing weights (B, E)."""
     mean = {name: rows.mean(0) for name, rows in weights.items()}
     shares = {name: _shares(rows).mean(0) for name, rows in weights.items()}
     rows = {

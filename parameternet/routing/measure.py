@@ -23,7 +23,7 @@ __all__ = ["LayerRouting", "Routing", "Row", "Sample", "find_images", "measure"]
 
 
 class Row(NamedTuple):
-    """A row of the result: a class or a single image. `label` is its name in words, `images` how many it has."""
+    """A row of the result: a class or a single image. `label` is its readable name, `images` its number of images."""
 
     name: str
     label: str
@@ -64,17 +64,17 @@ class LayerRouting:
 
     @property
     def overall_entropy(self) -> float:
-        """Entropy of the mean shares: how evenly experts are used. The part above `image_entropy` is per image."""
+        """Return the entropy of the mean shares; it exceeds `image_entropy` if images are routed differently."""
         return float(_entropy(self.mean_shares))
 
     @property
     def experts_in_use(self) -> float:
-        """Effective number of experts, 1 to E: exp(entropy of the mean shares)."""
+        """Return the effective number of experts, 1 to E: exp(entropy of the mean shares)."""
         return self.num_experts**self.overall_entropy
 
     @property
     def active_experts(self) -> int:
-        """How many experts have a mean share of at least 1 / (10 E)."""
+        """Return how many experts have a mean share of at least 1 / (10 E)."""
         return int((self.mean_shares >= 1 / (10 * self.num_experts)).sum())
 
 
@@ -100,7 +100,7 @@ class Routing:
 
 
 class Sample(NamedTuple):
-    """An image: its name, the class of its folder (None: a row of its own), and a function that returns it."""
+    """An image: its name, the class of its folder (None: its own row), and a function that returns it."""
 
     name: str
     group: str | None
@@ -115,11 +115,11 @@ def find_images(given: Iterable[str | Path], per_class: int = 10) -> list[Sample
     """Find the images of files, folders and tars.
 
     Args:
-        given: Image files, http(s) addresses, folders, .tar files. Sub-folders of a folder or tar are classes.
+        given: Image files, http(s) URLs, folders, .tar files. Sub-folders of a folder or tar are classes.
         per_class: At most this many images of each class, the same ones on every call.
 
     Raises:
-        DataError, ValueError: A .tar without images, or that cannot be read.
+        DataError, ValueError: A .tar that has no images or cannot be read.
     """
     singles: list[Sample] = []
     classes: dict[str, list[Sample]] = defaultdict(list)
@@ -130,7 +130,7 @@ def find_images(given: Iterable[str | Path], per_class: int = 10) -> list[Sample
 
 
 def _found(given: str | Path) -> Iterator[Sample]:
-    """Images of a folder or tar, or `given` itself if it is neither."""
+    """Return the images of a folder or tar, or `given` itself if it is neither."""
     if not is_tar(given) and not Path(given).is_dir():
         yield Sample(str(given), None, lambda: given)
         return
@@ -160,7 +160,7 @@ def _get(store: Folder | Tar, name: str) -> ImageLike | Unreadable:
 
 
 def _some(samples: list[Sample], number: int) -> list[Sample]:
-    """At most `number` of them, in their order; the choice in a class does not depend on other classes."""
+    """Choose at most `number` images, keeping their order; the choice does not depend on other classes."""
     if len(samples) <= number:
         return samples
     return [samples[index] for index in sorted(random.Random(0).sample(range(len(samples)), number))]
@@ -197,7 +197,7 @@ def measure(
             for sample, error in _predict(predictor, samples[start : start + batch_size]):
                 unreadable.append((sample.name, error)) if error else seen.append(sample)
         for name, calls in recording.calls.items():
-            if calls:  # a layer that is used in several places is called once for each
+            if calls:  # a layer used in several places is called once per place
                 weights[name].append(torch.stack(calls).mean(0))
         if progress:
             progress(min(start + batch_size, len(samples)), len(samples))
@@ -223,13 +223,13 @@ def _predict(predictor: Predictor, samples: Sequence[Sample]) -> list[tuple[Samp
 def _nothing_seen(unreadable: list[tuple[str, str]]) -> str:
     first = f" (the first is {': '.join(unreadable[0])})" if unreadable else ""
     return (
-        f"expected at least one image, but of {len(unreadable)} given none could be read{first}: "
+        f"expected at least one image, but none of the {len(unreadable)} given could be read{first}: "
         "give image files, folders of them, or a .tar with one sub-folder a class"
     )
 
 
 def _rows(seen: list[Sample], words: dict[str, str]) -> tuple[list[Row], Tensor]:
-    """The rows, in the order of their first images, and the row (N,) of each image."""
+    """Return the rows, in the order of their first images, and the row (N,) of each image."""
     counts = Counter(sample.row for sample in seen)
     namesakes = Counter(Path(name).name for name in counts)
     labels = {p.row: words.get(p.group, p.group) if p.group else _short(p.name, namesakes) for p in seen}
@@ -240,13 +240,13 @@ def _rows(seen: list[Sample], words: dict[str, str]) -> tuple[list[Row], Tensor]
 
 
 def _short(name: str, namesakes: Counter[str]) -> str:
-    """The file's name, after its folder's where there are others of that name."""
+    """Return the file's name, with its folder if other files have the same name."""
     path = Path(name)
     return path.name if namesakes[path.name] == 1 else "/".join(path.parts[-2:])
 
 
 def _layer(name: str, routing_weights: Tensor, rows: Tensor, num_rows: int) -> LayerRouting:
-    """From routing weights (N, E) and the row (N,) of each image."""
+    """Compute a layer's routing from routing weights (N, E) and the row (N,) of each image."""
     total = routing_weights.sum(1, keepdim=True)
     shares = torch.where(total > 0, routing_weights / total, 1 / routing_weights.shape[1])
     return LayerRouting(
@@ -265,5 +265,5 @@ def _means(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    """Of shares (..., E), divided by log E; `entr` takes 0 log 0 as 0."""
+    """Return the entropy of shares (..., E), divided by log E; `entr` takes 0 log 0 as 0."""
     return torch.special.entr(shares).sum(-1) / (math.log(shares.shape[-1]) or 1.0)

@@ -15,7 +15,7 @@ from parameternet.text import printable
 __all__ = ["draw"]
 
 INK, FAINT, LINE, ACCENT = "#1b1f24", "#6b7280", "#d5d9e0", "#b42318"
-LARGEST_LABEL, SMALLEST_LABEL = 8.0, 4.5  # points; names that would be smaller are left out evenly
+LARGEST_LABEL, SMALLEST_LABEL = 8.0, 4.5  # points; if names would be smaller, only every n-th is shown
 LONGEST_LABEL = 32  # characters of a row's name
 STRIP, GAP = 0.9, 0.14  # inches
 
@@ -26,7 +26,7 @@ def draw(routing: Routing, path: str | Path) -> None:
     A row is a class or image, a column is an expert of a layer. Colours show the share relative to 1/E on a logarithmic
     scale. Below are the entropies and the number of experts in use.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs neither a display nor global state
     from matplotlib.figure import Figure
 
     edges = [0, *accumulate(layer.num_experts for layer in routing.layers)]
@@ -46,13 +46,13 @@ def draw(routing: Routing, path: str | Path) -> None:
 
 
 def _size(columns: int, rows: int) -> tuple[float, float]:
-    """Width and height of the heat map in inches: large cells if there are few, small ones if there are many."""
+    """Return width and height of the heat map in inches: the more cells, the smaller each."""
     width = max(min(0.16 * columns, 16), 0.045 * columns, 6)
     return width, max(min(0.35 * rows, max(8, 0.1 * rows), 40), 0.7)
 
 
 def _panel(figure: Any, edges: list[int], bottom: float, height: float) -> Any:
-    """Axes as wide as the heat map; `bottom` and `height` in inches, x in columns."""
+    """Add axes as wide as the heat map; `bottom` and `height` in inches, x in columns."""
     axes = figure.add_axes([0, bottom / figure.get_figheight(), 1, height / figure.get_figheight()])
     axes.set_xlim(0, edges[-1])
     axes.tick_params(length=0, labelsize=LARGEST_LABEL, colors=INK)
@@ -96,7 +96,7 @@ def _count(number: int, thing: str, plural: str = "s") -> str:
 
 
 def _colour_limit(relative: Tensor, num_experts: int) -> float:
-    """The end of the scale, as a power of two; at least 1.25, so that rounding does not look like routing."""
+    """Return the end of the scale, as a power of two; at least 1.25, so that rounding does not look like routing."""
     farthest = float(relative.log2().abs().max())
     return max(min(farthest, math.log2(num_experts)), math.log2(1.25))
 
@@ -153,14 +153,14 @@ def _centres(edges: list[int]) -> list[float]:
 
 
 def _label_size(inches: float) -> tuple[float, int]:
-    """Font size in points for labels this far apart, and the step at which they have room."""
+    """Return the font size in points for labels this far apart, and the step at which they fit."""
     points = 0.85 * 72 * inches
     step = math.ceil(SMALLEST_LABEL / points)
     return min(LARGEST_LABEL, points * step), step
 
 
 def _cut(words: str) -> str:
-    """Cut the middle of a long name, as file names of one camera differ at their ends; escape $ for matplotlib."""
+    """Shorten a long name in the middle, since names often differ at the end; escape $ for matplotlib."""
     words, half = printable(words), LONGEST_LABEL // 2 - 2
     short = words if len(words) <= LONGEST_LABEL else f"{words[:half]}...{words[-half:]}"
     return short.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Networks into networks."""
+"""Network surgery: convert, fold and dilate layers of a network."""
 
 from .collapse import collapse, measure_routing
 from .compare import compare

@@ -1,4 +1,4 @@
-"""`collapse`: dynamic convolutions whose routing hardly varies as static ones again."""
+"""`collapse`: turn dynamic convolutions with almost constant routing into static ones."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -30,8 +30,8 @@ class Variation:
     routing_weights: Mean routing weights (E,), float64.
     error: Largest distance of a sample's kernel from the mean kernel, relative to the mean kernel (Frobenius norms).
     samples: Samples seen, in all calls of the layer.
-    from_caller: Its caller passes routing weights or keyword arguments, or calls its router.
-    left: Why `collapse` leaves it, whatever the error; None if it does not.
+    from_caller: Whether its caller passes routing weights or keyword arguments, or calls its router.
+    left: Why `collapse` skips it regardless of the error; None if it does not.
     """
 
     name: str
@@ -50,13 +50,13 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
 
     Args:
         model: A network with DynamicConv layers.
-        data: Batches (B, C, H, W), or tuples that begin with one, as data loaders give them.
+        data: Batches (B, C, H, W), or tuples that begin with one, as from a data loader.
 
     Returns:
         A `Variation` for every layer that was called.
 
     Raises:
-        ValueError: Nothing to measure: no dynamic layer, or none that an image reached.
+        ValueError: No dynamic layer, or none that an image reached.
     """
     convs = dynamic_layers(model)
     batches = iter(data)
@@ -80,7 +80,7 @@ def _images(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def _router_called(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
-    """Layers whose router is called by others."""
+    """Return layers whose router is called from elsewhere."""
     calls = seen.calls if seen else {}
     asked = {name for name, made in calls.items() if any(not call.inside & convs.keys() for call in made)}
     routers = {id(convs[owner].routing) for name in asked if (owner := _owner(name)) in convs}
@@ -92,7 +92,7 @@ def _owner(router: str) -> str | None:
 
 
 def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | None) -> dict[str, str]:
-    """Why layers cannot be static ones."""
+    """Return why layers cannot become static."""
     shared = set(tied(model, DynamicConv))
     elsewhere = read_elsewhere(seen)
     found = {}
@@ -100,7 +100,7 @@ def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | N
         if type(conv).forward is not DynamicConv.forward:
             why: str | None = f"a {type(conv).__name__} may compute something else from its weights"
         elif name in shared:
-            why = "shares itself or its weight with another place"
+            why = "is shared, or shares its weight"
         else:
             why = alteration(conv) or elsewhere.get(name) or elsewhere.get(f"{name}.routing")
         if why:
@@ -114,13 +114,13 @@ def collapse(
     """Fold layers whose kernels vary by no more than `tolerance` over `data` into static convolutions.
 
     Args:
-        model, data: As of `measure_routing`.
-        tolerance: Largest `Variation.error` of a layer that is folded; of upcycled layers with neutral routers it is 0.
+        model, data: As in `measure_routing`.
+        tolerance: Largest `Variation.error` of a layer to fold; it is 0 for upcycled layers with neutral routers.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
-        The network, and the variation of every layer that was called, folded or not; those up to `tolerance` were
-        folded, but for those that are `left`.
+        The network, and the variation of every layer that was called. Layers up to `tolerance` were folded, except
+        those that are `left`.
     """
     refuse_distributed(model)
     variations = measure_routing(model, data)
@@ -133,7 +133,7 @@ def collapse(
 
 
 def _variation(name: str, conv: DynamicConv, routing_weights: Tensor, from_caller: bool, left: str | None) -> Variation:
-    """From routing weights (samples, E)."""
+    """Compute a `Variation` from routing weights (samples, E)."""
     mean = routing_weights.mean(0)
     kernels = conv.weight.detach().double().cpu().reshape(conv.num_experts, -1)
     # Norms of mixtures need only the E x E inner products of the experts.
@@ -146,7 +146,7 @@ def _variation(name: str, conv: DynamicConv, routing_weights: Tensor, from_calle
 
 @torch.no_grad()
 def _static(conv: Any, variation: Variation) -> nn.Conv2d:
-    """The convolution that `conv` is for its mean routing weights."""
+    """Return the static convolution that `conv` equals at its mean routing weights."""
     routing_weights = variation.routing_weights
     plain, collapsed = (Conv2dSame, CollapsedConvSame) if conv.pad_same else (nn.Conv2d, CollapsedConv)
     kind = collapsed if variation.from_caller else plain
@@ -170,7 +170,7 @@ def _static(conv: Any, variation: Variation) -> nn.Conv2d:
             if part is not None:
                 static.bias.add_(part)
     if variation.from_caller and conv.routing is not None:
-        static.routing = conv.routing  # callers may still ask it
+        static.routing = conv.routing  # callers may still read it
     return static.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""What surgery changed: sizes, costs, and whether the function is still the same."""
+"""Compare two networks: size, cost and outputs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ __all__ = ["Comparison", "compare"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two networks, (before, after). difference: the largest one of outputs, relative to the largest output."""
+    """Two networks, (before, after). difference: The largest difference of outputs, relative to the largest output."""
 
     parameters: tuple[int, int]
     flops: tuple[Flops, Flops]
@@ -22,11 +22,11 @@ class Comparison:
 
 @torch.no_grad()
 def compare(before: nn.Module, after: nn.Module, x: Tensor) -> Comparison:
-    """Hold two networks that should compute the same against each other, in evaluation mode.
+    """Compare two networks that should have the same outputs, in evaluation mode.
 
     Args:
         before, after: Networks whose output is a tensor.
-        x: Pictures (B, C, H, W), on the networks' device.
+        x: Images (B, C, H, W), on the networks' device.
     """
     networks = (before, after)
     with evaluating(*networks):

@@ -1,4 +1,4 @@
-"""timm's CondConv networks on our layer."""
+"""Convert timm's CondConv networks to DynamicConv."""
 
 from copy import deepcopy
 from typing import Any
@@ -17,17 +17,18 @@ __all__ = ["convert_condconv"]
 
 
 def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Replace each of timm's CondConv2d by a DynamicConv with the same weights: same function, faster, exportable.
+    """Replace each of timm's CondConv2d by a DynamicConv with the same weights and outputs; faster and exportable.
 
-    Blocks keep their routing, one linear layer for the three convolutions of a block, and pass the routing weights on,
-    so the new layers have no router.
+    Each block keeps its routing (one linear layer for its three convolutions) and passes the routing weights, so the
+    new layers have no router.
 
     Args:
         model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
-        The network, with an attribute `converting`: for the name of each CondConv2d why it was left, or None.
+        The network, with an attribute `converting`: why each CondConv2d, by name, was skipped; None if it was
+        converted.
 
     Raises:
         ValueError: There is no CondConv2d, or none that can be converted.
@@ -43,7 +44,7 @@ def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
     shared = set(tied(model, CondConv2d))
     elsewhere = read_elsewhere(observe(model))
     left = {name: _left(old) or elsewhere.get(name) for name, old in found}
-    left |= dict.fromkeys(shared, "shares itself or its weight with another place")
+    left |= dict.fromkeys(shared, "is shared, or shares its weight")
     if all(left.values()):
         reasons = "; ".join(f"{name}: {why}" for name, why in [*left.items()][:8])
         raise ValueError(f"no CondConv2d of this {type(model).__name__} can be converted ({reasons})")

@@ -1,4 +1,4 @@
-"""`dilate`: strides of the last stages replaced by dilation, for dense prediction."""
+"""`dilate`: replace the strides of the last stages by dilation, for dense prediction."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,12 @@ __all__ = ["OUTPUT_STRIDES", "dilate"]
 
 OUTPUT_STRIDES = (8, 16, 32)
 WINDOWS = (nn.Conv2d, DynamicConv, nn.MaxPool2d, nn.AvgPool2d)
-SIDE = 256  # of the probe image: every reduction up to 64 divides it, and it is larger than any dilated kernel
+SIDE = 256  # of the probe image: divisible by every reduction up to 64, and larger than any dilated kernel
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Height of what a layer reads and of what it gives, for an image of `SIDE`."""
+    """Heights of a layer's input and output for an image of `SIDE`."""
 
     read: int
     given: int
@@ -28,21 +28,21 @@ class _Sides:
 
 @torch.no_grad()
 def dilate(model: nn.Module, output_stride: int) -> nn.Module:
-    """Make the coarsest feature map of a network `output_stride` times smaller than the image, in place.
+    """Limit the reduction of a network's last feature map to `output_stride`, in place.
 
-    A stride that would go beyond is replaced by 1, and what reads the finer map is dilated by as much: at every
-    `stride`-th position it computes what it computed before, but for what looks at the whole map (routers,
-    squeeze-and-excitation, pooling). Parameters keep their names. Source: DeepLab, arXiv:1606.00915.
+    Strides beyond it are replaced by 1, and the layers that follow are dilated by the same factor: at every `stride`-th
+    position they compute the same as before, except for operations on the whole map (routers, squeeze-and-excitation,
+    pooling). Parameters keep their names. Source: DeepLab, arXiv:1606.00915.
 
     Args:
         model: A network of `torch.nn.Conv2d`, `DynamicConv` and pooling layers that takes images of any size.
         output_stride: 8, 16 or 32.
 
     Returns:
-        `model`, with the reductions of its `feature_info` brought up to date.
+        `model`, with the reductions in its `feature_info` updated.
 
     Raises:
-        ValueError: Another output stride, or a network that cannot be dilated; it is left as it was.
+        ValueError: An unsupported output stride, or a network that cannot be dilated; it is not changed.
     """
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"output_stride must be one of {', '.join(map(str, OUTPUT_STRIDES))}, got {output_stride}")
@@ -68,7 +68,7 @@ def dilate(model: nn.Module, output_stride: int) -> nn.Module:
 
 
 def _sides(model: nn.Module) -> dict[str, _Sides]:
-    """What every layer with a window reads and gives, in the order of first calls."""
+    """Return input and output heights of every layer with a window, in the order of first calls."""
     found: dict[str, _Sides] = {}
     double = meta_copy(model)
     names: dict[nn.Module, str] = {
@@ -101,7 +101,7 @@ def _check_features(model: nn.Module, output_stride: int) -> None:
 
 
 def _stride(side: _Sides, output_stride: int) -> int | None:
-    """The stride with which a layer keeps the map at `output_stride`; None where it already does."""
+    """Return the stride that keeps the map at `output_stride`; None if the layer's own does."""
     finest = SIDE // output_stride
     if side.given >= finest or side.given == side.read or side.given <= 1:
         return None
@@ -109,7 +109,7 @@ def _stride(side: _Sides, output_stride: int) -> int | None:
 
 
 def _widen(name: str, layer: Any, factor: int) -> None:
-    """Spread the window of a layer over a map `factor` times as fine as before."""
+    """Dilate the window of a layer by `factor`."""
     window = pair(layer.kernel_size)
     if factor <= 1 or window == (1, 1):
         return
@@ -119,7 +119,7 @@ def _widen(name: str, layer: Any, factor: int) -> None:
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"{name} pads with {layer.padding_mode}")
     layer.dilation = tuple(factor * d for d in pair(layer.dilation))
-    if not isinstance(layer.padding, str):  # which is worked out on every call
+    if not isinstance(layer.padding, str):  # which is computed on every call
         layer.padding = tuple(factor * p for p in pair(layer.padding))
 
 

@@ -1,4 +1,4 @@
-"""`fuse`: batch normalisation folded into the convolutions of a whole network, for inference."""
+"""`fuse`: fold batch normalisation into the convolutions of a whole network, for inference."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from .observe import Observation, meta_copy, observe
 
 __all__ = ["Folding", "Fusing", "fuse"]
 
-# Ways through a network that are followed, and decisions on one way, before it is searched part by part.
+# Limits on paths through a network, and on branches per path, before it is traced part by part.
 PATHS = 16
 DECISIONS = 8
 READ_ONLY = frozenset({"dtype", "device", "requires_grad", "is_cuda", "layout", "ndim", "shape", "is_leaf", "is_meta"})
@@ -28,9 +28,9 @@ READ_ONLY_METHODS = frozenset({"size", "dim", "numel", "is_floating_point"})
 
 @dataclass(frozen=True)
 class Folding:
-    """One batch norm of a network.
+    """A batch norm of a network and whether it was folded.
 
-    conv: The convolution that it follows, if it follows one. left: Why it stays; None: it was folded into `conv`.
+    conv: The convolution before it, if there is one. left: Why it was not folded; None: it was folded into `conv`.
     """
 
     norm: str
@@ -40,36 +40,35 @@ class Folding:
 
 @dataclass(frozen=True)
 class Fusing:
-    """What `fuse` did: `model.fusing` of what it returns."""
+    """The result of `fuse`, as `model.fusing`."""
 
     layers: tuple[Folding, ...]
 
     @property
     def folded(self) -> tuple[Folding, ...]:
-        """The batch norms that were folded."""
+        """Return the batch norms that were folded."""
         return tuple(layer for layer in self.layers if layer.left is None)
 
     @property
     def left(self) -> tuple[Folding, ...]:
-        """The batch norms that stay, each with the reason."""
+        """Return the batch norms that were not folded, with their reasons."""
         return tuple(layer for layer in self.layers if layer.left is not None)
 
 
 def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
-    """Fold batch normalisation into every expert and static convolution that it follows; the function stays the same.
+    """Fold batch normalisation into the preceding dynamic and static convolutions; the outputs stay the same.
 
-    A pair is folded where torch.fx sees the output of one go into the other and nowhere else, and nothing else read
-    its tensors. A network that cannot be traced is traced part by part, and then a forward pass of a copy must show
-    that each pair runs inside of its part only. Whatever is not certain stays as it is, `model.fusing` says why.
-    `fuse` of a fused network changes nothing. timm's `reparameterize_model` does the same to the blocks of this
-    package.
+    A pair is folded if torch.fx shows that the convolution's output is used only by the norm, and nothing else reads
+    their tensors. A network that cannot be traced is traced part by part; then a forward pass of a copy must show that
+    each pair runs only inside its part. Uncertain pairs are skipped, with the reason in `model.fusing`. Calling `fuse`
+    again changes nothing. timm's `reparameterize_model` does the same for the blocks of this package.
 
     Args:
         model: Any network in evaluation mode, on any device.
         inplace: Change `model` itself. Otherwise a copy is changed.
-        probe: An input of the network, or a tuple of its arguments. Without one the forward pass that is observed is
-            that of an image of the size that `model.pretrained_cfg` names, or of 224 pixels. A network in which Python
-            decides by an input's numbers is observed on the way that the probe takes, and not without one.
+        probe: An input of the network, or a tuple of its arguments. Default: an image of the size in
+            `model.pretrained_cfg`, or of 224 pixels. A network with data-dependent control flow needs a probe, and is
+            observed on the path that the probe takes.
 
     Returns:
         The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
@@ -99,8 +98,8 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
 
 
 def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, probed: bool) -> Iterator[Folding]:
-    """Every batch norm, with its convolution and why it cannot be folded."""
-    # One way through a network that decides by numbers can speak against folding, but not for it.
+    """Return every batch norm, with its convolution and why it cannot be folded."""
+    # With data-dependent control flow, one path can rule out folding, but cannot justify it.
     typical = seen is not None and (probed or not seen.decides)
     shared = set(tied(model, nn.Module))
     found = set()
@@ -123,7 +122,7 @@ def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, pro
 
 
 def _expendable(model: nn.Module) -> nn.Module:
-    """A copy to trace: a network that keeps its tensors in attributes would keep what torch.fx puts in their place."""
+    """Return a copy to trace: a network that stores tensors in attributes would keep torch.fx's proxies."""
     try:
         return meta_copy(model)
     except Exception:  # it copies the network's own attributes, which may raise anything
@@ -131,9 +130,9 @@ def _expendable(model: nn.Module) -> nn.Module:
 
 
 def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, whole: bool, typical: bool) -> str | None:
-    """What a forward pass shows against folding a pair that the graph of a part allows.
+    """Return why a forward pass rules out folding a pair that the graph of a part allows; None if it does not.
 
-    `whole`: The part is the network, so that the graph alone is enough where no forward pass is `typical`.
+    `whole`: The part is the whole network, so its graph suffices if no forward pass is `typical`.
     """
     if not typical and not whole:
         return "no forward pass could be observed: give fuse a probe, an input of the network"
@@ -150,7 +149,7 @@ def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, who
     if any(part not in call.inside for call in (*convs, *norms)):
         return f"runs outside of {part or 'the network'}, too"
     if len(convs) != len(norms) or any(c.given != n.read or c.given is None for c, n in zip(convs, norms, strict=True)):
-        return "does not read what the convolution gives"
+        return "does not read the convolution's output"
     inner = [name for name in seen.calls if name.startswith(f"{norm}.")]
     if any(norm not in call.inside for name in inner for call in seen.calls[name]):
         return f"{inner[0]} is called elsewhere"
@@ -163,7 +162,7 @@ def _contradicted(seen: Observation | None, part: str, conv: str, norm: str, who
 
 
 def _traceable(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[torch.fx.Graph]]]:
-    """The largest parts of a network that torch.fx can follow: what their names begin with, and their graphs."""
+    """Return the largest parts of a network that torch.fx can trace: name prefixes and graphs."""
     # torch.fx traces the `forward` of the root's class.
     graphs = None if "forward" in vars(module) else _graphs(module)
     if graphs is not None:
@@ -174,7 +173,7 @@ def _traceable(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[torch
 
 
 def _graphs(module: nn.Module) -> list[torch.fx.Graph] | None:
-    """The graph of every way through a module, whichever way its data-dependent decisions go; None: there is none."""
+    """Return the graph of every path through a module, for all branches; None if it cannot be traced."""
     graphs: list[torch.fx.Graph] = []
     ways: list[tuple[bool, ...]] = [()]
     while ways:
@@ -185,8 +184,8 @@ def _graphs(module: nn.Module) -> list[torch.fx.Graph] | None:
         try:
             graphs.append(tracer.trace(module))
         except AssertionError:
-            pass  # the network itself refuses to go this way
-        except Exception:  # fx runs the network's own code, which may raise anything
+            pass  # the network itself raises on this path
+        except Exception:  # fx runs the network's own code, which may raise any error
             return None
         taken = tracer.taken
         ways += [(*taken[:i], not taken[i]) for i in range(len(begun), len(taken))]
@@ -194,7 +193,7 @@ def _graphs(module: nn.Module) -> list[torch.fx.Graph] | None:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Follows one way through a network: `begun` are its first decisions, all others are answered by True."""
+    """Trace one path through a network: `begun` has its first branch decisions; all later ones are True."""
 
     proxy_buffer_attributes = True
 
@@ -215,7 +214,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _before(graphs: list[torch.fx.Graph], norm: str) -> tuple[str | None, str | None]:
-    """The convolution whose output goes into `norm` and nowhere else on every way, and why there is none."""
+    """Return the convolution whose output is used only by `norm` on every path, or why there is none."""
     convs: set[str] = set()
     for graph in graphs:
         for node in graph.nodes:
@@ -238,13 +237,13 @@ def _before(graphs: list[torch.fx.Graph], norm: str) -> tuple[str | None, str | 
             return conv, f"{inner[0]} is called elsewhere"
         for node in graph.nodes:
             owner, _, part = str(node.target).rpartition(".") if node.op == "get_attr" else ("", "", "")
-            if owner == norm or (owner == conv and _uses_values(node)):  # the norm's tensors will be gone
+            if owner == norm or (owner == conv and _uses_values(node)):  # folding removes the norm's tensors
                 return conv, f"the {part} of {owner} is read elsewhere"
     return conv, None
 
 
 def _uses_values(tensor: torch.fx.Node) -> bool:
-    """Does a graph read more of a tensor than what stays the same: dtype, device, shape?"""
+    """Return whether a graph reads more of a tensor than its dtype, device and shape."""
 
     def harmless(user: torch.fx.Node) -> bool:
         if user.op == "call_function" and user.target is getattr:

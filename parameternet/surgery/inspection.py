@@ -11,17 +11,17 @@ from .observe import Call, Observation, merged_weights, observe
 
 __all__ = ["Inspection", "inspect_convs", "read_elsewhere", "refuse_distributed", "tied"]
 
-# Parts of layer names that mean a head, in timm's networks and elsewhere.
+# Parts of layer names that indicate a head, in timm's networks and elsewhere.
 HEADS = {"head", "conv_head", "classifier", "fc", "pre_logits", "aux", "head_dist"}
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Names of convolutions.
+    """Names of convolutions by their role.
 
     stem: The first one. heads: Those with the name of a head. pooled: Those whose input is 1 x 1. tied: Those used in
     several places, or that share a weight. reads: For each one, the first convolution that reads the same tensor. odd:
-    Those that cannot be replaced because they are used otherwise than by `conv(x)`, and why.
+    Those that cannot be replaced because they are used in other ways than `conv(x)`, with the reason.
     """
 
     stem: str | None
@@ -33,14 +33,14 @@ class Inspection:
 
 
 def inspect_convs(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Inspection:
-    """Inspect a network, and what its convolutions read in one observed forward pass.
+    """Inspect a network and the inputs of its convolutions in one observed forward pass.
 
     Args:
         model: Any network; it is not changed.
         probe: An input of the network.
 
-    A network with data-dependent control flow and no probe is judged by its names, except for what one path shows. All
-    convolutions of a network that cannot be run are `odd`.
+    Without a probe, a network with data-dependent control flow is classified by layer names, plus observations from one
+    path. All convolutions of a network that cannot be run are `odd`.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -65,17 +65,17 @@ def inspect_convs(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = Non
 
 
 def refuse_distributed(model: nn.Module) -> None:
-    """Raise ValueError where new parameters would not be synchronised."""
+    """Raise ValueError if new parameters would not be synchronised."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"{name or 'the network'} is wrapped in DistributedDataParallel, which knows only the "
-                "parameters that it was built with: convert its `.module`, and wrap the result"
+                f"{name or 'the network'} is wrapped in DistributedDataParallel, which synchronises only "
+                "the parameters that it was built with: convert its `.module`, and wrap the result"
             )
 
 
 def read_elsewhere(seen: Observation | None) -> dict[str, str]:
-    """Layers whose tensors, or the shapes of these, were read outside of their own calls, and which."""
+    """Return layers whose tensors or their shapes were read outside of their own calls, with the reason."""
     found: dict[str, set[str]] = {}
     for run in (seen.used, seen.shaped) if seen else ():
         for name, parts in run.items():
@@ -84,7 +84,7 @@ def read_elsewhere(seen: Observation | None) -> dict[str, str]:
 
 
 def _odd(calls: list[Call]) -> str | None:
-    """Which of the calls a DynamicConv does not take."""
+    """Return why a DynamicConv cannot handle the calls of a layer."""
     if any(call.keywords for call in calls):
         return "is called with keyword arguments"
     if any(len(call.shape) != 4 for call in calls):
@@ -100,7 +100,7 @@ def _stem(cfg: dict[str, Any], names: list[str], calls: dict[str, list[Call]]) -
 
 
 def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
-    """Layers that are used in several places, or that share a tensor with another module."""
+    """Return layers that are used in several places, or that share a tensor with another module."""
     places: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     places.update(id(m) for owner in model.modules() for m in _modules_in(vars(owner).values(), owner))
     owners: Counter[int] = Counter(id(t) for m in model.modules() for t in _own(m))
@@ -110,13 +110,13 @@ def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes."""
+    """Return parameters, buffers, and tensors in plain attributes."""
     values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
     return [value for value in values if isinstance(value, Tensor)]
 
 
 def _modules_in(values: Iterable[Any], owner: nn.Module) -> Iterator[nn.Module]:
-    """Modules in plain attributes of `owner`, and in lists there, where a replacement would not reach."""
+    """Return modules in plain attributes and lists of `owner`, which a replacement would miss."""
     for value in values:
         if isinstance(value, nn.Module):
             yield value

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Networks in evaluation mode; afterwards each of their modules is in the mode that it was in."""
+    """Put networks into evaluation mode; restore the mode of each module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

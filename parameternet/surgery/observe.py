@@ -1,4 +1,4 @@
-"""One forward pass of a copy, watched: which layers ran where, and who else read their tensors."""
+"""Observe a forward pass of a copy: the calls of each layer, and other uses of its tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +20,7 @@ def _getters(*names: str) -> frozenset[Any]:
     return frozenset(getattr(torch.Tensor, name).__get__ for name in names)
 
 
-# Functions of a tensor that do not depend on its values: the first ones not on its shape either.
+# Functions of a tensor that do not depend on its values; the first ones do not depend on its shape either.
 HARMLESS = _getters(
     "dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "ndim", "is_leaf", "grad_fn"
 ) | {
@@ -33,19 +33,19 @@ HARMLESS = _getters(
 }
 SHAPES = _getters("shape") | {torch.Tensor.size, torch.Tensor.numel, torch.numel, torch.Tensor.__len__}
 
-# Functions that let Python decide by the numbers of a tensor, and those that write into their first argument.
+# Functions that make control flow depend on a tensor's values, and those that write into their first argument.
 NUMBERS = frozenset(
     getattr(torch.Tensor, name)
     for name in ("__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "nonzero")
 ) | {torch.nonzero, torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.unique}
 WRITES = frozenset({torch.Tensor.__setitem__, torch.Tensor.copy_})
 
-_Version = tuple[int, int]  # which tensor, and how often it had been written to
+_Version = tuple[int, int]  # the tensor and its version
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer. inside: Names of the modules whose calls it is part of, and its own."""
+    """One call of a layer. inside: Names of the enclosing modules and its own."""
 
     read: _Version | None
     given: _Version | None
@@ -56,12 +56,12 @@ class Call:
 
 @dataclass
 class Observation:
-    """What was seen in a forward pass.
+    """Observations of a forward pass.
 
-    calls: Of each layer, in the order of the first calls. For each layer, what happened to its tensors (`weight`)
-    outside of its own calls: used: a function was given them. shaped: their shape was read. read: they were read by
-    name, for whatever use. absent: they were read by name and are None. decides: The network looked at numbers that
-    come from its input, so that other inputs may take other ways.
+    calls: Calls by layer, in the order of first calls. The next four have a layer's tensors (`weight`) by their use
+    outside of its own calls: used: passed to a function. shaped: their shape was read. read: read by name, for any use.
+    absent: read by name, and None. decides: Control flow depended on values of the input, so other inputs may take
+    other paths.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -75,23 +75,23 @@ class Observation:
 def observe(
     model: nn.Module, probe: _Probe | None = None, training: bool = False, numbers: bool = True
 ) -> Observation | None:
-    """Run a copy of `model` and watch; None if it cannot be run.
+    """Run a copy of `model` and observe it; return None if it cannot be run.
 
-    The copy runs on the meta device, where tensors have shapes and no numbers. A network that needs numbers cannot run
-    there: then a copy runs on the network's own device.
+    The copy runs on the meta device, where tensors have shapes but no values. A network that needs values runs as a
+    copy on its own device instead.
 
     Args:
-        model: Any network; it is left as it was.
-        probe: An input of the network, or a tuple of its arguments; None: an image of the size that it says.
-        training: Watch the copy in training mode.
-        numbers: Run a copy with numbers where one without cannot run.
+        model: Any network; it is not changed.
+        probe: An input of the network, or a tuple of its arguments; None: an image of its default size.
+        training: Run the copy in training mode.
+        numbers: If the meta device fails, run a copy on the network's own device.
     """
-    with torch.inference_mode(False):  # whose tensors do not tell how often they were written to
+    with torch.inference_mode(False):  # whose tensors have no version counter
         given = default_probe(model) if probe is None else probe
         given = given if isinstance(given, tuple) else (given,)
         try:
             return _watched(meta_copy(model).train(training), [_to_meta(x) for x in given])
-        except Exception:  # it copies and runs the network's own code, which may raise anything
+        except Exception:  # it copies and runs the network's own code, which may raise any error
             if not numbers:
                 return None
         try:
@@ -111,16 +111,16 @@ def _with_numbers(x: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, methods: tuple[str, ...]) -> set[str]:
-    """Layers whose tensors the given methods of the modules around them use, where a class has such methods."""
+    """Return layers whose tensors are used by the given methods of enclosing modules."""
     try:
         double = meta_copy(model)
-    except Exception:  # it copies the network's own attributes, which may raise anything
+    except Exception:  # it copies the network's own attributes, which may raise any error
         return set()
     watch = _Watch(double, [])
     for name, module in list(double.named_modules()):
         for method in methods:
             if name and callable(getattr(type(module), method, None)):
-                with suppress(Exception), watch:  # what it used before it failed counts
+                with suppress(Exception), watch:  # uses before the failure count
                     getattr(module, method)()
     return set(watch.seen.used)
 
@@ -142,16 +142,16 @@ def _watched(model: nn.Module, inputs: list[Any]) -> Observation:
 
 
 class _Watch(TorchFunctionMode):
-    """Hooks on every module of a network, and every function of torch that is given one of their tensors."""
+    """Hook every module of a network and every torch function that receives one of their tensors."""
 
     def __init__(self, model: nn.Module, inputs: list[Any]) -> None:
         super().__init__()
-        self.derived = WeakIdKeyDictionary()  # tensors that come from the input
+        self.derived = WeakIdKeyDictionary()  # tensors computed from the input
         self._derive(inputs)
         self.seen = Observation()
         self.stack: list[str] = []
         self.started: list[tuple[_Version | None, tuple[int, ...], bool]] = []
-        self.kept: list[Tensor] = []  # a tensor that lives on keeps its id to itself
+        self.kept: list[Tensor] = []  # a living tensor's id is unique
         self.names = {id(module): name for name, module in model.named_modules()}
         self.owners: dict[int, list[tuple[str, str]]] = {}
         for name, module in model.named_modules():
@@ -171,14 +171,14 @@ class _Watch(TorchFunctionMode):
         x = args[0] if args else None
         self.stack.append(self.names[id(module)])
         self.started.append((self._version(x), tuple(x.shape) if isinstance(x, Tensor) else (), bool(kwargs)))
-        self.seen.calls.setdefault(self.names[id(module)], [])  # in the order of beginnings
+        self.seen.calls.setdefault(self.names[id(module)], [])  # in the order in which they began
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         read, shape, keywords = self.started.pop()
         call = Call(read, self._version(output), shape, keywords, frozenset(self.stack))
         self.seen.calls[self.stack.pop()].append(call)
         if any(tensor in self.derived for tensor in _tensors((args, kwargs))):
-            self._derive(output)  # autograd functions do not tell
+            self._derive(output)  # autograd functions are not reported
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in HARMLESS:
@@ -201,7 +201,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def attributes(self) -> Iterator[None]:
-        """Record reads of a layer's bias, which no torch function call shows."""
+        """Record reads of a layer's bias that no torch function call shows."""
         original = nn.Module.__getattr__
 
         def read(module: nn.Module, attribute: str) -> Any:
@@ -237,7 +237,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy on the meta device in evaluation mode: its tensors, in attributes too, have shapes and no numbers."""
+    """Copy to the meta device in evaluation mode, including tensors in attributes."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -250,7 +250,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def default_probe(model: nn.Module) -> Tensor:
-    """An image, on the meta device, of the size that the network says, or of 224 pixels."""
+    """Return an image on the meta device, of the network's default size or 224 pixels."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     layers: Iterator[Any] = (m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "weight"))
     first = next(layers, None)

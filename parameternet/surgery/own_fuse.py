@@ -1,4 +1,4 @@
-"""Networks with a `fuse` of their own, which knows static convolutions only."""
+"""Networks with their own `fuse`, which supports only static convolutions."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ __all__ = ["FuseDynamicFirst"]
 
 
 class FuseDynamicFirst:
-    """`fuse` of a network's own class, after batch norm is folded into the dynamic convolutions of its blocks.
+    """Fold batch norm into dynamic convolutions, then call the `fuse` of the network's own class.
 
     Ultralytics' networks, and others that follow YOLOv5, fold the `bn` of a block into its `conv`, drop it, and then
-    use the block's `forward_fuse`. Their code multiplies the kernels of all experts by the scale of one. This object
-    replaces the method on the network that `upcycle` returns; copies and checkpoints of the network carry it along.
+    use the block's `forward_fuse`. Their code cannot scale the kernels of several experts. This object replaces the
+    method on the network that `upcycle` returns, and is part of its copies and checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`upcycle`: a dense network as a dynamic one that computes the same function, and trains on from there."""
+"""`upcycle`: convert a dense network to a dynamic one with the same outputs, for further training."""
 
 import fnmatch
 import math
@@ -23,7 +23,7 @@ from .own_fuse import FuseDynamicFirst
 __all__ = ["KINDS", "Layer", "Upcycling", "rebuild", "upcycle", "upcycle_state_dict"]
 
 KINDS = ("pointwise", "depthwise", "dense", "grouped")
-# Size of the noise between experts relative to the kernel's own, and of a random router; see `upcycle`.
+# Standard deviations of the noise between experts, relative to the kernel's, and of a random router; see `upcycle`.
 NOISE = 0.1
 # Exact types: a subclass may compute something else from the same weights.
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
@@ -33,8 +33,8 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame, DepthwiseConv)
 class Layer:
     """A convolution and whether it was converted.
 
-    kind: One of `KINDS`. left: Why it stayed dense; None: it became dynamic. router: The convolution whose router it
-    uses, its own name unless routers are shared.
+    kind: One of `KINDS`. left: Why it stayed dense; None: it was converted. router: The convolution whose router it
+    uses; its own name unless routers are shared.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a network became dynamic: `model.upcycling` of what `upcycle` returns. Enough to do it again."""
+    """The result of `upcycle`, as `model.upcycling`; enough to repeat the conversion."""
 
     num_experts: int
     routing: str
@@ -56,11 +56,11 @@ class Upcycling:
 
     @property
     def converted(self) -> tuple[Layer, ...]:
-        """The layers that became dynamic."""
+        """Return the layers that became dynamic."""
         return tuple(layer for layer in self.layers if layer.left is None)
 
     def recipe(self) -> dict[str, Any]:
-        """What `rebuild` needs, as JSON has it: number of experts, routing, and the router of each converted layer."""
+        """Return the input of `rebuild` as plain data: experts, routing, and the router of each converted layer."""
         own = {key: value for key, value in asdict(self).items() if key != "layers"}
         return {**own, "routers": {layer.name: layer.router for layer in self.converted}}
 
@@ -90,44 +90,44 @@ def upcycle(
     routing_norm: str | None = "layer",
     redraw: float = 0.0,
 ) -> nn.Module:
-    """Put a DynamicConv in the place of convolutions, so that the network still computes the same function.
+    """Replace convolutions by DynamicConv without changing the outputs of the network.
 
     Routers start neutral: their linear layer is zero, so every image gets the same routing weights, and the experts are
-    scaled so that their mixture is the dense kernel. Experts differ by noise whose weighted sum is zero; without noise
-    they would all get the same gradient and stay equal.
+    scaled so that their mixture is the dense kernel. Experts differ by noise whose weighted sum is zero; without noise,
+    all would get the same gradient and stay equal.
 
     Args:
         model: Any network with torch.nn.Conv2d layers.
         num_experts: Kernels of each dynamic convolution.
-        include, exclude: Patterns of layer names (`blocks.*`, as in a shell); what both match stays dense.
+        include, exclude: Patterns of layer names (`blocks.*`, as in a shell); layers that match both stay dense.
         kinds: Which of 'pointwise' (1 x 1), 'depthwise', 'dense' and 'grouped' convolutions to convert.
         kernel_sizes: Only kernels of this height and width; None: all.
-        min_channels: Only layers with at least so many input and output channels.
-        stem, head: Convert the first convolution, and those that are the head or follow a pooling to one
-            position (squeeze-and-excitation, heads on pooled features), too.
-        frozen: Convert convolutions that are not trained (`requires_grad` of all their parameters is False) in a
-            network that is trained elsewhere, too. They stay by default: constants, as the table of YOLO's box
-            distribution, and frozen stages, whose experts would stay as they start. In a network that is frozen as a
-            whole, as one for inference, only tables of whole numbers stay.
-        routing, routing_hidden, routing_norm: As of DynamicConv. After fine-tuning, softmax routers chose among
+        min_channels: Only layers with at least this many input and output channels.
+        stem, head: Also convert the first convolution; also convert heads and convolutions after global pooling
+            (squeeze-and-excitation).
+        frozen: Also convert frozen convolutions (all parameters have `requires_grad=False`) of a network with trainable
+            parameters. By default they stay dense: they are constants, such as the table of YOLO's box distribution, or
+            frozen stages, whose experts would never diverge. In a network that is frozen as a whole, only tables of
+            whole numbers stay dense.
+        routing, routing_hidden, routing_norm: As in DynamicConv. After fine-tuning, softmax routers chose among
             experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
         share_routers: One router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
-        redraw: Fraction of each expert's output channels that are drawn again with the mean and standard deviation of
+        redraw: Fraction of each expert's output channels to re-initialise with the mean and standard deviation of
             the dense kernel (Drop-Upcycling). The other experts compensate, so the mixture is still the dense kernel.
         router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
-        neutral_weight: Routing weight of each expert at the start for sigmoid, between 0 and 1; softmax has 1 / E.
-        seed: Of noise and routers. Each layer's numbers depend on it and on the layer's name only.
-        probe: An input of the network, or a tuple of its arguments; without one an image of the size that
-            `model.pretrained_cfg` names, or of 224 pixels. A forward pass of a copy shows which layers read what; it
-            runs on the meta device if it can.
+        neutral_weight: Initial routing weight of each expert for sigmoid, between 0 and 1; for softmax it is 1 / E.
+        seed: For noise and routers. A layer's random numbers depend only on the seed and the layer's name.
+        probe: An input of the network, or a tuple of its arguments; default: an image of the size in
+            `model.pretrained_cfg`, or of 224 pixels. It is run through a copy, on the meta device if possible, to find
+            the input of each layer.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
-        The network, with an `Upcycling` as its attribute `upcycling`: what was converted, what was not, and why.
+        The network, with an attribute `upcycling`: which layers were converted, and why others were not.
 
     Raises:
-        ValueError: Arguments that mean nothing, or a network in which nothing is to be converted; says why for each.
+        ValueError: Invalid arguments, or no layer can be converted; the message has the reasons.
 
     Source: sparse upcycling, arXiv:2212.05055, and Drop-Upcycling, arXiv:2502.19261, applied to the experts of
     ParameterNet, arXiv:2306.14525.
@@ -148,10 +148,10 @@ def upcycle(
 
 
 def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, seed: int = 0) -> nn.Module:
-    """Convert the layers of `model`, in place, that `Upcycling.recipe` recorded, whatever rules chose them.
+    """Convert the layers of `model` recorded by `Upcycling.recipe`, in place.
 
     Raises:
-        ValueError: A layer of the recipe is not there, or is no convolution that can be converted.
+        ValueError: A layer of the recipe does not exist, or cannot be converted.
     """
     convolutions = dict(_convolutions(model))
     missing = [name for name in recipe["routers"] if name not in convolutions]
@@ -173,17 +173,17 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
 def upcycle_state_dict(
     state_dict: Mapping[str, Tensor], model: nn.Module, noise: float = NOISE, seed: int = 0, neutral: bool = False
 ) -> dict[str, Tensor]:
-    """A dense state dict as one of the dynamic `model`, which then computes the dense function; a checkpoint filter.
+    """Convert a dense state dict for the dynamic `model`, keeping the outputs; usable as a checkpoint filter.
 
     Kernels and biases of dynamic layers are split among the experts for the routing weights of the model's routers at a
-    zero input; the routers themselves, which a dense checkpoint lacks, keep their values in `model`. A state dict that
-    has routers already passes unchanged.
+    zero input; the routers, which a dense checkpoint lacks, keep their values in `model`. A state dict with routers is
+    returned unchanged.
 
     Args:
-        state_dict: Of the dense network.
-        model: The dynamic network, neutral routers in it (as `upcycle` leaves them).
-        noise, seed: As of `upcycle`.
-        neutral: For a model whose routers are random, as one that was just created: give it neutral ones.
+        state_dict: The dense network's.
+        model: The dynamic network, with neutral routers (as after `upcycle`).
+        noise, seed: As in `upcycle`.
+        neutral: Make the routers neutral first, for a newly created model with random ones.
     """
     out = dict(state_dict)
     for name, conv in model.named_modules():
@@ -201,7 +201,7 @@ def upcycle_state_dict(
 
 
 def _silenced(router: Router) -> Router:
-    """A copy that weighs the experts equally for every input."""
+    """Return a copy that weighs the experts equally for every input."""
     router = deepcopy(router)
     nn.init.zeros_(router.weight)
     nn.init.zeros_(router.bias)
@@ -209,10 +209,10 @@ def _silenced(router: Router) -> Router:
 
 
 def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generator, redraw: float = 0.0) -> Tensor:
-    """Experts (E * out, ...), stacked, whose mixture at a zero input of `router` is `kernel` (out, ...).
+    """Return stacked experts (E * out, ...) whose mixture at a zero input of `router` is `kernel` (out, ...).
 
     Args:
-        noise, redraw: How experts differ, as of `upcycle`.
+        noise, redraw: How experts differ, as in `upcycle`.
     """
     if kernel.is_meta:
         return kernel.new_empty(router.num_experts * kernel.shape[0], *kernel.shape[1:])
@@ -232,7 +232,7 @@ def split(kernel: Tensor, router: Router, noise: float, generator: torch.Generat
 
 @torch.no_grad()
 def neutral_routing_weights(router: Router) -> Tensor:
-    """What `router` weighs the experts by when its linear layer adds nothing to its bias, (E,), float64."""
+    """Return the routing weights of `router` at a zero input, (E,), float64."""
     logits = router.bias.flatten().double().cpu()
     temperature = router.temperature
     return logits.sigmoid() if temperature is None else (logits / temperature.double().cpu()).softmax(0)
@@ -260,7 +260,7 @@ class _Choice:
         return Layer(name, kind_of(conv), _shape(conv), left, router)
 
     def _left(self, name: str, conv: nn.Conv2d, seen: Inspection) -> str | None:
-        """Why the convolution stays dense; None if it does not."""
+        """Return why the convolution stays dense; None if it is converted."""
         cannot = _cannot(name, conv, seen)
         if cannot:
             return cannot
@@ -283,7 +283,7 @@ class _Choice:
         return None
 
     def _constant(self, conv: nn.Conv2d, trained: bool) -> str | None:
-        """Why a convolution that is not trained stays dense, in a network that is `trained` elsewhere or nowhere."""
+        """Return why a frozen convolution stays dense; `trained`: whether the network has trainable parameters."""
         if self.frozen or any(parameter.requires_grad for parameter in conv.parameters()):
             return None
         if trained:
@@ -307,14 +307,14 @@ def _cannot(name: str, conv: nn.Conv2d, seen: Inspection) -> str | None:
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode}"
     if name in seen.tied:
-        return "shares itself or its weight with another place"
+        return "is shared, or shares its weight"
     if name in seen.odd:
         return seen.odd[name]
     return None
 
 
 def _led_by_converted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """A router belongs to the first converted layer of those that read the same tensor."""
+    """Assign each router to the first converted layer among those that read the same tensor."""
     leaders: dict[str, str] = {}
     out = []
     for layer in layers:
@@ -326,7 +326,7 @@ def _led_by_converted(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 
 def kind_of(conv: nn.Conv2d) -> str:
-    """One of `KINDS`."""
+    """Return the kind of a convolution, one of `KINDS`."""
     if conv.groups > 1:
         return "depthwise" if conv.groups == conv.in_channels == conv.out_channels else "grouped"
     return "pointwise" if tuple(conv.kernel_size) == (1, 1) else "dense"
@@ -372,7 +372,7 @@ def _check(
 
 @dataclass(frozen=True)
 class _Start:
-    """What experts and routers start from; see `upcycle`."""
+    """Initialisation of experts and routers; see `upcycle`."""
 
     noise: float = NOISE
     redraw: float = 0.0

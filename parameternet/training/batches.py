@@ -1,4 +1,4 @@
-"""Samples and batch samplers: which images, in which order, how augmented."""
+"""Samples and batch samplers: the order of images and their augmentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
 
 class Images(Dataset):
-    """Read and transform the image of a `Key`; training transforms draw from (seed, epoch, index) alone.
+    """Read and transform the image of a `Key`; training transforms depend only on (seed, epoch, index).
 
     Args:
         source: images and labels by index.
@@ -68,8 +68,8 @@ def collate(samples: list) -> tuple[Tensor, Tensor, list[Unreadable]]:
 class TrainBatches:
     """Sample one process's part of each global batch, shuffled by (seed, epoch).
 
-    A global batch has the same images for any number of processes. `seek` moves to any position in a run. Images of
-    the last, incomplete batch are left out; each epoch leaves out others.
+    A global batch has the same images for any number of processes. `seek` moves to any position in a run. The last,
+    incomplete batch is dropped; the dropped images differ from epoch to epoch.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rank: int, world: int):

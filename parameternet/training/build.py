@@ -1,4 +1,4 @@
-"""Make the network, optimizer, schedule and loss of a recipe, with timm."""
+"""Build the network, optimizer, schedule and loss of a recipe with timm."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OWN_FIELD = {
 
 
 def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
-    """Make the recipe's network, with weights from `init` or random ones from the seed.
+    """Build the recipe's network, with weights from `init` or random ones from the seed.
 
     Args:
         num_classes: outputs of the network.
@@ -72,7 +72,7 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
         model = timm.create_model(r.model, pretrained=pretrained, **arguments)
     except (weights.WeightsError, OSError):
         raise
-    except Exception as error:  # constructors raise anything for unexpected values
+    except Exception as error:  # constructors raise all kinds of errors for unexpected values
         if not r.model_kwargs and not isinstance(error, TypeError):
             raise
         raise RecipeError(_unbuilt(r, error)) from error
@@ -98,7 +98,7 @@ def _check_model_kwargs(r: Recipe) -> None:
 
     empty = [name for name, value in r.model_kwargs.items() if value is None]
     known = _arguments(r.model) if empty else {}
-    for name in empty:  # timm drops None: a misspelt name, or another default, would go unnoticed
+    for name in empty:  # timm drops None, so a misspelt name or an unwanted default would go unnoticed
         if name not in known:
             raise RecipeError(_unknown(r, name, known))
         if known[name] not in (None, inspect.Parameter.empty):
@@ -169,9 +169,9 @@ def _check_one_image(model: nn.Module, image: Tensor) -> None:
 
 
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
-    """Load `state` into `model`, except for a classifier of another size.
+    """Load `state` into `model`, except for a classifier of a different size.
 
-    Dense kernels are upcycled: the experts of a dynamic layer compute the same at first (`surgery.upcycle`).
+    Dense kernels are upcycled, so dynamic layers start with the same outputs (`surgery.upcycle`).
 
     Raises:
         CheckpointError: names the tensors, other than the classifier's, that do not fit.
@@ -223,7 +223,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
 
 
 def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make timm's optimizer for all parameters that are not frozen.
+    """Create timm's optimizer for all parameters that are not frozen.
 
     Raises:
         RecipeError: unknown name, wrong arguments, or every parameter is frozen.
@@ -239,7 +239,7 @@ def make_optimizer(r: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             momentum=r.momentum,
             **_tuples(r.opt_kwargs),
         )
-    except Exception as error:  # optimizers raise anything for unexpected arguments
+    except Exception as error:  # optimizers raise all kinds of errors for unexpected arguments
         given = f" with opt_kwargs {r.opt_kwargs}" if r.opt_kwargs else nearest(r.opt, list_optimizers())
         raise RecipeError(f"opt: optimizer {r.opt!r}: {error}{given}") from error
 
@@ -249,7 +249,7 @@ def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """Make timm's schedule, stepped by `step_update(updates)`; None for `sched: none`. It has no other state.
+    """Create timm's schedule; None for `sched: none`. It depends only on the argument of `step_update(updates)`.
 
     Raises:
         RecipeError: unknown name, or wrong arguments.
@@ -278,14 +278,14 @@ _SCHEDULES = "timm has cosine, tanh, step, multistep, poly, and none"
 
 
 def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:
-    """Make timm's mixup and cutmix; None if the recipe has neither."""
+    """Create timm's mixup and cutmix; None if the recipe has neither."""
     if not r.mixes:
         return None
     return Mixup(r.mixup, r.cutmix, prob=r.mixup_prob, label_smoothing=r.smoothing, num_classes=num_classes)
 
 
 def make_loss(r: Recipe) -> nn.Module:
-    """Make timm's loss for the recipe's targets: soft with mixing or a teacher, else smoothed or plain labels."""
+    """Create timm's loss for the recipe's targets: soft with mixing or a teacher, else smoothed or plain labels."""
     soft = r.mixes or r.teacher is not None
     if r.bce:
         return BinaryCrossEntropy(smoothing=0.0 if soft else r.smoothing)

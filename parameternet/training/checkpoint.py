@@ -48,7 +48,7 @@ def load_last(folder: Path) -> dict[str, Any]:
     """Read `last.ckpt` and verify its digest. Tensors are loaded to the CPU, with `weights_only=True`.
 
     Raises:
-        CheckpointError: no such file, another format, or damaged.
+        CheckpointError: the file is missing, damaged, or of another format.
     """
     path = folder / LAST
     try:

@@ -27,14 +27,14 @@ class Datasets:
 
     Args:
         r: the recipe.
-        folder: the run folder; a teacher's answers are kept there.
+        folder: the run folder, where a teacher's predictions are cached.
         place: this process. All processes must find the same classes and images.
         reporter: called with notes on skipped files and unreadable images.
-        saved: the content of `last.ckpt`, whose classes and images must be found again; None for a new run.
+        saved: the content of `last.ckpt`, whose classes and images must match; None for a new run.
 
     Attributes:
         classes: names in the order of the labels, or None if the data has none.
-        num_classes: how many.
+        num_classes: number of classes.
         labels: `label_names` and `label_descriptions` for the checkpoint's config.
         images: digests of names and labels of both datasets.
         config: preprocessing for validation.
@@ -42,7 +42,7 @@ class Datasets:
 
     Raises:
         RecipeError: no training data, or batches that the processes cannot share.
-        DataError: no images, classes that do not match, processes that find different data.
+        DataError: no images, classes that do not match, or processes that see different data.
         CheckpointError: other classes or images than those of the saved run.
     """
 
@@ -99,7 +99,8 @@ class Datasets:
     def _compare_images(self, saved: dict[str, Any] | None) -> None:
         """Compare names and labels with the other processes and with the saved run.
 
-        An image's position in an epoch and its augmentation depend on its index, which other images would shift.
+        An image's position in an epoch and its augmentation depend on its index, which added or removed images would
+        shift.
         """
         found = self.place.gather(json.dumps(self.images))
         if odd := [rank for rank, images in enumerate(found) if images != found[0]]:
@@ -120,7 +121,7 @@ class Datasets:
         return class_labels(names, self.classes, self.num_classes)
 
     def train_loader(self) -> TrainLoader:
-        """Make the loader of this process's part of each training batch.
+        """Create the loader of this process's part of each training batch.
 
         Raises:
             DataError: too few images for one update.
@@ -151,7 +152,7 @@ class Datasets:
         return DeviceBatches(data, batches, augment, targets)
 
     def val_loader(self) -> Any:
-        """Make the loader of this process's part of the validation images; None without validation data."""
+        """Create the loader of this process's part of the validation images; None without validation data."""
         r, place = self.r, self.place
         if self.val is None:
             return None
@@ -169,7 +170,7 @@ class Datasets:
 
 @contextmanager
 def _naming(field: str) -> Iterator[None]:
-    """Put a recipe's field in front of an error about the data it names."""
+    """Prefix an error about data with the recipe's field."""
     try:
         yield
     except DataError as error:
@@ -188,7 +189,7 @@ def count_classes(r: Recipe, classes: list[str] | None) -> int:
     """Return the number of classes, from the data or from the recipe.
 
     Raises:
-        RecipeError: neither has it.
+        RecipeError: neither specifies it.
         DataError: they differ, or there is only one class.
     """
     given, found = r.num_classes, len(classes) if classes else None
@@ -211,7 +212,7 @@ def check_classes(train: list[str] | None, val: list[str] | None) -> None:
     """Check that training and validation data have the same classes in the same order.
 
     Raises:
-        DataError: names the classes that one of them lacks, or the first label with two meanings.
+        DataError: names the classes missing from one of them, or the first label with two meanings.
     """
     if train is None or val is None or train == val:
         return

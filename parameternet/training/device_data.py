@@ -1,6 +1,6 @@
 """Images on the training device (`cache: device`): decoded once, augmented there one batch at a time.
 
-A fast device never waits for data, because nothing is read, decoded or moved during training. Augmentation depends on
+A fast device never waits for data, because nothing is read, decoded or copied during training. Augmentation depends on
 (seed, epoch, index) alone, so runs resume exactly, for any number of processes.
 """
 
@@ -25,7 +25,7 @@ from parameternet.training.randomness import IMAGE, mix
 from parameternet.training.recipe import Recipe
 from parameternet.training.sources import decoded, free_memory
 
-_TRIES = 10  # for a crop that fits, as in torchvision's RandomResizedCrop
+_TRIES = 10  # attempts at a crop that fits, as in torchvision's RandomResizedCrop
 _SAMPLED = ("nearest", "bilinear", "bicubic")  # interpolations of torch's grid_sample
 _MIB = 1 << 20
 
@@ -36,7 +36,7 @@ class DevicePixels:
     Args:
         source: read once, in order.
         side: images are resized (bicubic) and center-cropped to this square; None if all have the same size.
-        report: called with each unreadable image.
+        report: called for each unreadable image.
 
     Attributes:
         pixels: (N, 3, H, W), on the device.
@@ -190,7 +190,7 @@ def random_boxes(draws: Tensor, height: int, width: int, scale: list[float], rat
     """Draw crops (B, 4) as torchvision's RandomResizedCrop does: left, top, width, height in pixels.
 
     Args:
-        draws: (B, 2 * tries + 2), from 0 to 1. If no try fits into the image, the largest centered crop is taken.
+        draws: (B, 2 * tries + 2), from 0 to 1. If no crop fits into the image, the largest centered crop is used.
         scale, ratio: ranges of the area's fraction and of the aspect ratio.
     """
     tries, place = draws[:, :-2].unflatten(1, (_TRIES, 2)), draws[:, -2:]

@@ -40,5 +40,5 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type != "cuda":
         return device
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    torch.cuda.set_device(device)  # refuses a device without an index
+    torch.cuda.set_device(device)  # rejects a device without an index
     return device

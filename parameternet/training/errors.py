@@ -22,24 +22,24 @@ __all__ = [
 
 
 class RecipeError(TrainingError, ValueError):
-    """A wrong recipe: unknown key, wrong type, value out of range, contradicting fields."""
+    """The recipe is invalid: unknown key, wrong type, value out of range, contradicting fields."""
 
 
 class CheckpointError(TrainingError, ValueError):
-    """A checkpoint that is missing, damaged or does not fit."""
+    """A checkpoint is missing, damaged or does not match."""
 
 
 class MissingModel(CheckpointError, weights.WeightsNotFound):
-    """A model that does not exist. Callers may catch either base."""
+    """The model does not exist. Callers may catch either base class."""
 
 
 @contextmanager
 def missing_model(field: str = "") -> Iterator[None]:
-    """Turn errors about a missing model into `MissingModel`, with a recipe's field in front.
+    """Turn errors about a missing model into `MissingModel`, prefixed with the recipe's field.
 
     Raises:
         MissingModel: no such name, folder, file or config, or an unsupported file format.
-        WeightsDamaged: unchanged, but for the field.
+        WeightsDamaged: re-raised with the field as a prefix.
     """
     prefix = f"{field}: " if field else ""
     try:

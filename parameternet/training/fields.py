@@ -21,7 +21,7 @@ class Rule(NamedTuple):
 
 
 def number(low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Rule:
-    """Allow numbers from `low` to `high`; an open end is excluded."""
+    """Allow numbers from `low` to `high`; open ends are excluded."""
     if low_open or high_open or high == math.inf:
         start = f"above {low:g}" if low_open else f"at least {low:g}"
         words = start if high == math.inf else f"{start} and {'below' if high_open else 'at most'} {high:g}"
@@ -35,17 +35,17 @@ def number(low: float, high: float = math.inf, *, low_open: bool = False, high_o
 
 
 def one_of(*choices: str | None) -> Rule:
-    """Allow these values only."""
+    """Allow only these values."""
     return Rule(f"one of {', '.join(map(str, choices))}", lambda value: value in choices)
 
 
 def matching(pattern: str, words: str) -> Rule:
-    """Allow text that matches `pattern` as a whole."""
+    """Allow text that fully matches `pattern`."""
     return Rule(words, lambda value: re.fullmatch(pattern, value) is not None)
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a checkpoint and YAML can hold `value`."""
+    """Return whether both a checkpoint and YAML can store `value`."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -77,7 +77,7 @@ def setting(default: Any, doc: str, rule: Rule | None = None, *, free: bool = Fa
 
     Args:
         rule: allowed values besides null; for a list, of each item.
-        free: may change when a run resumes, because the result does not depend on it.
+        free: may change when a run resumes, because the result does not depend on the field.
         length: number of items, for a list.
     """
     metadata = {"doc": doc, "free": free, "rule": rule, "length": length}

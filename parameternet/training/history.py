@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all epochs to history.csv; values that were not measured are empty."""
+    """Write all epochs to history.csv; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""The network with everything that changes it: loss, gradients, optimizer, schedule, EMA."""
+"""A network with its loss, gradients, optimizer, schedule and EMA."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from parameternet.training.recipe import Recipe
 
 
 class Learner:
-    """A network and one way to train it. `model` has the weights; `network` is what is called in training.
+    """Train a network step by step. `model` has the weights; `network` is the wrapped model that is called in training.
 
     Args:
         r: the recipe.
         num_classes: outputs of the network.
         place: this process; with others, gradients are averaged over all of them.
         updates_per_epoch: for the learning rate schedule.
-        start: False if a checkpoint's weights are loaded later, so that `init` is not read.
+        start: False if a checkpoint is loaded later, so `init` need not be read.
 
     Raises:
-        RecipeError, CheckpointError: as the functions of `build`.
+        RecipeError, CheckpointError: see `build`.
     """
 
     def __init__(self, r: Recipe, num_classes: int, place: Place, updates_per_epoch: int, start: bool):
@@ -76,7 +76,7 @@ class Learner:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is validated and saved as the best: the EMA, where there is one."""
+        """The network to validate and save: the EMA if there is one."""
         return self.ema.module if self.ema else self.model
 
     @property
@@ -85,7 +85,7 @@ class Learner:
         return self.optimizer.param_groups[0]["lr"]
 
     def start_epoch(self, epoch: int) -> None:
-        """Put the network into training mode, frozen parts excepted, and switch mixing on or off."""
+        """Put the network into training mode, except frozen parts, and switch mixing on or off."""
         self.network.train()
         for module in self.frozen:
             module.eval()
@@ -98,7 +98,7 @@ class Learner:
         Args:
             images: (B, 3, H, W), normalised.
             labels: (B,), or (B, classes) with a teacher.
-            epoch, step: position in the run, from which everything random is drawn.
+            epoch, step: position in the run, which seeds all random numbers.
         """
         seed_all(mix(STEP, self.r.seed, epoch, step, self.place.rank))
         updating = (step + 1) % self.r.accumulate == 0
@@ -117,7 +117,7 @@ class Learner:
             return self.criterion(self.network(images), labels)
 
     def _backward_of_nothing(self, size: int, updating: bool) -> Tensor:
-        """Every image is unreadable, and other processes wait for our (zero) gradients."""
+        """Produce zero gradients for a batch of unreadable images; other processes wait for them."""
         with nullcontext() if updating or self.place.world == 1 else self.network.no_sync():
             with autocast(self.place.device, self.r.amp):
                 loss = self.network(torch.zeros(2, 3, size, size, device=self.place.device)).sum() * 0
@@ -131,13 +131,13 @@ class Learner:
         return self.graph(images, labels)
 
     def _prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What changes a batch as a whole: erasing, mixing, memory format."""
+        """Apply erasing, mixing and memory format to a batch."""
         if len(images) == 1 < self.share:  # batch norm needs two values per channel
             images, labels = torch.cat([images] * 2), torch.cat([labels] * 2)
         if self.erase:
             images = self.erase(images)
         if self.mixup:
-            even = len(images) // 2 * 2  # mixing pairs images, and an unreadable one leaves its partner alone
+            even = len(images) // 2 * 2  # mixing pairs images, and unreadable ones may leave an odd number
             images, labels = self.mixup(images[:even], labels[:even])
         if self.r.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -157,7 +157,7 @@ class Learner:
             self.scheduler.step_update(number)
 
     def not_finite(self) -> dict[str, str | None]:
-        """Return the first tensor with NaN or infinity of the weights and of their EMA; None if there is none."""
+        """Return the name of the first weight or EMA tensor with NaN or infinity; None if there is none."""
         networks = {"weights": self.model} | ({"averaged weights": self.ema.module} if self.ema else {})
         return {words: first_not_finite(network.state_dict().items()) for words, network in networks.items()}
 

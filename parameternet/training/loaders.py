@@ -23,7 +23,7 @@ Report = Callable[[Unreadable], None]
 
 
 class Reported:
-    """Call `report` with the unreadable images of a loader, and yield (images, labels)."""
+    """Call `report` for each unreadable image of a loader, and yield (images, labels)."""
 
     def __init__(self, loader: DataLoader, report: Report):
         self.loader, self.report = loader, report
@@ -47,13 +47,13 @@ def make_loader(
     device: torch.device,
     report: Report,
 ) -> PrefetchLoader:
-    """Make a loader of float32 images (B, 3, H, W), normalised, and int64 labels (B,) on `device`.
+    """Create a loader of float32 images (B, 3, H, W), normalised, and int64 labels (B,) on `device`.
 
     Workers decode, augment and stack bytes; timm's PrefetchLoader moves and normalises them.
 
     Args:
         batches: a batch sampler of `Key`s.
-        report: called with each unreadable image, which is left out of its batch.
+        report: called for each unreadable image, which is left out of its batch.
     """
     loader = DataLoader(
         images,
@@ -70,13 +70,13 @@ def make_loader(
 
 
 def _ignore_signals(worker: int) -> None:
-    # Ctrl-C reaches the workers too, and the run still needs them to stop in order.
+    # Ctrl-C reaches the workers too, but the run still needs them to finish cleanly.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def stop_workers(loader: Any) -> None:
-    """Stop a loader's workers. Those that live until the process exits are killed there, with an error from torch."""
+    """Stop a loader's workers; torch would kill them at exit, with an error."""
     while hasattr(loader, "loader"):  # wrappers of torch's DataLoader
         loader = loader.loader
     iterator = getattr(loader, "_iterator", None)
@@ -87,7 +87,7 @@ def stop_workers(loader: Any) -> None:
 def eval_loader(
     source: Source | Memory, config: dict[str, Any], batch_size: int, workers: int, place: Place, report: Report
 ) -> PrefetchLoader:
-    """Make a loader of every image of `source`, once over all processes together.
+    """Create a loader that yields every image of `source` once, over all processes.
 
     Args:
         config: arguments of timm's `create_transform`, as returned by `resolve_data_config`.
@@ -118,7 +118,7 @@ def train_transform_arguments(r: Recipe) -> dict[str, Any]:
 
 
 def train_transforms(r: Recipe) -> dict[int, Callable]:
-    """Make the training transform for each input size of the recipe; they return bytes.
+    """Create the training transform for each input size of the recipe; they return uint8.
 
     Raises:
         RecipeError: timm does not know the `auto_augment` policy.
@@ -133,7 +133,7 @@ def train_transforms(r: Recipe) -> dict[int, Callable]:
 def stream_loader(
     dataset: Any, r: Recipe, batch_size: int, device: torch.device, training: bool, data_config: dict
 ) -> PrefetchLoader:
-    """Make timm's own loader over a stream, which can only be read in order.
+    """Create timm's own loader over a stream, which can only be read in order.
 
     The stream's reader skips and logs images that it cannot decode. Augmentation depends on the number of workers.
     """
@@ -155,7 +155,7 @@ class TrainLoader:
 
     Args:
         loader: yields images (B, 3, H, W) and labels.
-        batches: the sampler of `loader`; None for a stream, whose earlier batches are read and dropped.
+        batches: the sampler of `loader`; None for a stream, whose earlier batches are read and discarded.
     """
 
     def __init__(self, loader: Any, batches: TrainBatches | None):

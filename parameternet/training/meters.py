@@ -46,7 +46,7 @@ class EpochMeter:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses: list[Tensor] = []  # stay on the device: reading each one would wait for it
+        self.losses: list[Tensor] = []  # kept on the device, because reading each one would synchronise
         self.images = 0
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -65,10 +65,10 @@ class EpochMeter:
         self.images += images
 
     def settle(self) -> float:
-        """Move the losses since the last call into `progress` and return the epoch's sum."""
+        """Add the losses since the last call to `progress` and return the epoch's sum."""
         p = self.progress
         if self.losses:
-            # Sums of float32 are exact in float64, so the result does not depend on how often this is called.
+            # float64 sums of float32 values are exact, so the result does not depend on how often this is called.
             p.loss_sum += float(torch.stack(self.losses).cpu().double().sum())
         p.loss_images += self.images
         p.seconds = time.monotonic() - self.started

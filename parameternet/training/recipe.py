@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009 (`setting` is dataclasses.field with documentation)
-"""Recipes: one YAML file holds everything that a run depends on."""
+"""Recipes: one YAML file with every setting of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 @dataclass
 class Recipe:
-    """Everything that a run depends on. `fields()` lists names, defaults and documentation."""
+    """Every setting of a run. `fields()` lists names, defaults and documentation."""
 
     # network
     model: str = setting("parameternet_50m", "timm name of the network", TEXT)
@@ -227,7 +227,7 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Return the fields that differ and change the result, as `name: own -> other's`."""
         fixed = [item.name for item in dataclasses.fields(self) if not item.metadata["free"]]
-        if "device" in (self.cache, other.cache):  # it draws other random numbers
+        if "device" in (self.cache, other.cache):  # it draws different random numbers
             fixed.append("cache")
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
         return [f"{name}: {mine} -> {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
@@ -267,7 +267,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """Make a recipe from a dictionary; the error for an unknown key suggests the closest one."""
+    """Create a recipe from a dictionary; the error for an unknown key suggests the closest one."""
     _check_names(values)
     return Recipe(**values)
 
@@ -304,7 +304,7 @@ def allowed(name: str) -> str:
 
 
 def _beside(recipe_path: Path, name: str | None) -> str | None:
-    # A class file may be next to the recipe that names it.
+    # A class file may be next to its recipe.
     if isinstance(name, str) and not Path(name).exists() and (recipe_path.parent / name).exists():
         return str(recipe_path.parent / name)
     return name

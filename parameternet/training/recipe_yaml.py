@@ -26,7 +26,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML into plain data.
+    """Parse YAML to plain data.
 
     Raises:
         yaml.YAMLError: not YAML, or a duplicate key.
@@ -41,7 +41,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Apply `key=value` to `values`, in place; `a.b=value` sets a key of a dictionary.
 
     Raises:
-        RecipeError: not of this form, or the value is not YAML.
+        RecipeError: the override is not `key=value`, or the value is not YAML.
     """
     key, equals, text = override.partition("=")
     if not equals:

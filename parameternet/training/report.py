@@ -15,28 +15,29 @@ class Reporter:
     """Log a run's events. Subclasses override methods to show them."""
 
     def start(self, facts: dict[str, Any]) -> None:
-        """The run starts: its folder, model, classes, device, steps per epoch and first step."""
+        """Called when the run starts, with its folder, model, classes, device, steps per epoch and first step."""
         _logger.info("start %s", facts)
 
     def step(self, epoch: int, step: int, steps: int, facts: dict[str, float]) -> None:
-        """`step` of `steps` is done; `facts` has loss, lr, images_per_second every `log_every` steps, else it is {}."""
+        """Called after `step` of `steps`; `facts` has loss, lr, images_per_second every `log_every` steps, else it is
+        {}."""
 
     def validating(self, step: int, steps: int) -> None:
-        """`step` of `steps` validation batches is done."""
+        """Called after `step` of `steps` validation batches."""
 
     def teaching(self, step: int, steps: int) -> None:
-        """The teacher has predicted `step` of `steps` batches of training images."""
+        """Called when the teacher has predicted `step` of `steps` batches of training images."""
 
     def epoch(self, row: dict[str, Any], best: bool) -> None:
-        """An epoch is done: its row of history.csv, and whether it is the best so far."""
+        """Called after each epoch, with its row of history.csv and whether it is the best so far."""
         _logger.info("epoch %s%s", row, " (best)" if best else "")
 
     def note(self, text: str) -> None:
-        """A warning: an unreadable image, a checkpoint that could not be written."""
+        """Called with a warning, e.g. about an unreadable image or a failed checkpoint."""
         _logger.warning(text)
 
     def close(self) -> None:
-        """The run ended, for any reason."""
+        """Called when the run ends, for any reason."""
 
 
 class SkippedImages:
@@ -62,7 +63,7 @@ class SkippedImages:
             self.reporter.note(f"skipped an unreadable image: {name} ({item.why})")
 
     def add_validation(self, item: Unreadable) -> None:
-        """Report a validation image; training may have an image of the same name."""
+        """Report an unreadable validation image; training may have an image of the same name."""
         self.add(item, "val: ")
 
     def share(self, place: Place) -> None:

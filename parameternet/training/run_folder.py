@@ -20,7 +20,7 @@ from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 
 RECIPE = "recipe.yaml"
-# Processes of the run before a restart may need a moment to end, on another machine too.
+# Processes from before a restart may need a moment to end, also on other machines.
 TAKEOVER_SECONDS = 30.0
 
 
@@ -42,8 +42,8 @@ class RunFolder:
         """Read `last.ckpt`; None for a new run.
 
         Raises:
-            CheckpointError: damaged, or a run of another recipe.
-            DivergedError: an earlier version saved a diverged network.
+            CheckpointError: the file is damaged, or of a run with another recipe.
+            DivergedError: the network diverged, and an earlier version saved it.
         """
         if not (self.path / checkpoint.LAST).exists():
             return None
@@ -80,11 +80,11 @@ class RunFolder:
         self.board = history.Board(self.path)
 
     def minutes_since_save(self) -> float:
-        """Return the age of `last.ckpt`, or of the run before the first one."""
+        """Return minutes since `last.ckpt` was written, or since the run started."""
         return (time.monotonic() - self.saved_at) / 60
 
     def save_last(self, state: dict[str, Any], must: bool) -> None:
-        """Write `last.ckpt`. If that fails, keep the old one and carry on.
+        """Write `last.ckpt`. If that fails, keep the old one and continue.
 
         Args:
             must: Raise instead, because the run ends here.
@@ -146,7 +146,7 @@ class RunFolder:
 
 @contextmanager
 def locked(folder: Path, place: Place) -> Iterator[None]:
-    """Make a run folder and lock it for the length of the block; remove a new folder that stays empty.
+    """Create and lock a run folder inside the block; remove a new folder that stays empty.
 
     Raises:
         FolderInUse: another process holds the lock.
@@ -173,5 +173,5 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # not empty, or never made
+        except OSError:  # not empty, or never created
             return

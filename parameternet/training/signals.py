@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, noted so that a run can stop between two updates."""
+"""Catch SIGINT and SIGTERM, so that a run stops between two updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """Note SIGINT and SIGTERM inside a `with` block; a second signal has its usual effect.
+    """Record SIGINT and SIGTERM inside a `with` block; a second signal has its usual effect.
 
     `received` is the signal's number, or 0.
     """

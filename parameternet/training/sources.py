@@ -1,4 +1,4 @@
-"""Images decoded once into memory (`cache: ram`), and the memory that is free."""
+"""Images decoded once into memory (`cache: ram`), and checks for free memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIB = 1 << 20
 
 
 class Memory:
-    """Decode the images of a source once, into large blocks of memory that forked workers share."""
+    """Decode the images of a source once, into large memory blocks shared by forked workers."""
 
     def __init__(self, source: Source):
         self.classes, self.where, self.name = source.classes, source.where, source.name
@@ -75,12 +75,12 @@ class Memory:
 def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
     """Decode every image of a source with a pool of threads; yield slices as (first index, results of `read`)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(source), 1024):  # without slices all decoded images would be in memory
+        for start in range(0, len(source), 1024):  # slices, or all decoded images would be in memory
             yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Return free bytes on a CUDA device, else of main memory without swapping; None if unknown."""
+    """Return free bytes of a CUDA device, or of main memory without swap; None if unknown."""
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,4 +1,4 @@
-"""Distillation (arXiv:1503.02531): a teacher's predictions, computed once and mixed into the labels.
+"""Distillation (arXiv:1503.02531): compute a teacher's predictions once and mix them into the labels.
 
 The teacher sees whole images, the student crops of them.
 """
@@ -37,8 +37,8 @@ def answers(
 ) -> Tensor:
     """Return the teacher's probabilities for every image of `data`, float16 (N, classes) on its device.
 
-    They are saved in the run folder. A resumed run reads them if pixels, labels and teacher are the same; the teacher
-    itself may be gone by then.
+    They are saved in the run folder. A resumed run reuses them if pixels, labels and teacher are unchanged; it no
+    longer needs the teacher itself.
 
     Args:
         r: a recipe with a `teacher`.
@@ -66,7 +66,7 @@ def answers(
 
 
 def _question(r: Recipe, data: DevicePixels, classes: list[str] | None) -> dict[str, str]:
-    """Return everything that the predictions depend on, by content."""
+    """Return digests of everything that the predictions depend on."""
     asked = {"teacher": str(r.teacher), "size": str(r.teacher_size), "images": data.digest}
     asked["classes"] = json.dumps(classes)
     if digest := _digest(str(r.teacher)):
@@ -120,7 +120,7 @@ def _plain(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Preparation:
-    """Preprocess uint8 images (B, 3, H, W) by the teacher's config, at `teacher_size`."""
+    """Preprocess uint8 images (B, 3, H, W) for the teacher, at `teacher_size`."""
 
     def __init__(self, r: Recipe, config: dict, device: torch.device):
         found = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], use_test_size=True)

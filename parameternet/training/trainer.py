@@ -1,4 +1,4 @@
-"""Train by a recipe: recipe -> datasets and loaders -> `Trainer` -> run folder."""
+"""Train from a recipe: recipe -> datasets and loaders -> `Trainer` -> run folder."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from parameternet.training.signals import StopSignals
 
 
 def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Train by a recipe into a run folder; resume if the folder holds an unfinished run of it.
+    """Train from a recipe into a run folder; resume if the folder holds an unfinished run of it.
 
     Under torchrun every process calls this, and the processes share the recipe's batches.
 
     Args:
         recipe: everything that the result depends on.
-        folder: recipe.yaml, history.csv, curves.png, last.ckpt and best.safetensors are written there.
+        folder: the run folder, for recipe.yaml, history.csv, curves.png, last.ckpt and best.safetensors.
         reporter: called at each step, epoch and note.
 
     Returns:
         `{"best": {...}, "last": {...}, "folder": path}`: rows of the history.
 
     Raises:
-        RecipeError, DataError, CheckpointError: a run that cannot work; raised before anything is written.
+        RecipeError, DataError, CheckpointError: the run cannot work; raised before anything is written.
         FolderInUse: another process trains into the folder.
         DivergedError: a loss or a weight is NaN or infinite; that state is not saved.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
@@ -55,7 +55,7 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
 
 
 def _run(recipe: Recipe, folder: Path, place: Place, reporter: Reporter) -> dict[str, Any]:
-    # A function of its own, so that the trainer is freed before the processes part.
+    # A separate function, so that the trainer is freed before the process group ends.
     try:
         with locked(folder, place):
             trainer = Trainer(recipe, folder, place, reporter)
@@ -71,7 +71,7 @@ class Trainer:
     Args:
         recipe: everything that the result depends on.
         folder: the run folder.
-        place: this process among all.
+        place: the rank and number of processes.
         reporter: called at each step, epoch and note.
 
     Raises:
@@ -168,7 +168,7 @@ class Trainer:
         if self.val_loader is None or ((p.epoch + 1) % r.val_every and p.epoch + 1 < r.epochs):
             return None
         model = self.learner.evaluated
-        self.place.share(model.buffers())  # each process has batch statistics of its own; the first one's are saved
+        self.place.share(model.buffers())  # each process has its own batch statistics; the first process's are saved
         found = evaluate(
             model,
             self.val_loader,
@@ -221,11 +221,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- between steps
 
     def _save_if_due(self) -> None:
-        """Save after an update if a signal came or enough time passed; inside an update the state is not complete."""
+        """Save after an update if a signal came or enough time passed; within an update the state is incomplete."""
         if self.progress.step == self.steps:
             return  # the end of the epoch saves anyway
         due = self.place.first and self.folder.minutes_since_save() >= self.recipe.checkpoint_minutes
-        wish = self.place.largest(max(self.signals.received << 1, int(due)))  # a signal's number, and a bit for time
+        wish = self.place.largest(max(self.signals.received << 1, int(due)))  # the signal's number, and a bit for time
         if wish:
             self._settle_loss()
             self._save_last(must=wish > 1)
@@ -243,7 +243,7 @@ class Trainer:
 
     def _during_validation(self, step: int, steps: int) -> None:
         self.reporter.validating(step, steps)
-        if self.signals.received and self.place.world == 1:  # several processes agree at the end of the epoch
+        if self.signals.received and self.place.world == 1:  # several processes synchronise at the end of the epoch
             self._save_last(must=True)
             raise self._interrupted(self.signals.received)
 
@@ -255,7 +255,7 @@ class Trainer:
             raise self._diverged(f"the training loss is {loss} by step {self.progress.step}")
 
     def _check_weights(self) -> None:
-        """Stop at NaN or infinity in the weights or their EMA, which the loss of the last step does not show."""
+        """Raise at NaN or infinity in the weights or their EMA, which the last loss cannot show."""
         for words, name in self.learner.not_finite().items():
             if self.place.largest(int(name is not None)):
                 raise self._diverged(f"NaN or infinity in the {words} ({name or 'of another process'})")

@@ -47,7 +47,7 @@ def validate(
 
     Args:
         model: as for `parameternet.models.loading.parse_source`: a name, a run folder, a weights folder, a
-            .safetensors file, `local-dir:DIR`, `hf-hub:ORG/NAME`; networks of timm too.
+            .safetensors file, `local-dir:DIR`, `hf-hub:ORG/NAME`; timm models too.
         data: as a recipe's `val`: a folder, a tar, `hfds/...`, `wds/...`.
         batch_size: images per step and process.
         workers: data loading workers per process.
@@ -56,7 +56,7 @@ def validate(
         amp: mixed precision: None, float16 or bfloat16.
         channels_last: memory format of images and weights.
         reporter: called at each step and for unreadable images.
-        around: called with the network; the context it returns is entered while images are measured.
+        around: called with the network; returns a context manager that is active during the measurement.
 
     Returns:
         top1, top5 (percent), top1_interval (half the width of the 95 % interval, points), loss (cross-entropy),
@@ -114,14 +114,14 @@ def interval(top1: float, images: int) -> float:
 
 
 def _compare(results: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
-    # A result on another number of images is not comparable.
+    # Results on different numbers of images are not comparable.
     same = results.get("top1") is not None and results.get("images") == found["images"]
     recorded = results["top1"] if same else None
     return {"recorded": recorded, "agrees": abs(recorded - found["top1"]) <= AGREE if same else None}
 
 
 def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a model, of this package or of timm, and its config in timm's Hub format.
+    """Load a model of this package or of timm, and its config in timm's Hub format.
 
     Raises:
         CheckpointError: no such file, folder or model name.
@@ -133,7 +133,7 @@ def load(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 class _Loader:
-    """Validation batches by a model's config, with the data's labels translated into the model's."""
+    """Validation batches preprocessed for a model, with the data's labels mapped to the model's."""
 
     def __init__(
         self, data: str | dict, config: dict[str, Any], batch_size: int, workers: int, place: Place, reporter: Reporter

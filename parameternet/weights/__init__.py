@@ -3,13 +3,13 @@
 Two things are verified:
 
 - *the file*: the SHA-256 of every recorded checkpoint is in the package's `weights.json`, and a file with one of those
-  names must match, wherever it came from;
+  names must match, whatever its origin;
 - *the tensors*: every file that `save` writes carries a digest of its tensors in the safetensors metadata.
 
 Files from the Hub or its cache are first compared with the Hub's own digest.
 
-A flipped bit in the payload of a safetensors file leaves a valid safetensors file, and the Hub's client compares sizes,
-not content. Only safetensors are read, because unpickling can run code.
+A flipped bit in the payload leaves a valid safetensors file, and the Hub's client compares sizes, not content. Only
+safetensors are read, because unpickling can run code.
 """
 
 from .config_json import CONFIG_KEYS, PRETRAINED_CFG_KEYS, RESULTS_KEYS, parse_config, read_config

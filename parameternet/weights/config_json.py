@@ -12,7 +12,7 @@ from .errors import WeightsDamaged, WeightsNotFound, mend
 __all__ = ["CONFIG_KEYS", "PRETRAINED_CFG_KEYS", "RESULTS_KEYS", "parse_config", "read_config"]
 
 
-# The keys of a config that are read, and their types.
+# The config keys that are read, and their types.
 CONFIG_KEYS = {
     "architecture": str,
     "pretrained_cfg": dict,
@@ -69,7 +69,7 @@ def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
 _SIZE = " with three numbers from 1 to 65536", lambda size: len(size) == 3 and all(1 <= n <= 65536 for n in size)
 _SHARES = " with a finite number a channel", lambda found: bool(found) and all(map(math.isfinite, found))
 _CROP = " above 0 and at most 10", lambda share: 0 < share <= 10
-# Checks of a value besides its type.
+# Further checks of values.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tag": (" of letters, digits and _ . + -", lambda tag: re.fullmatch(r"[\w.+-]*", tag) is not None),
     "num_classes": (" from 0 to 10 million", lambda number: 0 <= number <= 10_000_000),

@@ -1,4 +1,4 @@
-"""What can be wrong with weights, and how to fix it."""
+"""Errors about weights, with advice on how to fix them."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ __all__ = ["UnknownWeights", "WeightsDamaged", "WeightsError", "WeightsNotFound"
 
 
 class WeightsError(RuntimeError):
-    """A checkpoint cannot be read; the message says why and what to do."""
+    """A checkpoint cannot be read; the message says why and how to fix it."""
 
 
 class WeightsNotFound(WeightsError):
-    """No checkpoint of that name, or none in any of the places tried."""
+    """The checkpoint does not exist, or was not found in any of the places tried."""
 
 
 class UnknownWeights(WeightsNotFound):
@@ -18,11 +18,11 @@ class UnknownWeights(WeightsNotFound):
 
 
 class WeightsDamaged(WeightsError):
-    """A file exists, but its content is not what it should be."""
+    """A file exists, but its content is invalid."""
 
 
 def mend(path: Path) -> str:
-    """Return the last sentence of an error about a damaged file: how to get a good copy."""
+    """Return advice on how to get a good copy of a damaged file, as the last sentence of an error."""
     repository = next((parent for parent in path.parents if parent.name.startswith("models--")), None)
     if repository:
         return f"Remove the Hub's cached copy and try again: delete the folder {repository}"

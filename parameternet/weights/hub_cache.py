@@ -1,4 +1,4 @@
-"""Download from the Hub, verify what is in its cache, and explain what failed."""
+"""Download from the Hub, verify cached files, and explain failures."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def download(repository: str, file: str, revision: str | None, cache_dir: str | 
 
 
 def fetch(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
-    """Download a file to the Hub's cache, or update it there if the Hub can be reached.
+    """Download a file to the Hub's cache, or update it if the Hub is reachable.
 
     The content is verified against the Hub's digest. A damaged copy is removed and downloaded once more.
 
@@ -48,26 +48,26 @@ def fetch(repository: str, file: str, revision: str | None, cache_dir: str | Pat
 
 
 def cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:
-    """The file in the Hub's cache; None if it is missing or damaged."""
+    """Return the file in the Hub's cache; None if it is missing or damaged."""
     path = _in_cache(repository, file, cache_dir, revision)
     return path if path and not hub_damage(read_bytes(path), _etag(path)) else None
 
 
 def hub_damage(data: bytes, etag: str | None) -> str:
-    """How `data` differs from the Hub's digest `etag`; empty if it does not, or there is no digest."""
+    """Describe how `data` differs from the Hub's digest `etag`; empty if it matches or there is no digest."""
     if etag is None:
         return ""
-    if len(etag) == 64:  # SHA-256, of large files
+    if len(etag) == 64:  # SHA-256, for large files
         got = [hashlib.sha256(data).hexdigest()]
-    else:  # git's blob hash, of small files; mirrors that are not git may give the plain SHA-1
+    else:  # git's blob hash, for small files; mirrors that are not git may send the plain SHA-1
         got = [hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha1(data).hexdigest()]
     return "" if etag in got else f"the Hub's digest of it is {etag}, its own is {got[0]}"
 
 
 def _newest(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
-    """The newest available file, unverified, and its expected digest, if known.
+    """Return the newest available file, unverified, and its expected digest, if known.
 
-    Every failure becomes one sentence that begins with the address.
+    Every failure becomes one sentence that begins with the URL.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -76,7 +76,7 @@ def _newest(repository: str, file: str, revision: str | None, cache_dir: str | P
         # Asked separately for the digest, and because the download alone would retry for 20 s.
         metadata = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
         path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
-    except Exception as error:  # whatever the HTTP library of the installed client raises
+    except Exception as error:  # any error of the installed client's HTTP library
         cached = None if _is_settled(error) else _in_cache(repository, file, cache_dir, revision)
         if cached is None:
             nor_here = "" if _is_settled(error) else ", and the Hub's cache here does not hold it"
@@ -87,7 +87,7 @@ def _newest(repository: str, file: str, revision: str | None, cache_dir: str | P
 
 
 def _is_settled(error: Exception) -> bool:
-    """Whether the Hub has answered that there is no such file, or not for this user; a cached copy is then ignored."""
+    """Return whether the Hub answered that the file does not exist or is forbidden; a cached copy is then ignored."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -104,7 +104,7 @@ def _in_cache(repository: str, file: str, cache_dir: str | Path | None, revision
 
 
 def _etag(path: Path, metadata: Any = None) -> str | None:
-    """The Hub's digest of a file in its cache: the name of its blob, or else from the Hub's answer."""
+    """Return the Hub's digest of a cached file: the name of its blob, or else from the Hub's response."""
     if path.is_symlink():
         etag = Path(os.readlink(path)).name
     elif metadata and metadata.commit_hash in path.parts:  # a file system without links
@@ -125,7 +125,7 @@ def _remove(path: Path) -> None:
 
 
 def address(repository: str, file: str, revision: str | None = None) -> str:
-    """The address of a file on the Hub."""
+    """Return the URL of a file on the Hub."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repository}/resolve/{revision or 'main'}/{file}"
@@ -136,7 +136,7 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
 
     Args:
         error: The exception that huggingface_hub raised.
-        token: The token that was used, if it is not this machine's own.
+        token: The token that was used, if it is not the stored one.
     """
     from huggingface_hub import constants, errors, get_token
 
@@ -173,7 +173,7 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
 
 
 def hub_cause(error: Exception, token: str | None = None) -> Exception | None:
-    """The error to raise `from`, or None where its traceback would show a token."""
+    """Return the error to raise `from`, or None if its traceback would show a token."""
     return error if _without_tokens(str(error), token) == str(error) else None
 
 

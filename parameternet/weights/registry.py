@@ -1,4 +1,4 @@
-"""The recorded checkpoints, their digests, and the places where their files may be."""
+"""The recorded checkpoints, their digests, and possible locations of their files."""
 
 import difflib
 import importlib.util
@@ -34,7 +34,7 @@ RECORDS = PACKAGE / "weights.json"
 
 
 def shipped(kind: str) -> Path:
-    """The folder `weights` or `configs` of this copy of the package: of the checkout, or else of the wheel."""
+    """Return the folder `weights` or `configs` of this package, from the checkout or the wheel."""
     checkout = PACKAGE.parent
     if (checkout / "setup.cfg").is_file() and (checkout / kind).is_dir():
         return checkout / kind
@@ -42,15 +42,15 @@ def shipped(kind: str) -> Path:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """The recorded checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`.
+    """Return the recorded checkpoints: `{"<architecture>.<tag>": {"sha256": hex, "bytes": int}}`.
 
-    `earlier` lists the SHA-256 of former files of that name, so that copies of those still verify.
+    `earlier` lists the SHA-256 of earlier files of that name, so that copies of them still verify.
     """
     return json.loads(RECORDS.read_text("utf-8")) if RECORDS.is_file() else {}
 
 
 def digests(name: str) -> tuple[str, ...]:
-    """The SHA-256 digests accepted for checkpoint `name`, the current one first.
+    """Return the SHA-256 digests accepted for checkpoint `name`, the current one first.
 
     Raises:
         UnknownWeights: no checkpoint of that name is recorded.
@@ -62,7 +62,7 @@ def digests(name: str) -> tuple[str, ...]:
 
 
 def checkpoint_name(cfg: Mapping[str, Any]) -> str:
-    """`<architecture>.<tag>` of timm's pretrained_cfg.
+    """Return `<architecture>.<tag>` from timm's pretrained_cfg.
 
     Raises:
         UnknownWeights: no checkpoint of that name is recorded.
@@ -75,7 +75,7 @@ def checkpoint_name(cfg: Mapping[str, Any]) -> str:
 
 
 def unknown(name: str, names: Sequence[str] = ()) -> str:
-    """The error message for a checkpoint that is not recorded; `names` are valid ones besides the recorded."""
+    """Return the error message for an unrecorded checkpoint; `names` are valid in addition to the recorded ones."""
     names = sorted({*known(), *names})
     near = difflib.get_close_matches(name, names, n=1)
     have = ", ".join(names) or "none yet"
@@ -87,12 +87,12 @@ def unknown(name: str, names: Sequence[str] = ()) -> str:
 
 
 def hub() -> str:
-    """The Hub organisation that holds the recorded checkpoints: `PARAMETERNET_HUB`, or `parameternet`."""
+    """Return the Hub organisation of the recorded checkpoints: `PARAMETERNET_HUB`, or `parameternet`."""
     return os.environ.get("PARAMETERNET_HUB") or "parameternet"
 
 
 def places(name: str) -> list[Path]:
-    """The files on this machine that may hold checkpoint `name`, in the order they are tried."""
+    """Return the local files that may hold checkpoint `name`, in the order they are tried."""
     own = os.environ.get("PARAMETERNET_WEIGHTS")
     folders = [Path(own).expanduser()] if own else []
     return [folder / name / FILE_NAME for folder in [*folders, shipped("weights")]]
@@ -127,7 +127,7 @@ PACKAGED = {
 
 
 def packaged(repository: str) -> Path | None:
-    """The unverified file of an installed package with the tensors of a Hub repository; None if not installed."""
+    """Return the unverified file of an installed package with a Hub repository's tensors; None if not installed."""
     package = PACKAGED.get(repository)
     if package is None:
         return None
@@ -136,5 +136,5 @@ def packaged(repository: str) -> Path | None:
 
 
 def is_recorded_pickle(sha256: Sequence[str]) -> bool:
-    """Whether `sha256` is of a file in `PACKAGED`: the only pickles that are read, as their content is known."""
+    """Return whether `sha256` is of a file in `PACKAGED`, the only pickles that are read, as their content is known."""
     return any(package.sha256 in sha256 for package in PACKAGED.values())

@@ -27,7 +27,7 @@ __all__ = ["config", "find", "local", "locate", "no_weights_in", "resolve"]
 
 
 def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Read the verified tensors for timm's resolved `pretrained_cfg`. Every model loads through this.
+    """Read the verified tensors for timm's resolved `pretrained_cfg`; used by every model.
 
     ===================================  ==================================================  =========================
     name or cfg                          file                                                verified by
@@ -55,7 +55,7 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
 
 
 def locate(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> tuple[Path, tuple[str, ...]]:
-    """The unverified file that `resolve` would read, and the SHA-256 digests accepted for it; none if unknown.
+    """Return the unverified file that `resolve` would read, and the SHA-256 digests accepted for it, if known.
 
     Raises:
         UnknownWeights, WeightsNotFound: as for `resolve`.
@@ -70,7 +70,7 @@ def locate(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = Non
         return Path(file).expanduser(), ()
     if cfg.get("url"):
         raise WeightsError(
-            f"weights are not read from a plain address ({cfg['url']}): they cannot be verified. "
+            f"weights are not read from a plain URL ({cfg['url']}): they cannot be verified. "
             "Download the file and pass it as pretrained_cfg_overlay=dict(file='model.safetensors')"
         )
     if _is_foreign(cfg):
@@ -79,7 +79,7 @@ def locate(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = Non
 
 
 def find(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The verified file of checkpoint `name` (`parameternet_50m.tin200`), downloaded if necessary.
+    """Return the verified file of checkpoint `name` (`parameternet_50m.tin200`), downloaded if necessary.
 
     Raises:
         UnknownWeights, WeightsNotFound, WeightsDamaged: as for `resolve`.
@@ -90,26 +90,26 @@ def find(name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def local(name: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The unverified file that `find(name)` would use offline; None if there is none."""
+    """Return the unverified file that `find(name)` would use offline; None if there is none."""
     here = next((path for path in places(name) if path.is_file()), None)
     return here or cached(f"{hub()}/{name}", FILE_NAME, cache_dir)
 
 
 def config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """Read the `config.json` of weights: architecture, preprocessing, class names, results.
+    """Read the `config.json` of a checkpoint: architecture, preprocessing, class names, results.
 
     Args:
         name: A recorded checkpoint, `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`.
 
     Raises:
         WeightsNotFound: no such weights, or no config.json.
-        WeightsDamaged: config.json is not what it should be; the key is named.
+        WeightsDamaged: config.json is invalid; the message names the key.
     """
     return read_config(_config_path(name, cache_dir))
 
 
 def no_weights_in(folder: Path) -> WeightsNotFound:
-    """The error for a folder that should hold weights and does not."""
+    """Return the error for a folder without weights."""
     if not folder.expanduser().is_dir():
         return WeightsNotFound(f"{folder} is not a folder: local-dir:FOLDER expects FOLDER/{FILE_NAME}")
     others = sorted(p.name for p in folder.expanduser().iterdir() if p.suffix in {".pth", ".pt", ".bin", ".ckpt"})
@@ -131,7 +131,7 @@ def _config_path(name: str, cache_dir: str | Path | None) -> Path:
 
 
 def _is_foreign(cfg: Mapping[str, Any]) -> bool:
-    """Whether the cfg names a repository other than the one of its own checkpoint."""
+    """Return whether the cfg names a repository other than that of its own checkpoint."""
     repository = (cfg.get("hf_hub_id") or "").partition("@")[0]
     return bool(repository) and Path(repository).name != f"{cfg.get('architecture')}.{cfg.get('tag')}"
 
@@ -171,7 +171,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _locate(name: str, cache_dir: str | Path | None) -> tuple[Path, tuple[str, ...]]:
-    """The unverified file of a recorded checkpoint, and `digests(name)`."""
+    """Return the unverified file of a recorded checkpoint, and `digests(name)`."""
     sha256 = digests(name)
     here = next((path for path in places(name) if path.is_file()), None)
     if here:

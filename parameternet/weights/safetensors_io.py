@@ -49,8 +49,8 @@ def read(path: str | Path, *sha256: str) -> dict[str, Tensor]:
 
     Raises:
         WeightsNotFound: no such file.
-        WeightsDamaged: not safetensors, cut short, or its content is not what `sha256` or its own digest says.
-        WeightsError: another format, with the line that converts it.
+        WeightsDamaged: not safetensors, truncated, or its content does not match `sha256` or its own digest.
+        WeightsError: another format; the message has the command that converts it.
     """
     return read_all(path, *sha256)[0]
 
@@ -68,7 +68,7 @@ def read_all(path: str | Path, *sha256: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header: what `save` was given, `tensors_sha256` and `writer`.
+    """Return the metadata in a safetensors file's header: that passed to `save`, `tensors_sha256` and `writer`.
 
     Raises:
         WeightsNotFound, WeightsDamaged, WeightsError: as for `read`.
@@ -96,7 +96,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[s
 
 
 def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors sorted by name: for each, a line of JSON `[name, dtype, shape]`, then its bytes.
+    """Return the SHA-256 of tensors sorted by name: for each, a line of JSON `[name, dtype, shape]`, then its bytes.
 
     The digest does not depend on how the tensors are stored.
     """
@@ -111,12 +111,12 @@ def tensors_digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of a text's UTF-8 bytes."""
+    """Return the SHA-256 of a text's UTF-8 bytes."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def conversion(path: Path) -> str:
-    """The command line that converts a pickle of PyTorch to safetensors."""
+    """Return the command line that converts a PyTorch pickle to safetensors."""
     target = path.with_suffix(".safetensors") if path.suffix else path.with_name(FILE_NAME)
     return (
         f"""convert it with  {Path(sys.executable).name} -c "import torch; from parameternet import weights; """
@@ -125,7 +125,7 @@ def conversion(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's content.
+    """Return the file's content.
 
     Raises:
         WeightsNotFound: no such file.
@@ -140,7 +140,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def check_file(path: Path, data: bytes, *sha256: str) -> None:
-    """Raise `WeightsDamaged` if `data`, the content of `path`, has none of the digests `sha256`; no digests: pass."""
+    """Raise `WeightsDamaged` if `data`, the content of `path`, matches none of `sha256`; pass if that is empty."""
     got = hashlib.sha256(data).hexdigest()
     if sha256 and got not in sha256:
         raise WeightsDamaged(
@@ -155,7 +155,7 @@ def _standalone(name: str, tensor: Any) -> Tensor:
             f"a state dict maps names to tensors, but {name!r} is a {type(tensor).__name__}: "
             "if the checkpoint is nested, pass its inner dict"
         )
-    return tensor.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+    return tensor.detach().cpu().contiguous().clone()  # safetensors rejects tensors that share memory
 
 
 def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

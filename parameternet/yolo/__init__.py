@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Dynamic convolutions, and any network of timm as a backbone, in stock Ultralytics: importing this is all it takes.
+"""Add dynamic convolutions and timm backbones to stock Ultralytics on import.
 
 >>> import parameternet.yolo
 >>> from ultralytics import YOLO
 >>> model = YOLO("yolov8n-dynamicconv.yaml")
 
-Written against Ultralytics, and so under its licence, AGPL-3.0, unlike the rest of this package.
+It builds on Ultralytics and is under its licence, AGPL-3.0, unlike the rest of this package.
 """
 
 try:

@@ -19,14 +19,14 @@ from parameternet import fuse
 
 __all__ = ["Features", "TimmBackbone", "TimmStage", "features_of"]
 
-# Arguments that make families with a fixed input size take any size.
+# Arguments with which families with a fixed input size accept any size.
 FREE_SIZES: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network of timm gives: channels and strides of its features, whether channels come last, and the arguments
-    by which it takes any size."""
+    """The features of a timm network: channels, strides, whether channels come last, and arguments to accept any
+    size."""
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -34,7 +34,7 @@ class Features:
     options: dict[str, Any] = field(hash=False)
 
     def index(self, stride: int) -> int:
-        """Of the feature of that stride, the last one if there are several."""
+        """Return the index of the feature with a stride; the last one if there are several."""
         found = [i for i, s in enumerate(self.strides) if s == stride]
         if not found:
             raise ValueError(f"no feature of stride {stride}; there are {', '.join(map(str, self.strides))}")
@@ -42,10 +42,10 @@ class Features:
 
 
 def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
-    """Look at a network without memory for its parameters, and without a random number.
+    """Inspect a network without allocating its parameters or drawing random numbers.
 
     Raises:
-        ValueError: not a network of timm, or of a family that takes one size alone, which is named.
+        ValueError: the network is not one of timm's, or its family supports only one input size.
     """
     return cached_features(name, in_chans, tuple(sorted(options.items())))
 
@@ -53,11 +53,11 @@ def features_of(name: str, in_chans: int, options: dict[str, Any]) -> Features:
 @lru_cache
 def cached_features(name: str, in_chans: int, options: tuple[tuple[str, Any], ...]) -> Features:
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() names them all")
+        raise ValueError(f"TimmBackbone: timm has no network {name!r}; timm.list_models() lists all")
     if any(key == "checkpoint_path" for key, _ in options):
         raise ValueError(
-            f"TimmBackbone: checkpoint_path is not read, since nothing checks what it holds; build the detector and "
-            f"load the weights of {name}, YOLO(yaml).load('model.safetensors')"
+            f"TimmBackbone: checkpoint_path is not supported, because such files are not verified; build the detector "
+            f"and load the weights of {name}, YOLO(yaml).load('model.safetensors')"
         )
     errors = []
     for more in FREE_SIZES:
@@ -66,7 +66,7 @@ def cached_features(name: str, in_chans: int, options: tuple[tuple[str, Any], ..
             with torch.device("meta"):
                 net = timm.create_model(name, features_only=True, in_chans=in_chans, **given).eval()
                 shapes = [[f.shape for f in net(torch.empty(1, in_chans, *size))] for size in ((64, 96), (256, 256))]
-        except Exception as error:  # whatever the network's own code makes of a size
+        except Exception as error:  # the network's own code may raise any error for a size
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
@@ -81,23 +81,23 @@ def cached_features(name: str, in_chans: int, options: tuple[tuple[str, Any], ..
 
 
 class TimmBatchNorm(nn.BatchNorm2d):
-    """Ultralytics sets eps and momentum of plain torch.nn.BatchNorm2d; a pretrained network keeps its own in this."""
+    """A batch norm that keeps its eps and momentum, which Ultralytics sets on plain torch.nn.BatchNorm2d."""
 
 
 TimmBatchNorm.__module__ = "parameternet.yolo"
 
-# State dicts of pretrained networks that this process has loaded, by network: a trainer builds a model again, and must
-# not ask the Hub each time, nor at all when it resumes from a checkpoint.
+# Cached state dicts of pretrained networks: a trainer rebuilds the model, and should not ask the Hub each time, nor at
+# all when it resumes from a checkpoint.
 _SEEN: dict[str, dict[str, Tensor]] = {}
 
 
 class TimmBackbone(nn.Module):
-    """Features of a network of timm, as a list. Pictures are 0..1, as YOLO feeds them; mean and std are ours to apply.
+    """Features of a timm network, as a list. Images are 0 to 1, as in YOLO; mean and std are applied here.
 
     Args:
         c1: Channels of the images.
-        spec: `name`, and what `timm.create_model` takes: `pretrained` (default False), `out_indices`, ...
-        channels: Of the features; the parser wants to know them, the network has them.
+        spec: `name`, and arguments of `timm.create_model`: `pretrained` (default False), `out_indices`, ...
+        channels: Channels of the features, needed by the parser only.
     """
 
     def __init__(self, c1: int, spec: dict[str, Any], channels: list[int] | None = None) -> None:
@@ -150,8 +150,8 @@ class TimmBackbone(nn.Module):
         fuse(self.net.eval(), inplace=True)
         self.train(training)
 
-    # A checkpoint holds name, arguments and tensors and no class of timm's, which may move. A folded network has no
-    # name, so it travels whole.
+    # A checkpoint stores name, arguments and tensors, but no timm classes, which may move. A folded network has no
+    # name, so it is pickled whole.
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if not any(isinstance(module, TimmBatchNorm) for module in self.net.modules()):
@@ -186,7 +186,7 @@ class TimmBackbone(nn.Module):
 
 
 class TimmStage(nn.Module):
-    """Picks a feature of a `TimmBackbone`: a row `[0, 1, TimmStage, [8]]` takes the one of stride 8."""
+    """Pick a feature of a `TimmBackbone`: a row `[0, 1, TimmStage, [8]]` takes the one with stride 8."""
 
     def __init__(self, c1: Any, index: int, c2: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`parameternet-yolo`: Ultralytics' own command, with our layers known to it."""
+"""`parameternet-yolo`: Ultralytics' own command with our layers registered."""
 
 
 def main() -> None:
-    """Register, then do what `yolo` does."""
+    """Register our layers, then run `yolo`."""
     from ultralytics.cfg import entrypoint
 
     import parameternet.yolo  # noqa: F401

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Find objects in an image with a YOLO file."""
+"""Detect objects in an image with a YOLO checkpoint."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ __all__ = ["Detector", "Found"]
 
 
 class Found(NamedTuple):
-    """An object: its class, how sure the detector is, and its box in pixels: left, top, right, bottom."""
+    """A detected object: class, confidence, and box in pixels (left, top, right, bottom)."""
 
     label: str
     confidence: float
@@ -20,13 +20,13 @@ class Found(NamedTuple):
 
 
 class Detector:
-    """Find the objects of an image, the surest first.
+    """Detect the objects in an image, the most confident first.
 
     Args:
         path: A .pt file of Ultralytics; reading one can run code.
 
     Raises:
-        ValueError: It is not of a detector.
+        ValueError: It is not a detector.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Layers for the rows of Ultralytics' YAMLs, in Ultralytics' signatures: c1 and c2 are channels in and out.
 
-Checkpoints name these classes as `parameternet.yolo.<name>`, whichever file defines them.
+Checkpoints refer to these classes as `parameternet.yolo.<name>`, whichever file defines them.
 """
 
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ Class = TypeVar("Class", bound=type)
 
 
 def _public(cls: Class) -> Class:
-    """The dotted name is a format: files hold it."""
+    """Set the dotted name that checkpoints store."""
     cls.__module__ = "parameternet.yolo"
     return cls
 
@@ -41,9 +41,9 @@ def _pair(value: Any) -> Any:
 
 @_public
 class DynamicConv(layers.DynamicConv):
-    """The bare layer of the articles: no norm, no activation; unpadded sizes shrink by the stride alone.
+    """The bare layer of the articles, without norm and activation; the output shrinks only by the stride.
 
-    p: Padding, as of `parameternet.DynamicConv`; None is its default. The rest as there: bias, num_experts, routing,
+    p: Padding, as in `parameternet.DynamicConv`; None is its default. The rest as there: bias, num_experts, routing,
     routing_hidden, temperature; in a YAML as a dictionary that ends the row, `[512, 3, 2, {num_experts: 8}]`.
     """
 
@@ -54,10 +54,10 @@ class DynamicConv(layers.DynamicConv):
 
 @_public
 class DynamicConvBnAct(nn.Module):
-    """What Ultralytics' `Conv` is, with a dynamic convolution: batch norm and the network's own activation follow.
+    """Ultralytics' `Conv` with a dynamic convolution, followed by batch norm and the network's activation.
 
-    Parts have `Conv`'s names and its padding, so that its weights can be upcycled. act: True for the default activation
-    of the network that is being built, a module, or False for none.
+    Submodules and padding are those of `Conv`, so that its weights can be upcycled. act: True for the default
+    activation of the network that is being built, a module, or False for none.
     """
 
     def __init__(self, c1: int, c2: int, k=1, s=1, p=None, g: int = 1, d=1, act: Any = True, **options: Any):
@@ -70,7 +70,7 @@ class DynamicConvBnAct(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def reparameterize(self) -> None:
-        """Fold batch normalisation into every expert, in place; once more changes nothing."""
+        """Fold batch normalisation into every expert, in place; idempotent."""
         self.bn = fold_batch_norm(self.conv, self.bn)
 
 
@@ -91,7 +91,7 @@ def _conv_layer(options: dict[str, Any]):
 
 @_public
 class GhostModule(layers.GhostModule):
-    """`parameternet.GhostModule`: half of the channels by a dynamic convolution, the rest from them by a cheap one."""
+    """`parameternet.GhostModule` with the arguments of a YAML row."""
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, ratio: int = 2, dw_size: int = 3, **options: Any):
         super().__init__(c1, c2, k, ratio, dw_size, s, conv_layer=_conv_layer(options))
@@ -99,7 +99,7 @@ class GhostModule(layers.GhostModule):
 
 @_public
 class GhostBottleneck(layers.GhostBottleneck):
-    """`parameternet.GhostBottleneck`. In a YAML it is `GhostBottleneck_DynamicConv`: Ultralytics has one of its own."""
+    """`parameternet.GhostBottleneck`; in a YAML `GhostBottleneck_DynamicConv`, because Ultralytics has its own."""
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, se_ratio: float = 0.0, **options: Any):
         super().__init__(c1, c2, k, s, se_ratio=se_ratio, conv_layer=_conv_layer(options))
@@ -107,7 +107,7 @@ class GhostBottleneck(layers.GhostBottleneck):
 
 @_public
 class C2f_GhostModule_DynamicConv(C2f):
-    """C2f whose blocks are Ghost modules without a shortcut, as in the articles; `shortcut` and `g` are without use."""
+    """C2f whose blocks are Ghost modules without a shortcut, as in the articles; `shortcut` and `g` are ignored."""
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, shortcut: bool = False, g: int = 1, e: float = 0.5, **options: Any
@@ -119,7 +119,7 @@ class C2f_GhostModule_DynamicConv(C2f):
 
 @_public
 class C2f_DynamicConv(C2f):
-    """C2f in whose bottlenecks the second convolution is a `DynamicConvBnAct`; the shortcut stays."""
+    """C2f whose bottlenecks have a `DynamicConvBnAct` as the second convolution, and keep the shortcut."""
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, shortcut: bool = False, g: int = 1, e: float = 0.5, **options: Any
@@ -149,7 +149,7 @@ class C3k_DynamicConv(C3k):
 
 @_public
 class C3k2_DynamicConv(C3k2):
-    """C3k2 with the bottlenecks of `C2f_DynamicConv`; `rebuild` makes one of a C3k2 that Ultralytics has built."""
+    """C3k2 with the bottlenecks of `C2f_DynamicConv`; `rebuild` converts a C3k2 built by Ultralytics."""
 
     def __init__(self, *args: Any, num_experts: int = 4, routing: str = "sigmoid", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -165,7 +165,7 @@ class C3k2_DynamicConv(C3k2):
 
 @_public
 class C3k2_GhostModule_DynamicConv(C3k2):
-    """C3k2 whose blocks are Ghost modules, as `C2f_GhostModule_DynamicConv`."""
+    """C3k2 whose blocks are Ghost modules, like `C2f_GhostModule_DynamicConv`."""
 
     def __init__(self, *args: Any, num_experts: int = 4, routing: str = "sigmoid", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -180,7 +180,7 @@ class C3k2_GhostModule_DynamicConv(C3k2):
 
 
 def make_bottlenecks_dynamic(module: nn.Module, options: dict[str, Any]) -> None:
-    """Put a fresh `DynamicConvBnAct` in the place of the second convolution of every bottleneck inside `module`."""
+    """Replace the second convolution of every bottleneck in `module` by a new `DynamicConvBnAct`."""
     for block in module.modules():
         if isinstance(block, Bottleneck) and isinstance(block.cv2, Conv):
             conv = block.cv2.conv
@@ -198,7 +198,7 @@ def make_bottlenecks_dynamic(module: nn.Module, options: dict[str, Any]) -> None
 
 
 def fold(model: nn.Module) -> None:
-    """Fold batch normalisation of every layer of ours, in place, in training mode too; once more changes nothing."""
+    """Fold batch normalisation in all of our layers, in place, also in training mode; idempotent."""
     own = DynamicConvBnAct, layers.GhostModule, layers.GhostBottleneck, layers.ConvBnAct
     for module in model.modules():
         if isinstance(module, own):

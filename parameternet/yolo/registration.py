@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Register our layers with stock Ultralytics, without touching its files.
 
-The parser looks names up in its own globals, and sets of classes decide which arguments a row gets. So a *stand-in* is
-put there for each of our names: a class that equals the stock class whose rule the row follows, and that builds our
+The parser looks up names in its own globals, and sets of classes decide which arguments a row gets. So we add a
+*stand-in* for each of our names: a class that equals the stock class whose rules the row follows, and that builds our
 layer when called. Only the parser sees it. A few functions are wrapped (`_wraps`), each once.
 """
 
@@ -44,18 +44,18 @@ ROWS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "TimmBackbone": (backbone.TimmBackbone, modules.HGStem),
     "TimmStage": (backbone.TimmStage, modules.HGStem),
 }
-# The parser knows C3k2 by identity (sizes m, l, x; the kind of head), so these are built as C3k2 and changed after.
+# The parser compares C3k2 by identity (sizes m, l, x; the kind of head), so these are built as C3k2 and converted.
 TWINS = {
     "C3k2_DynamicConv": layers.C3k2_DynamicConv,
     "C3k2_GhostModule_DynamicConv": layers.C3k2_GhostModule_DynamicConv,
 }
-# Formats whose runtimes convolve with a kernel that was mixed in the graph, for one image at a time.
+# Formats whose runtimes support kernels mixed in the graph, for one image at a time.
 COMPUTED = ("onnx", "openvino", "torchscript")
 PICKLED = [*{layer for layer, _ in ROWS.values()}, *TWINS.values(), Router, backbone.TimmBatchNorm]
 
 
 class StandIn(type):
-    """A class that the parser takes for `stock` and that builds `layer`."""
+    """A class that the parser treats as `stock` and that builds `layer`."""
 
     layer: type[nn.Module]
     stock: type[nn.Module]
@@ -74,10 +74,10 @@ class StandIn(type):
 
 
 def register() -> None:
-    """Let Ultralytics know our layers; once more changes nothing.
+    """Register our layers with Ultralytics; idempotent.
 
     Raises:
-        ImportError: this Ultralytics has a layer of one of our names, or builds something else from our rows.
+        ImportError: this Ultralytics has a layer with one of our names, or builds something else from our rows.
     """
     with _LOCK:
         if getattr(tasks.parse_model, "of_parameternet", False):
@@ -115,7 +115,7 @@ def _install() -> None:
 
 
 def _wraps() -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
-    """What is wrapped: where it is, its name, and what is called in its place, with the original first."""
+    """Return (owner, name, replacement) of each wrapped function; the replacement takes the original first."""
     return (
         (tasks, "parse_model", _parse_model),
         (tasks, "check_yaml", _check_yaml),
@@ -128,7 +128,7 @@ def _wraps() -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
 
 
 def _wrapped(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """`ours(original, ...)` in the place of `original(...)`."""
+    """Return a function that calls `ours(original, ...)`."""
 
     @wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def _parse_model(original: Callable[..., Any], d: dict[str, Any], ch: int, verbo
 
 
 def write_features(rows: list[list[Any]], ch: int) -> None:
-    """Channels and indices of timm's features, into the rows where the parser reads them."""
+    """Write channels and indices of timm's features into the rows where the parser reads them."""
     specs: dict[int, tuple[dict[str, Any], backbone.Features]] = {}
     for index, row in enumerate(rows):
         if row[2] == "TimmBackbone":
@@ -173,20 +173,20 @@ def write_features(rows: list[list[Any]], ch: int) -> None:
         elif row[2] == "TimmStage":
             source = row[0] if row[0] >= 0 else index + row[0]
             if source not in specs:
-                raise ValueError(f"TimmStage in row {index} reads row {source}, which is no TimmBackbone")
+                raise ValueError(f"TimmStage in row {index} reads row {source}, which is not a TimmBackbone")
             spec, found = specs[source]
             feature = found.index(row[3][0])
             row[3] = [spec["out_indices"].index(feature), found.channels[feature]]
 
 
 def _strides(rows: list[list[Any]], source: int) -> list[int]:
-    """What the pickers of a backbone ask for."""
+    """Return the strides requested by a backbone's `TimmStage` rows."""
     pickers = [(index, row) for index, row in enumerate(rows) if row[2] == "TimmStage"]
     return [row[3][0] for index, row in pickers if (row[0] if row[0] >= 0 else index + row[0]) == source]
 
 
 def _rename_twins(rows: list[list[Any]]) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Rows of twins become rows of C3k2; where they were, and their options."""
+    """Rename rows of our C3k2 variants to C3k2; return their positions and options."""
     found = {}
     for index, row in enumerate(rows):
         if row[2] in TWINS:
@@ -203,7 +203,7 @@ def _check_yaml(original: Callable[..., Any], file: Any, *args: Any, **kwargs: A
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The life of a model
+# Life cycle of a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +236,8 @@ def _generate_ddp_file(original: Callable[..., Any], trainer: Any) -> str:
 
 
 def _export(original: Callable[..., Any], self: Exporter, *args: Any, **kwargs: Any) -> Any:
-    """Write dynamic convolutions as the format's runtimes like them; see `parameternet.export.forms`."""
-    if has_dynamic_convolutions(self.model):  # an export of one format may call another's
+    """Convert dynamic convolutions to the form that the format's runtimes support; see `parameternet.export.forms`."""
+    if has_dynamic_convolutions(self.model):  # exporting one format may call the exporter of another
         one_image = not self.args.dynamic and self.im.shape[0] == 1
         if self.args.format in COMPUTED and one_image and not _is_quantised(self.args):
             write_computed(self.model, tuple(self.im.shape[1:]), mix_by_conv=self.args.format == "onnx")
@@ -247,7 +247,7 @@ def _export(original: Callable[..., Any], self: Exporter, *args: Any, **kwargs: 
 
 
 def _is_quantised(args: Any) -> bool:
-    """Are kernels to become 8-bit integers? Only constant ones can."""
+    """Return whether kernels will be quantised to int8, which requires constant kernels."""
     return bool(getattr(args, "int8", False)) or getattr(args, "quantize", None) not in (None, 16, 32)
 
 
@@ -269,7 +269,7 @@ def _add_thop_rules() -> None:
 
 
 def gflops(model: nn.Module, size: int = 640) -> float:
-    """GFLOPs as Ultralytics reports them: twice the multiply-adds of convolutions, for one image of that size."""
+    """Return GFLOPs as Ultralytics does: twice the multiply-adds of convolutions, for one image of that size."""
     return get_flops(model, size)
 
 
@@ -282,12 +282,12 @@ def _count_nothing(layer: nn.Module, inputs: Any, output: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Does it fit?
+# Compatibility check
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _test() -> None:
-    """Three rows, parsed in milliseconds: channels must be those of the stock layers."""
+    """Parse three rows and check that their channels are those of the stock layers."""
     rows = [[-1, 1, "DynamicConv", [64, 3, 2]], [-1, 3, "C2f_DynamicConv", [128, True]], [-1, 1, "Conv", [32, 1, 1]]]
     d = {"nc": 3, "depth_multiple": 0.34, "width_multiple": 0.25, "backbone": rows, "head": []}
     state = torch.get_rng_state()

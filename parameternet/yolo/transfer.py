@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Weights of other networks into dynamic detectors.
+"""Load weights of other networks into dynamic detectors.
 
 YOLO("yolov8n-dynamicconv.yaml").load("yolov8n.pt")  # dense kernels, upcycled
 YOLO("yolov8n-dynamicconv.yaml").load("best.safetensors")  # a classifier's, into the backbone
@@ -27,23 +27,23 @@ __all__ = ["is_ours", "prepare", "read", "upcycle_like"]
 
 
 class MissingWeights(weights.WeightsNotFound, FileNotFoundError):
-    """No such file: what Ultralytics raises for its own files, and what this package raises for weights."""
+    """The file does not exist; both Ultralytics' and this package's kind of error."""
 
 
 class Weights(nn.Module):
-    """Tensors of a file, in the place of the network that a checkpoint of Ultralytics holds."""
+    """Tensors of a file, in place of the network in an Ultralytics checkpoint."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        self.args = {"task": "classify"}  # else Ultralytics guesses it from layers, and warns
+        self.args = {"task": "classify"}  # otherwise Ultralytics guesses it from layers, with a warning
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return dict(self.tensors)
 
 
 def is_ours(weight: str | Path) -> bool:
-    """Whether this package reads `weight`, which Ultralytics does not know: any source of `loading.parse_source`."""
+    """Return whether this package reads `weight`: a source of `loading.parse_source` unknown to Ultralytics."""
     name = str(weight)
     if name.lower().endswith(".safetensors") or name.startswith(("local-dir:", "hf-hub:")):
         return True
@@ -60,11 +60,11 @@ def read(weight: str | Path) -> dict[str, Any]:
     """Read a classifier's verified weights as a checkpoint of Ultralytics.
 
     Args:
-        weight: As for `parameternet.models.loading.parse_source`, networks of timm too.
+        weight: As for `parameternet.models.loading.parse_source`, including timm models.
 
     Raises:
         FileNotFoundError: there is no such file.
-        parameternet.weights.WeightsDamaged: the file is not what it should be.
+        parameternet.weights.WeightsDamaged: the file is invalid.
     """
     try:
         return {"model": Weights(loading.read_tensors(weight)), "train_args": {}}
@@ -73,9 +73,9 @@ def read(weight: str | Path) -> dict[str, Any]:
 
 
 def upcycle_like(model: nn.Module, source: nn.Module) -> None:
-    """Make those layers of `model` dynamic, in place, that are so in `source` because it was upcycled.
+    """Convert the layers of `model`, in place, that are dynamic in an upcycled `source`.
 
-    Ultralytics' trainer builds a network anew from its YAML, which does not know of them, and loads the weights.
+    Ultralytics' trainer rebuilds a network from its YAML, which lacks them, and loads the weights.
     """
     done = getattr(source, "upcycling", None)
     if done is None or getattr(model, "upcycling", None) is not None:
@@ -86,12 +86,12 @@ def upcycle_like(model: nn.Module, source: nn.Module) -> None:
 
 
 def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Module | None:
-    """A network whose state dict has `source`'s weights as `model` wants them; None if there is nothing to be changed.
+    """Return a network with `source`'s weights converted for `model`; None if nothing needs converting.
 
-    Weights of a network of timm go to the `TimmBackbone` that is made of it, under whatever names a checkpoint of that
-    network may have. Where `model` has a dynamic convolution and `source` a dense one, the kernel is split among the
-    experts so that they compute the same. A bare `DynamicConv` has neither normalisation nor activation: it gets the
-    kernel with the normalisation's scale folded in, which is a start and not the same function.
+    Weights of a timm network go to its `TimmBackbone`, with any names that a checkpoint of that network may have. Where
+    `model` has a dynamic convolution and `source` a dense one, the kernel is split among the experts so that they
+    compute the same. A bare `DynamicConv` has neither normalisation nor activation: it gets the kernel with the
+    normalisation's scale folded in, which is an initialisation but not the same function.
 
     Raises:
         parameternet.weights.WeightsError: nothing of `source` fits the backbone of `model`.
@@ -99,7 +99,7 @@ def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Mod
     own = source.float().state_dict()
     place, state = _under_backbone(own, model)
     changed = upcycle_state_dict(_with_bare_kernels(state, model), model, neutral=True)
-    match_routers(model, changed)  # Ultralytics drops what has another shape
+    match_routers(model, changed)  # Ultralytics drops tensors of another shape
     if isinstance(source, Weights) or any(isinstance(m, DynamicConv | TimmBackbone) for m in model.modules()):
         _check_backbone(changed, model, source, place)
     if changed.keys() == own.keys():
@@ -110,7 +110,7 @@ def prepare(model: nn.Module, source: nn.Module, verbose: bool = True) -> nn.Mod
 
 
 def _check_backbone(state: dict[str, Tensor], model: nn.Module, source: nn.Module, place: str | None) -> None:
-    """Raise if a classifier's tensors are not all that the network at `place` has, or nothing fits the backbone."""
+    """Raise unless a classifier's tensors cover the network at `place`, or if nothing matches the backbone."""
     rows = len((getattr(model, "yaml", None) or {}).get("backbone", ()))
     places = (f"{place}.",) if place else tuple(f"model.{row}." for row in range(rows))
     mine = {n: v for n, v in model.state_dict().items() if n.startswith(places) and v.is_floating_point()}
@@ -128,7 +128,7 @@ def _check_backbone(state: dict[str, Tensor], model: nn.Module, source: nn.Modul
 
 
 def _misfits(state: dict[str, Tensor], mine: dict[str, Tensor]) -> str:
-    """What differs, with examples: shapes under the same names, and names."""
+    """Describe mismatched shapes and names, with examples."""
     parts = []
     reshaped = [name for name in mine if name in state and state[name].shape != mine[name].shape]
     if reshaped:
@@ -142,7 +142,7 @@ def _misfits(state: dict[str, Tensor], mine: dict[str, Tensor]) -> str:
 
 
 def _with(source: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """`source`, whose head and names Ultralytics looks at too, with another state dict."""
+    """Return `source` with another state dict; Ultralytics also reads its head and names."""
     view = copy(source)
     view.state_dict = lambda: tensors
     return view
@@ -153,10 +153,10 @@ def _dynamic(model: nn.Module) -> list[tuple[str, DynamicConv]]:
 
 
 def _under_backbone(state: dict[str, Tensor], model: nn.Module) -> tuple[str | None, dict[str, Tensor]]:
-    """A classifier's tensors by the names that they have in the `TimmBackbone` of `model`, and where that is.
+    """Rename a classifier's tensors to their names in the `TimmBackbone` of `model`, and find its place.
 
     Returns:
-        (place, tensors), or (None, `state`) where no name is one of the backbone's.
+        (place, tensors), or (None, `state`) if no name occurs in the backbone.
     """
     for place, module in model.named_modules():
         if isinstance(module, TimmBackbone) and not any(name.startswith(f"{place}.net.") for name in state):
@@ -169,7 +169,7 @@ def _under_backbone(state: dict[str, Tensor], model: nn.Module) -> tuple[str | N
 
 
 def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str, Tensor]:
-    """What timm makes of a checkpoint of the backbone's network: names of other releases, and input channels."""
+    """Apply timm's checkpoint filters for the backbone's network: names of other releases, and input channels."""
     name, options = backbone.spec["name"], {**backbone.spec}
     options = {key: value for key, value in options.items() if key not in ("name", "pretrained", "out_indices")}
     options = features_of(name, backbone.c1, options).options
@@ -177,7 +177,7 @@ def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str
         network = timm.create_model(name, in_chans=backbone.c1, **options)
     try:
         state = dynamic_timm.filtered(state, network, name)
-    except (KeyError, RuntimeError, ValueError):  # it is of another network, which the names and shapes will tell
+    except (KeyError, RuntimeError, ValueError):  # of another network; the check of names and shapes reports it
         return state
     stems = network.pretrained_cfg.get("first_conv") or ()
     stems = [f"{stem}.weight" for stem in ([stems] if isinstance(stems, str) else stems)]
@@ -186,12 +186,12 @@ def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str
 
 
 def _plain(name: str) -> str:
-    # As a list of features, a network of timm has `blocks_0.` for `blocks.0.`.
+    # With features as a list, a timm network has `blocks_0.` instead of `blocks.0.`.
     return name.replace("_", ".")
 
 
 def _with_bare_kernels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Kernels of Conv under the names of the bare layers in their places."""
+    """Rename kernels of `Conv` to the bare layers that replace them."""
     out = dict(state)
     for name, _ in _dynamic(model):
         dense = f"{name}.conv.weight"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""YAMLs by name alone: `yolo11x-seg-dynamicconv.yaml` is the user's own `yolo11-seg.yaml` with rows replaced.
+"""Build YAMLs by name: `yolo11x-seg-dynamicconv.yaml` is the installed `yolo11-seg.yaml` with rows replaced.
 
-Nothing of Ultralytics' is copied, and each release is followed. The rules are files in configs/yolo.
+Nothing of Ultralytics is copied, so networks follow its releases. The rules are files in configs/yolo.
 """
 
 import atexit
@@ -24,23 +24,23 @@ __all__ = ["find", "rules", "variant"]
 
 FAMILIES = r"(?:yolov8|yolov9|yolov10|yolo11|yolo12|yolo26)"
 TASKS = r"(?:-(?:seg|pose|obb|cls))?"
-# Rows at the end of a backbone that stay behind a network of timm.
+# Rows at the end of a backbone that are kept after a timm network.
 TAIL = ("SPPF", "C2PSA", "C2fPSA", "PSA")
 
 
 @lru_cache
 def rules() -> dict[str, dict[str, Any]]:
-    """Suffix of a YAML's name -> what it replaces: `{"replace": {stock: ours}, "keep": rows}`."""
+    """Return suffix of a YAML's name -> rule: `{"replace": {stock: ours}, "keep": rows}`."""
     folder = weights.shipped("configs") / "yolo"
     return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.glob("*.yaml"))}
 
 
 def find(file: str, stock: Callable[[str], Any]) -> str | None:
-    """The file of a YAML that is ours to make, or None.
+    """Return the file of a YAML that this package generates, or None.
 
     Args:
-        file: What Ultralytics looks for; only bare names that are no file here, and have no scale in them, are ours.
-        stock: Finds a stock YAML by its name, as Ultralytics does.
+        file: The name that Ultralytics looks for; only names without folder and scale that do not exist as files are
+        ours. stock: Finds a stock YAML by name, like Ultralytics.
     """
     name = re.fullmatch(rf"({FAMILIES})([nslmx]?)({TASKS})-(.+)\.yaml", file)
     if not name or Path(file).exists():
@@ -48,7 +48,7 @@ def find(file: str, stock: Callable[[str], Any]) -> str | None:
     family, scale, task, suffix = name.groups()
     known = suffix in rules() or timm.is_model(suffix)
     if not known or scale:
-        return None  # the scale is Ultralytics' to take off, and it asks again without it
+        return None  # Ultralytics removes the scale and asks again
     path = stock(f"{family}{task}.yaml")
     if not path:
         return None
@@ -59,8 +59,8 @@ def find(file: str, stock: Callable[[str], Any]) -> str | None:
 
 
 def _folder() -> Path:
-    """This user's folder for YAMLs, which others cannot write to; checkpoints name the files in it."""
-    user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a folder of temporary files for each user
+    """Return this user's private folder for YAMLs; checkpoints refer to the files in it."""
+    user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a temporary folder per user
     folder = Path(tempfile.gettempdir()) / ("parameternet-yolo" if user is None else f"parameternet-yolo-{user}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -71,14 +71,14 @@ def _folder() -> Path:
 
 @lru_cache(maxsize=1)
 def folder_of_this_process() -> Path:
-    # Somebody else was there first, and could put other networks in the place of ours.
+    # Another user created it and could replace our networks.
     folder = tempfile.TemporaryDirectory(prefix="parameternet-yolo-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def variant(stock: dict[str, Any], suffix: str) -> dict[str, Any]:
-    """A stock network's dictionary with rows replaced by a rule, or with a network of timm as its backbone."""
+    """Return a stock network's dictionary with rows replaced by a rule, or with a timm network as its backbone."""
     rule = rules().get(suffix)
     return _replaced(stock, rule) if rule else _with_backbone(stock, suffix)
 
@@ -100,7 +100,7 @@ def _with_backbone(stock: dict[str, Any], name: str) -> dict[str, Any]:
     old = stock["backbone"]
     tail = [row for row in old if row[2] in TAIL]
     used = sorted({i for row in stock["head"] for i in _sources(row) if 0 <= i < len(old)} | {len(old) - 1})
-    # A head reads the features of strides 8 and 16, and the last row, of stride 32, whatever follows it.
+    # A head reads the features with strides 8 and 16, and the last row, with stride 32, whatever comes after it.
     strides = [8, 16, 32][-len(used) :]
     rows = [[-1, 1, "TimmBackbone", [name]]]
     rows += [[0, 1, "TimmStage", [stride]] for stride in strides]

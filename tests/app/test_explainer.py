@@ -61,7 +61,7 @@ def test_the_static_baseline_has_no_dynamic_layer_and_fewer_multiply_adds(explai
     assert found.cost.milliseconds > 0 and found.static_cost.milliseconds > 0
 
 
-def test_without_routing_by_image_the_static_baseline_says_the_same():
+def test_constant_routing_matches_the_static_baseline():
     torch.manual_seed(0)
     dense = timm.create_model("tf_efficientnet_lite0", num_classes=6)
     from parameternet import upcycle

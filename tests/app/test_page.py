@@ -151,7 +151,7 @@ def test_upload_in_chromium_and_read_the_label(in_browser, lite0, tmp_path):
         assert "espresso" in tab.locator("#static").inner_text()
         tab.locator("#second input[type=file]").set_input_files(PHOTOS / "cat.jpg")
         tab.wait_for_selector(browser.SHOWN.format("second_routing"))
-        tab.get_by_text("routes every image alike").wait_for()
+        tab.get_by_text("routes every image the same way").wait_for()
         tab.screenshot(path=tmp_path / "page.png", full_page=True)
     assert Image.open(tmp_path / "page.png").width == 1200
     outside = [address for address in addresses if not address.startswith(("http://127.0.0.1:", "data:", "blob:"))]

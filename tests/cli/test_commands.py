@@ -248,7 +248,7 @@ def test_doctor_finds_all_well(recorded):
     assert run("doctor").stdout.endswith("All is well.\n")
 
 
-def test_doctor_tells_what_is_broken_and_how_to_mend_it(monkeypatch, tmp_path):
+def test_doctor_reports_problems_and_fixes(monkeypatch, tmp_path):
     own = checkpoints.write(tmp_path / checkpoints.NAME)
     checkpoints.record(monkeypatch, own)
     path = own / weights.FILE_NAME

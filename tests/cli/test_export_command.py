@@ -21,7 +21,7 @@ def run(*arguments, code=0):
     return done.output
 
 
-def test_the_shipped_checkpoint_becomes_a_file_that_sees_the_same(tmp_path):
+def test_exported_shipped_checkpoint_has_the_same_outputs(tmp_path):
     pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "net.onnx"
@@ -54,7 +54,7 @@ def test_random_weights_only_when_asked_for():
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
-def test_a_missing_package_is_named_with_the_line_that_mends_it(tmp_path, monkeypatch, format):
+def test_missing_package_names_the_install_command(tmp_path, monkeypatch, format):
     monkeypatch.setitem(sys.modules, format, None)
     path = tmp_path / f"net{'.onnx' if format == 'onnx' else '.xml'}"
     words = run("export", "parameternet_50m.tin200", "--format", format, "--output", path, code=1)

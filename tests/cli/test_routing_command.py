@@ -119,7 +119,7 @@ def test_a_static_network_has_no_experts_to_show(tmp_path):
     [
         (["parameternet_50m.tin20", PHOTOS], 2, "closest: parameternet_50m.tin200"),
         ([checkpoints.NAME], 2, "Missing argument 'IMAGES...'"),
-        ([checkpoints.NAME, "none.png"], 1, "none could be read (the first is none.png: no such file): give image"),
+        ([checkpoints.NAME, "none.png"], 1, "could be read (the first is none.png: no such file): give image"),
         ([checkpoints.NAME, PHOTOS, "--output", "a.foo"], 2, "unsupported image format a.foo; use .png"),
         ([checkpoints.NAME, PHOTOS, "--output", "none/a.png"], 2, "the folder none does not exist"),
         ([checkpoints.NAME, PHOTOS, "--per-class", 0], 2, "0 is not in the range x>=1"),
@@ -131,7 +131,7 @@ def test_errors_say_what_to_do(tmp_path, arguments, code, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_the_numbers_stand_and_the_line_that_installs_it_is_told(monkeypatch):
+def test_missing_matplotlib_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     done = run(checkpoints.NAME, PHOTOS / "cat.jpg", code=1)
     assert done.stdout.splitlines()[1].startswith("stem.conv")

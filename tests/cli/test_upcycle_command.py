@@ -27,7 +27,7 @@ def test_it_reports_what_changed(file, tmp_path):
     assert rows["the stem"] == "1" and "depthwise, not pointwise" in rows and "fewer than 16 channels" in rows
     assert float(words.rpartition("largest output: ")[2].split()[0]) <= 1e-5
     assert "parameters" in rows and "MACs per image" in rows
-    assert "holds a checkpoint already" in run(*arguments, code=1).stderr
+    assert "already holds a checkpoint" in run(*arguments, code=1).stderr
     every = run(*arguments, "--overwrite", "--layers").stdout
     assert "conv_stem" in every and "classifier" not in every
     answer = run("predict", "--model", tmp_path / "out", "tests/photos/cat.jpg", "--topk", "1").stdout

@@ -147,7 +147,7 @@ def test_only_strays_is_an_error_that_names_them(made):
 
 
 @pytest.mark.parametrize("form", ["dictionary", "file"])
-def test_a_class_map_has_the_last_word(made, tmp_path, form):
+def test_class_map_overrides_the_folders(made, tmp_path, form):
     where = made("cat/images/1.png", "dog/1.png", "fox/1.png")
     (tmp_path / "classes.txt").write_text("fox\ncat\n\n")
     table = {"fox": 0, "cat": 1} if form == "dictionary" else str(tmp_path / "classes.txt")
@@ -155,7 +155,7 @@ def test_a_class_map_has_the_last_word(made, tmp_path, form):
     assert classes_of(dataset) == ["fox", "cat"]
     source = Source(dataset, "")
     assert [(source.name(i), source.read(i)[1]) for i in range(2)] == [("cat/images/1.png", 1), ("fox/1.png", 0)]
-    assert notes_of(dataset) == ["classes that class_map does not name left out (1): dog"]
+    assert notes_of(dataset) == ["classes missing from class_map left out (1): dog"]
 
 
 @pytest.mark.parametrize("table", [{"cat": 1, "dog": 2}, {"cat": 0, "dog": 0}])
@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"cannot look into the folder dog/? of .*: Permission denied"):
+    with pytest.raises(DataError, match=r"cannot read the folder dog/? of .*: Permission denied"):
         open_dataset(str(tmp_path), "train")
 
 
@@ -256,7 +256,7 @@ def test_links_repeated_and_equal_names_in_a_tar(tmp_path):
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         entry(tar, "cat/1.png", b"", type=tarfile.SYMTYPE, linkname="gone.png")
     found = Source(open_dataset(str(tmp_path / "b.tar"), "train"), "").read(0)
-    assert (found.name, found.why) == ("cat/1.png", "a link to a file that the tar does not hold")
+    assert (found.name, found.why) == ("cat/1.png", "a link to a file that is not in the tar")
 
 
 def test_a_tar_of_a_tar_for_each_class(tmp_path):

@@ -129,7 +129,7 @@ def test_the_examples_of_a_published_checkpoint_run(hub, tmp_path, monkeypatch):
     assert 'model="somebody/net", revision="v1")' in write_card(folder, "hf-hub:somebody/net@v1")
 
 
-def test_a_folder_with_little_in_it_has_a_card_that_claims_little(tmp_path, monkeypatch):
+def test_card_of_a_minimal_folder_makes_no_claims(tmp_path, monkeypatch):
     folder = checkpoints.write(tmp_path / "net")
     card = write_card(folder)
     assert card.count('create_model("local-dir:net"') == 3 and card.count('model="net")') == 1

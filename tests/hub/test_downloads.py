@@ -115,7 +115,7 @@ def test_small_files_are_held_against_gits_name_for_them(foreign):
         weights.config(f"hf-hub:{REPOSITORY}")
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub):
+def test_interrupted_download_resumes(hub):
     data = save({"weight": torch.arange(6_000_000.0)})
     hub.put("somebody/large", {"model.safetensors": data})
     hub.fail("cut", "GET", "/storage/")
@@ -188,7 +188,7 @@ def test_a_file_damaged_in_the_cache_is_refused_offline(foreign, monkeypatch):
     assert not blobs()
 
 
-def test_a_damaged_file_in_the_cache_is_nobodys_local_one(ours, monkeypatch):
+def test_damaged_cached_file_is_not_used_locally(ours, monkeypatch):
     damage(weights.find(NAME))
     assert weights.local(NAME) is None
 
@@ -196,7 +196,7 @@ def test_a_damaged_file_in_the_cache_is_nobodys_local_one(ours, monkeypatch):
 # Who may, and what there is ------------------------------------------------------------------------------------------
 
 
-def test_an_organisation_that_somebody_else_owns_cannot_give_its_own_file(ours):
+def test_file_from_a_foreign_organisation_is_rejected(ours):
     ours.put(OURS, {"model.safetensors": FILE})
     for cfg in ({"architecture": "parameternet_50m", "tag": "tin200"}, {"source": "hf-hub", "hf_hub_id": OURS}):
         with pytest.raises(weights.WeightsDamaged, match=r"is not the recorded one.*delete the folder .*models--param"):
@@ -245,7 +245,7 @@ def test_what_cannot_be_had_is_told_apart(foreign, monkeypatch, repository, toke
     assert not token or token not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_private_repository_is_read_and_the_token_stays_on_the_hub(foreign, monkeypatch):
+def test_private_repository_is_read_without_leaking_the_token(foreign, monkeypatch):
     foreign.put(REPOSITORY, {}, private=True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert_read()

@@ -74,7 +74,7 @@ def test_what_is_published_is_what_is_pulled(signed_in, folder):
 @pytest.mark.parametrize(
     ("kind", "part"), [("cut", WEIGHTS), ("slow", WEIGHTS), ("flipped", WEIGHTS), ("short", CONFIG), ("500", WEIGHTS)]
 )
-def test_a_pull_through_a_fault_gives_the_same_logits_or_none(signed_in, folder, kind, part):
+def test_faulty_download_gives_the_same_logits_or_an_error(signed_in, folder, kind, part):
     room.publish(folder, TO)
     signed_in.fail(kind, "GET", part)
     try:
@@ -188,7 +188,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(signed_in, folder):
     assert room.publish(folder, TO).commit is None and len(commits(signed_in)) == 1
 
 
-def test_what_somebody_else_commits_meanwhile_is_not_overwritten(signed_in, folder):
+def test_concurrent_commit_is_not_overwritten(signed_in, folder):
     signed_in.put(TO, {"notes.txt": b"hello"})
     signed_in.fail(lambda: signed_in.put(TO, {WEIGHTS: b"other"}) and None, "POST", "/preupload/")
     with pytest.raises(room.PublishError, match=r"the Hub answers with an error .*412"):
@@ -262,7 +262,7 @@ def test_a_branch_and_a_private_repository_are_made(signed_in, folder):
         ("hf_Secret\x00Secret", "somebody/net: the Hub gave no answer"),
     ],
 )
-def test_without_a_good_token_nothing_goes_and_none_is_shown(hub, folder, token, message):
+def test_bad_token_uploads_nothing_and_is_not_shown(hub, folder, token, message):
     with pytest.raises(room.PublishError, match=message) as caught:
         room.publish(folder, TO, token=token)
     shown = "".join(traceback.format_exception(caught.value))

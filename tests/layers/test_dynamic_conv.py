@@ -192,7 +192,7 @@ def test_device_and_dtype_reach_every_parameter():
     ("arguments", "message"),
     [
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-        ({"groups": 3}, "in_channels=8 and out_channels=6 must be positive and divide by groups=3"),
+        ({"groups": 3}, "in_channels=8 and out_channels=6 must be positive and divisible by groups=3"),
         ({"groups": 0}, "groups=0"),
         ({"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
         ({"stride": (1, 0)}, r"stride must be at least 1, got \(1, 0\)"),
@@ -264,7 +264,7 @@ def test_routing_weights_of_another_shape_are_refused(shape):
         layer(torch.randn(2, 8, 5, 5), torch.rand(shape))
 
 
-def test_tools_that_look_for_linear_layers_and_buffers_find_none(layer):
+def test_routers_have_no_linear_layers_and_only_softmax_has_a_buffer(layer):
     assert not [m for m in layer.modules() if isinstance(m, nn.Linear)]
     assert [name for name, _ in layer.named_buffers()] == (["routing.temperature"] if layer.routing.softmax else [])
     hidden = ["routing.hidden.weight", "routing.hidden.bias"] if layer.routing.hidden is not None else []

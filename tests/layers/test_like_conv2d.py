@@ -155,7 +155,7 @@ def test_the_output_may_be_changed_in_place(pair, change):
     close(run(layer), run(naive))
 
 
-def test_an_input_changed_after_the_call_is_noticed_or_does_no_harm(pair):
+def test_input_changed_in_place_after_the_call_is_detected_or_harmless(pair):
     layer, naive, x = pair
     expected = torch.autograd.grad(naive(x.requires_grad_()).pow(3).sum(), list(layer.parameters()))
     changed = x * 1
@@ -320,7 +320,7 @@ def test_an_empty_batch_keeps_data_parallel_training_going(pair, tmp_path):
     assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_a_whole_network_has_the_same_gradients_with_and_without_their_graph():
+def test_network_gradients_match_with_and_without_create_graph():
     torch.manual_seed(0)
     model = parameternet.ParameterNet(width=0.2, num_classes=5, drop_rate=0.0).double()
     for norm in model.modules():

@@ -72,5 +72,5 @@ def test_a_static_network_is_an_error(context):
         pass
 
 
-def test_the_room_offers_it():
+def test_package_exports_it():
     assert layers.record_routing_weights is record_routing_weights

@@ -28,7 +28,7 @@ def file(dense, tmp_path_factory):
     return path
 
 
-def test_a_file_becomes_a_folder_that_computes_the_same_in_a_fresh_process(dense, file, tmp_path):
+def test_upcycled_file_has_the_same_outputs_in_a_new_process(dense, file, tmp_path):
     folder = tmp_path / "dynamic"
     dynamic, compared = upcycle_checkpoint(
         str(file), folder, "mobilenetv3_small_050", num_experts=3, routing="softmax", exclude="blocks.0.*", seed=5
@@ -77,7 +77,7 @@ def test_a_folder_is_a_source_and_keeps_names_and_preprocessing(dense, tmp_path)
 def test_a_checkpoint_is_not_overwritten_unasked(file, tmp_path):
     upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050")
     before = (tmp_path / weights.FILE_NAME).read_bytes()
-    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+    with pytest.raises(FileExistsError, match="already holds a checkpoint"):
         upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", num_experts=2)
     assert (tmp_path / weights.FILE_NAME).read_bytes() == before
     upcycle_checkpoint(str(file), tmp_path, "mobilenetv3_small_050", overwrite=True, num_experts=2)

@@ -37,7 +37,7 @@ def test_state_dicts_of_both_and_the_biased_layer():
 
 
 def test_a_layer_without_a_router_asks_for_routing_weights():
-    with pytest.raises(ValueError, match="hand it routing_weights"):
+    with pytest.raises(ValueError, match="pass routing_weights"):
         DynamicConv(3, 4, routing=None)(torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match="this ResNet has no CondConv2d"):
         convert_condconv(timm.create_model("resnet18"))

@@ -178,7 +178,7 @@ def test_upcycle_keeps_the_function_or_says_that_there_is_nothing(model):
     assert_same(back, model)
 
 
-def test_the_drawn_networks_are_folded_and_converted_at_all():
+def test_random_networks_can_be_folded_and_converted():
     model = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), Way(CONVS["dense"](), NORMS["plain"](), "after")).eval()
     assert len(fuse(model).fusing.folded) == len(upcycle(model).upcycling.converted) == 1
     with pytest.raises(ValueError, match="is to be converted"):

@@ -265,7 +265,7 @@ def uses_functional_block(self, x):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_parts_of_a_network_that_cannot_be_traced_are_folded_if_they_are_called(way, left, why):
+def test_fuse_folds_traceable_parts_of_an_untraceable_network(way, left, why):
     model = lived_in(Caller(way))
     assert not_fused(model) == left
     assert all(why in layer.left for layer in fuse(model).fusing.left)
@@ -567,7 +567,7 @@ def test_a_scale_that_the_dtype_cannot_hold_is_not_folded():
     assert "does not fit torch.float16" in fuse(model).fusing.left[0].left
 
 
-def test_a_norm_of_another_kind_and_a_transposed_convolution_are_left():
+def test_fuse_skips_other_norms_and_transposed_convolutions():
     model = lived_in(nn.Sequential(nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(2), nn.BatchNorm1d(4)))
     fused = fuse(model)
     assert [layer.norm for layer in fused.fusing.left] == ["1", "3"]
@@ -757,7 +757,7 @@ def test_collapse_measures_what_reaches_the_layers(way, routing):
         assert min(v.error for v in measure_routing(model, [image()])) > 0.01
 
 
-def test_collapse_leaves_a_layer_that_is_never_called_and_one_whose_weights_are_read():
+def test_collapse_skips_unused_layers_and_layers_whose_weights_are_read():
     def way(self, x):
         return self.b(self.a(x)) + self.b.weight.mean()
 

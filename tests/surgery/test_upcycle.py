@@ -192,8 +192,8 @@ def test_what_cannot_be_converted_is_left_alone():
         "the stem",
         "a ScaledStdConv2d may compute something else from its weights",
         "pads with reflect",
-        "shares itself or its weight with another place",
-        "carries hooks or a parametrization",
+        "is shared, or shares its weight",
+        "has hooks or a parametrization",
         None,
     ]
 
@@ -228,7 +228,7 @@ def test_errors_say_what_to_do(small, options, message):
         upcycle(small, **options)
 
 
-def test_a_network_that_cannot_be_run_without_arithmetic_is_judged_by_its_names():
+def test_network_that_fails_on_the_meta_device_is_classified_by_names():
     class Data(Small):
         def forward(self, x):
             return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
@@ -261,7 +261,7 @@ def test_a_dynamic_state_dict_passes_unchanged(small):
     assert all(torch.equal(passed[name], value) for name, value in state.items())
 
 
-def test_a_recipe_builds_the_network_again_whatever_rules_made_it(small):
+def test_rebuild_follows_the_recipe_regardless_of_rules(small):
     dynamic = upcycle(small, num_experts=3, routing="sigmoid", routing_hidden=4, exclude="same")
     recipe = json.loads(json.dumps(dynamic.upcycling.recipe()))
     again = rebuild(Small().eval(), recipe)

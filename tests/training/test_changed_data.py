@@ -136,7 +136,7 @@ def corrupt_avif():
     return data[:start] + bytes(20) + data[start + 20 :]
 
 
-def test_what_is_skipped_is_named_and_counted_in_a_run_and_when_measured(tmp_path, recipe):
+def test_skipped_files_are_named_and_counted_in_training_and_validation(tmp_path, recipe):
     for split in ("train", "val"):
         draw(tmp_path / split, 4, seed=0)
         (tmp_path / split / "red" / "bad.jpg").write_bytes(corrupt_avif())  # the same name in both

@@ -98,7 +98,7 @@ def test_memory_says_so_when_there_is_not_enough(pictures, monkeypatch):
         Memory(source(pictures / "train"))
 
 
-def test_a_tar_that_was_read_before_the_workers_forked_gives_the_right_images(pictures, recipe):
+def test_tar_read_before_fork_gives_the_right_images(pictures, recipe):
     tar = source(pictures / "train.tar")
     tar.read(0)  # the tar is open now, and forked workers inherit its one file position
     shared = batches_of(train_loader(tar, recipe(no_aug=True), workers=2))
@@ -181,7 +181,7 @@ def test_the_description_of_what_could_not_be_read(tmp_path):
     assert found == Unreadable(0, "blue/blue_0.png", "empty file")
 
 
-def test_a_tar_that_is_none_is_said(tmp_path):
+def test_invalid_tar_is_an_error(tmp_path):
     (tmp_path / "val.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(DataError, match=r"cannot read images from .*val\.tar.* Expected a folder or a \.tar"):
         open_dataset(str(tmp_path / "val.tar"), "train")

@@ -50,7 +50,7 @@ def loader(where, r, rank=0, world=1, epoch=0, report=quiet):
 
 
 @pytest.mark.parametrize("where", ["train", "train.tar"])
-def test_without_augmentation_pictures_are_those_of_the_source(pictures, plain, where):
+def test_without_augmentation_images_match_the_source(pictures, plain, where):
     r = plain(no_aug=True, hflip=0.0, cache_size=28, input_size=28, batch_size=24, mean=[0.0] * 3, std=[1.0] * 3)
     images, labels = next(iter(loader(pictures / where, r)))
     disk = source(pictures / where)
@@ -127,7 +127,7 @@ def test_colours_change_as_pillow_changes_them():
     assert torch.allclose(jitter(images, torch.ones(1, 3)), images, atol=1e-3)
 
 
-def test_a_picture_s_draws_depend_on_seed_epoch_and_index_alone(pictures, plain):
+def test_random_augmentation_depends_only_on_seed_epoch_and_index(pictures, plain):
     def looks(**changes):
         epoch, world = changes.pop("epoch", 0), changes.pop("world", 1)
         r = plain(color_jitter=0.3, cache_size=28, **changes)
@@ -159,7 +159,7 @@ def test_flips_come_as_often_as_the_recipe_says(pictures, plain):
     assert 4 <= share <= 20
 
 
-def test_unreadable_pictures_leave_their_batch_and_are_told(pictures, plain, tmp_path):
+def test_unreadable_images_are_dropped_and_reported(pictures, plain, tmp_path):
     draw(tmp_path / "train", 4, seed=0)
     (tmp_path / "train" / "green" / "green_1.png").write_bytes(b"not a picture")
     bad = []
@@ -170,7 +170,7 @@ def test_unreadable_pictures_leave_their_batch_and_are_told(pictures, plain, tmp
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [4, 3, 4]
 
 
-def test_a_batch_of_nothing_but_unreadable_pictures_is_empty(plain, tmp_path):
+def test_batch_of_unreadable_images_is_empty(plain, tmp_path):
     draw(tmp_path / "train", 2, seed=0)
     for name in ("blue/blue_0", "green/green_0", "green/green_1", "red/red_0", "red/red_1"):
         (tmp_path / "train" / f"{name}.png").write_bytes(b"?")

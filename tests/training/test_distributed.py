@@ -48,7 +48,7 @@ def torchrun(tmp_path, recipe, *arguments, **environment):
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_make_the_steps_of_one_even_when_a_worker_is_killed(tmp_path, still):
+def test_two_processes_match_one_even_if_a_worker_is_killed(tmp_path, still):
     still.checkpoint_minutes = 0  # a checkpoint at every update
     done = torchrun(tmp_path, still, "--max-restarts", "1", KILL_AT="6")
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def test_the_second_process_on_a_run_folder_is_refused(busy, recipe, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_a_killed_process_frees_its_run_folder_at_once_though_its_workers_live_on(busy, recipe):
+def test_killed_process_releases_its_lock_while_workers_survive(busy, recipe):
     folder, child = busy
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -213,7 +213,7 @@ def test_a_network_that_diverges_in_the_last_update_is_never_the_best(tmp_path, 
     assert [row["epoch"] for row in load_rows(tmp_path)] == ["1"]
 
 
-def test_a_diverged_first_epoch_leaves_no_checkpoint_and_a_mended_run_resumes(tmp_path, recipe, monkeypatch):
+def test_diverged_first_epoch_leaves_no_checkpoint_and_can_be_rerun(tmp_path, recipe, monkeypatch):
     with monkeypatch.context() as patch:
         poison(patch, 6, "weights")
         with pytest.raises(DivergedError, match="epoch 1"):
@@ -245,7 +245,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, recipe, monk
     assert not (tmp_path / "best.safetensors").exists()
 
 
-def test_a_run_that_an_earlier_version_finished_with_nan_is_not_called_good(tmp_path, recipe):
+def test_old_run_that_finished_with_nan_is_rejected(tmp_path, recipe):
     run(recipe(), tmp_path)
     state = load_last(tmp_path)
     progress = json.loads(state["progress"])
@@ -270,7 +270,7 @@ def test_the_command_exits_with_an_error_and_names_no_best(tmp_path, recipe):
     assert "best" not in done.stdout
 
 
-def test_no_accuracy_is_measured_of_a_network_whose_outputs_are_nan(tmp_path, recipe, pictures):
+def test_network_with_nan_outputs_is_not_measured(tmp_path, recipe, pictures):
     run(recipe(epochs=1), tmp_path)
     path = tmp_path / "best.safetensors"
     state, config = weights.read(path), json.loads(weights.metadata(path)["config"])
@@ -311,7 +311,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path, recipe):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_locks_are_told_as_training_errors(tmp_path):
+def test_locks_are_reported_as_training_errors(tmp_path):
     with files.lock(tmp_path / ".lock", "x"), pytest.raises(FolderInUse), checkpoints.claimed(tmp_path / ".lock", "x"):
         pass
 
@@ -361,7 +361,7 @@ FIXED = dict(dynamic_img_size=False)
         (dict(train=dict(nonsense=1)), "train: cannot read images"),
     ],
 )  # fmt: skip
-def test_what_a_network_does_not_take_is_said_and_nothing_is_written(tmp_path, recipe, changes, message):
+def test_unsupported_network_arguments_are_rejected_before_writing(tmp_path, recipe, changes, message):
     with pytest.raises(ValueError, match=message):
         run(recipe(**changes), tmp_path / "runs" / "new")
     assert not list(tmp_path.iterdir())
@@ -380,7 +380,7 @@ def test_processes_that_find_other_classes_stop_before_the_first_step(tmp_path, 
         Trainer(recipe(), tmp_path, place, Reporter())
 
 
-def test_a_teacher_that_answers_with_nan_is_refused_and_nothing_is_kept(tmp_path, recipe, pictures):
+def test_teacher_with_nan_predictions_is_rejected_and_not_cached(tmp_path, recipe, pictures):
     run(recipe(epochs=1), tmp_path / "teacher")
     path = tmp_path / "teacher" / "best.safetensors"
     state, config = weights.read(path), json.loads(weights.metadata(path)["config"])

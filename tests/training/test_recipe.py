@@ -271,7 +271,7 @@ def test_a_file_that_is_not_utf8_is_said(tmp_path):
         load_recipe(tmp_path / "x.yaml")
 
 
-def test_of_two_overrides_of_one_key_the_last_holds_but_none_has_a_key_twice(tmp_path):
+def test_last_override_wins_but_duplicate_keys_are_rejected(tmp_path):
     path = write(tmp_path, lr=1.0)
     assert load_recipe(path, ["lr=2", "lr=3"]).lr == 3
     with pytest.raises(RecipeError, match=r"model_kwargs .*duplicate key 'a'"):
@@ -347,7 +347,7 @@ def changes(draw):
 
 @given(changes())
 @settings(deadline=None, max_examples=250, suppress_health_check=list(HealthCheck))
-def test_any_value_trains_a_step_or_is_refused_by_its_field_with_nothing_written(tmp_path, recipe, changed):
+def test_any_field_value_trains_or_is_rejected_before_writing(tmp_path, recipe, changed):
     assume(changed.get("compile") is not True)  # compiling takes a minute, and decides nothing here
     assume(not isinstance(changed.get("workers"), int) or changed["workers"] < 4 or changed["workers"] > 1024)
     folder = tmp_path / "run"

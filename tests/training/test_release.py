@@ -91,7 +91,7 @@ def test_digests_of_replaced_files_stay_known(tmp_path):
     }
 
 
-def test_the_recipe_that_is_published_names_no_folder_of_the_machine(released):
+def test_published_recipe_contains_no_local_paths(released):
     _, folder, _ = released
     recipe = load_recipe(folder / "recipe.yaml")
     assert (recipe.train, recipe.val, recipe.class_names) == ("train", "val", "names.txt")
@@ -158,7 +158,7 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     assert str(tmp_path) not in card
 
 
-def test_a_run_of_an_earlier_version_with_values_out_of_todays_ranges_is_released(places, released, tmp_path, pictures):
+def test_release_accepts_old_recipes_with_values_out_of_range(places, released, tmp_path, pictures):
     old = tmp_path / "run"
     shutil.copytree(places[0], old)
     recipe = (old / "recipe.yaml").read_text()

@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, recipe, whole,
     same_state(whole, tmp_path)
 
 
-def test_a_run_on_data_that_lies_on_the_device_learns_and_resumes_bitwise(tmp_path, recipe):
+def test_run_with_cache_device_learns_and_resumes_bitwise(tmp_path, recipe):
     device = dict(cache="device", cache_size=32, auto_augment=None, workers=0)
     with pytest.raises(Interrupted):
         run(recipe(**device), tmp_path / "stopped", Stop(8))
@@ -392,7 +392,7 @@ def test_mixing_stops_at_its_epoch(tmp_path, recipe, monkeypatch):
     assert seen == [True, True, False]
 
 
-def test_a_best_that_cannot_be_written_waits_for_a_better_epoch(tmp_path, recipe, monkeypatch):
+def test_failed_best_checkpoint_is_retried_in_a_better_epoch(tmp_path, recipe, monkeypatch):
     from parameternet.training import checkpoint
 
     real, calls = checkpoint.save_weights, []
@@ -438,7 +438,7 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(tmp_path, recipe, mon
     assert written[-1] == "closed"
 
 
-def test_a_dynamic_network_starts_from_its_trained_static_baseline(tmp_path, recipe):
+def test_dynamic_network_initialises_from_its_static_baseline(tmp_path, recipe):
     plain = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1, model_kwargs={"dynamic": False})
     run(recipe(**plain), tmp_path / "static")
     static = make_model(recipe(**plain, init=str(tmp_path / "static")), 3).eval()

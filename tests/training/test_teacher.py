@@ -58,7 +58,7 @@ def expected(model, data, side, columns):
 
 
 @pytest.mark.parametrize("side", [None, 48])
-def test_answers_are_the_teachers_in_the_order_of_the_datas_classes(taught, pictures, tmp_path, side):
+def test_teacher_predictions_follow_the_datas_class_order(taught, pictures, tmp_path, side):
     assert list(COLOURS) == ["blue", "green", "red"]
     steps = []
     data, found = ask(taught(teacher_size=side), pictures, tmp_path / "run", steps)
@@ -77,7 +77,7 @@ def test_it_is_asked_once_in_a_run_folder(taught, pictures, tmp_path, monkeypatc
     assert not torch.equal(ask(taught(teacher_size=24), pictures, tmp_path / "run")[1], first)
 
 
-def test_an_upcycled_teacher_is_asked_as_the_dense_one_that_it_is(pictures, taught, tmp_path, monkeypatch):
+def test_untrained_upcycled_teacher_is_collapsed_to_dense(pictures, taught, tmp_path, monkeypatch):
     dynamic, names = upcycle(network()), ["red", "yellow", "blue", "green"]
     cfg = {"num_classes": 4, "mean": MEAN, "std": STD, "input_size": (3, 40, 40)}
     monkeypatch.setattr(teacher, "load", lambda _: (dynamic, {"label_names": names, "pretrained_cfg": cfg}))
@@ -94,7 +94,7 @@ def test_targets_are_labels_and_answers_by_their_shares():
     assert torch.allclose(got, 0.75 * hard + 0.25 * answers.float().flip(0))
 
 
-def test_a_taught_run_learns_what_its_teacher_says_and_resumes_bitwise(taught, tmp_path):
+def test_distilled_run_learns_from_its_teacher_and_resumes_bitwise(taught, tmp_path):
     with pytest.raises(Interrupted):
         run(taught(), tmp_path / "stopped", Stop(8))
     run(taught(), tmp_path / "stopped")

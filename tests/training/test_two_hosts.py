@@ -8,7 +8,7 @@ if reason := two_hosts.why_not():
     pytest.skip(f"no network namespaces: {reason}", allow_module_level=True)
 
 
-def test_a_run_of_which_a_host_was_cut_off_ends_like_one_on_one_machine(tmp_path):
+def test_run_that_lost_a_host_matches_a_run_on_one_machine(tmp_path):
     one, cut = two_hosts.measure(tmp_path, epochs=2, undisturbed=False)
     assert 12 < cut["cut_off_at_update"] < 24
     assert cut["resumed"] >= 1

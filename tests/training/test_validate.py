@@ -91,7 +91,7 @@ def test_unreadable_images_are_named_and_not_counted(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ghostnet_0500", "no/such/folder"])
-def test_an_unknown_model_is_said(pictures, name):
+def test_unknown_model_is_an_error(pictures, name):
     with pytest.raises(CheckpointError, match="neither a folder"):
         validate(name, str(pictures / "val"))
 

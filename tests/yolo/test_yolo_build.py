@@ -158,7 +158,7 @@ def test_the_activation_of_the_network_is_ours_too():
 
 def test_other_channels_and_where_rows_must_be():
     assert parse([[-1, 1, "TimmBackbone", ["resnet18"]], [0, 1, "TimmStage", [16]]], ch=4)[0].net.conv1.in_channels == 4
-    with pytest.raises(ValueError, match="TimmStage in row 1 reads row 0, which is no TimmBackbone"):
+    with pytest.raises(ValueError, match="TimmStage in row 1 reads row 0, which is not a TimmBackbone"):
         parse([[-1, 1, "Conv", [8]], [0, 1, "TimmStage", [8]]])
     with pytest.raises(ValueError, match="no feature of stride 64; there are 2, 4, 8, 16, 32"):
         parse([[-1, 1, "TimmBackbone", ["resnet18"]], [0, 1, "TimmStage", [64]]])
@@ -210,7 +210,7 @@ def test_registering_again_reloading_and_threads_change_nothing():
         ("tasks.parse_model = lambda *_: 1 / 0", "does not fit Ultralytics .*division by zero"),
     ],
 )  # fmt: skip
-def test_an_ultralytics_that_does_not_fit_is_an_import_error_in_a_sentence(damage, message):
+def test_incompatible_ultralytics_is_an_import_error(damage, message):
     code = f"from ultralytics.nn import tasks\n{damage}\nimport parameternet.yolo"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     import re

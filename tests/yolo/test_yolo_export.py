@@ -129,7 +129,7 @@ def assert_agrees(got, expected, boxes=1e-3, scores=1e-3):
     assert found[0] <= boxes and found[1] <= scores, found
 
 
-def test_networks_say_something_that_depends_on_the_routing(saved):
+def test_outputs_depend_on_the_routing(saved):
     path, x, expected = saved
     assert float(expected[:, 4:].std()) > 0.05
     model = YOLO(path).model
@@ -181,7 +181,7 @@ def test_onnx_in_half_precision(saved_kind):
         assert_agrees(run_onnx(file, x[:batch]), expected[:batch], boxes=1e-2, scores=5e-3)
 
 
-def test_onnx_in_eight_bits_is_as_good_as_that_of_the_stock_network(made, data):
+def test_int8_onnx_is_as_accurate_as_the_stock_network(made, data):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("ultralytics.utils.export.onnx", reason="this Ultralytics writes no ONNX in eight bits")
     errors = {}

@@ -256,7 +256,7 @@ def test_a_checkpoint_names_only_what_we_list(trained):
 
 
 @pytest.mark.parametrize("name", ["yolov8n-dynamicconv", "yolo11n-c2f-dynamicconv", "yolov8n-parameternet_50m"])
-def test_a_process_that_imported_nothing_of_ours_predicts_validates_and_retrains(trained, data, tmp_path, name):
+def test_checkpoint_works_in_a_process_without_our_imports(trained, data, tmp_path, name):
     picture = data.parent / "images" / "val" / "0.png"
     words = fresh(
         "from ultralytics import YOLO\n"
@@ -420,7 +420,7 @@ def test_the_command_knows_our_names(data, tmp_path):
     assert (tmp_path / "run" / "weights" / "last.pt").is_file()
 
 
-def test_routers_stay_in_full_precision_and_convs_have_no_second_face():
+def test_routers_run_in_full_precision_and_conv_classes_are_disjoint():
     model = network("yolov8n-dynamicconvbnact")
     assert not [m for m in model.modules() if isinstance(m, DynamicConv) and isinstance(m, Conv)]
     assert {Conv: 1}.get(type(model.model[1])) is None
@@ -478,7 +478,7 @@ def test_a_missing_or_damaged_file_of_weights_is_an_error(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in detector.model.state_dict().items())
 
 
-def test_hidden_layers_of_the_head_come_along_where_classes_differ(tmp_path):
+def test_hidden_head_layers_are_loaded_if_classes_differ(tmp_path):
     stock = YOLO("yolov8n.yaml")
     lively(stock.model.eval())
     stock.save(tmp_path / "stock.pt")

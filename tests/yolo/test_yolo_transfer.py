@@ -241,7 +241,7 @@ def test_a_checkpoint_of_a_trainer_gives_its_average(detector):
 
 def test_unchecked_files_are_not_read_by_a_row():
     rows = [[-1, 1, "TimmBackbone", ["resnet18", {"checkpoint_path": "x.pth"}]], [0, 1, "TimmStage", [8]]]
-    with pytest.raises(ValueError, match=r"checkpoint_path is not read.*load the weights of resnet18"):
+    with pytest.raises(ValueError, match=r"checkpoint_path is not supported.*load the weights of resnet18"):
         tasks.parse_model({"nc": 2, "scale": "n", "backbone": rows, "head": []}, 3, verbose=False)
 
 
