@@ -3,7 +3,7 @@
     pip install "parameternet[export]" && parameternet export parameternet_50m.tin200 --format onnx --output net.onnx
     python examples/onnx_without_torch.py net.onnx tests/photos/coffee.jpg
 
-Prints the five most likely classes, here espresso first with 73.6 %, as `parameternet predict` does. The file contains
+Prints the five most likely classes, here espresso first with 87.2 %, as `parameternet predict` does. The file contains
 its preprocessing and class names.
 """
 
