@@ -3,6 +3,8 @@
     python benchmarks/export.py                   parameternet_600m and parameternet_50m at 224 pixels: 15 minutes
     python benchmarks/export.py parameternet_150m --rounds 51
 
+    python benchmarks/export.py --int8 IMAGES     8 bits against floats, to benchmarks/results/int8.csv: half an hour
+
 Every row is a file made by `parameternet.export.export`, which runs it at batches 1, 3 and 8 (or its fixed batch) and
 refuses it above a relative difference of 1e-4; the largest one stands in the row. The networks have random weights.
 
@@ -23,11 +25,12 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from _timing import ROOT, Spread, header, interleave, ratio, write_csv
+from _timing import ROOT, Row, Spread, header, interleave, ratio, write_csv
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet.export import FORMS, Exported, export
 
+RESULTS = ROOT / "benchmarks" / "results"
 # runtime: format of its files
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino", "torchscript": "torchscript", "torch.export": "torch_export"}
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript", "torch_export": ".pt2"}
@@ -58,7 +61,12 @@ def files(name: str, format: str, size: int, folder: Path) -> dict[str, Exported
     made = {}
     for title, model, form, batch in [
         ("static", static, "constant", 1),
-        *((f"{form}, batch {batch or 'free'}", network, form, batch) for form in FORMS for batch in (1, None)),
+        *(
+            (f"{form}, batch {batch or 'free'}", network, form, batch)
+            for form in FORMS
+            for batch in (1, None)
+            if batch is None or form != "looped"
+        ),
     ]:
         path = folder / f"{name}-{title.replace(', ', '-').replace(' ', '-')}{ENDINGS[format]}"
         made[title] = export(model, path, format, form=form, batch=batch, size=size)
@@ -96,27 +104,74 @@ def _difference(file: Exported, batch: int) -> str:
     return next((f"{value:.0e}" for at, value in file.differences.items() if at.startswith(f"batch {batch},")), "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=["parameternet_600m", "parameternet_50m"])
-    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["onnxruntime", "openvino"])
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "export.csv")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino", "onnx"))
-    head = [*header(1, "cpu"), packages, f"{options.size} pixels, batch 1, {options.rounds} rounds taking turns"]
-    print("\n".join(head))
-    found: list[dict[str, object]] = []
-    for name in options.networks:
-        for runtime in options.runtimes:
-            with tempfile.TemporaryDirectory() as folder:
-                found += rows(name, runtime, options.size, options.rounds, Path(folder))
+def int8_row(name: str, format: str, form: str, images: Path, folder: Path) -> Row:
+    """A network in 8 bits, compared with itself in floats."""
+    print(f"{name}, {format}, {form}", file=sys.stderr)
+    report = export(name, folder / f"{name}-{form}{ENDINGS[format]}", format, form=form, int8=images).int8
+    assert report
+    routing, top1 = report["routing_agreement"].values(), report["top1"]
+    return {
+        "network": name,
+        "format": format,
+        "form": form,
+        "calibration images": report["calibration_images"],
+        "checked images": report["checked_images"],
+        "MB": f"{report['bytes']['int8'] / 1e6:.1f}",
+        "of float32": f"{report['bytes']['ratio']:.2f}",
+        "same class, %": f"{report['agreement']:.2f}",
+        "top-1 lost": f"{top1['lost']:.2f}" if top1 else "",
+        "top-1 in floats": f"{top1['float32']:.2f}" if top1 else "",
+        "same expert, %": f"{sum(routing) / len(routing):.2f}",
+        "in the worst layer": f"{min(routing):.2f}",
+        "routing weights differ by": f"{max(report['routing_difference'].values()):.3f}",
+        "ms": f"{report['ms']['int8']:.2f}",
+        "ms in floats": f"{report['ms']['float32']:.2f}",
+    }
+
+
+def measure_int8(options: argparse.Namespace, head: list[str]) -> None:
+    networks = options.networks or ["parameternet_50m.tin200", "dynamic_efficientnet_lite0"]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in networks:
+            for runtime in options.runtimes:
+                for form in options.forms:
+                    found.append(int8_row(name, RUNTIMES[runtime], form, options.int8, Path(folder)))
+                    write_csv(options.output or RESULTS / "int8.csv", head, found)
+    show(found)
+
+
+def show(found: list[Row]) -> None:
     widths = {key: max(len(key), *(len(str(row[key])) for row in found)) for key in found[0]}
     for row in [dict(zip(found[0], found[0], strict=True)), *found]:
         print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()).rstrip())
-    write_csv(options.output, head, found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", help="[default: parameternet_600m parameternet_50m]")
+    parser.add_argument("--int8", type=Path, metavar="IMAGES", help="a folder or .tar of images to calibrate with")
+    parser.add_argument("--forms", nargs="+", choices=FORMS[:2], default=["computed"], help="with --int8")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["onnxruntime", "openvino"])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--output", type=Path, help="[default: benchmarks/results/export.csv or int8.csv]")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    packages = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino", "onnx", "nncf")
+    )
+    if options.int8:
+        return measure_int8(options, [*header(1, "cpu"), packages, "one thread, batch 1; the machine was not idle"])
+    head = [*header(1, "cpu"), packages, f"{options.size} pixels, batch 1, {options.rounds} rounds taking turns"]
+    print("\n".join(head))
+    found: list[dict[str, object]] = []
+    for name in options.networks or ["parameternet_600m", "parameternet_50m"]:
+        for runtime in options.runtimes:
+            with tempfile.TemporaryDirectory() as folder:
+                found += rows(name, runtime, options.size, options.rounds, Path(folder))
+    show(found)
+    write_csv(options.output or RESULTS / "export.csv", head, found)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FLOORS = {
     "cli": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
-OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "tensorboard",
+OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "tensorboard",
             "gradio", "pyarrow"}  # fmt: skip
 
 

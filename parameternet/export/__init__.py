@@ -5,9 +5,8 @@
 >>> read_metadata("net.onnx")["mean"]
 [0.4802, 0.4481, 0.3978]
 
-A batch of no images runs in files of TorchScript and torch.export, and in those of ONNX and OpenVINO with form
-'constant'. With form 'computed' these two loop over the images, and onnxruntime and OpenVINO refuse a loop of no turns:
-skip an empty batch before you run such a file.
+A batch of no images runs in every file but those of form 'looped': onnxruntime and OpenVINO refuse a loop of no turns,
+so skip an empty batch before you run such a file.
 """
 
 import importlib
@@ -22,22 +21,29 @@ from typing import Any
 
 from torch import nn
 
+from parameternet.data.errors import DataError
 from parameternet.export.checking import BATCHES, ExportError, differences
 from parameternet.export.forms import FORMS
+from parameternet.export.int8 import FORMATS as INT8_FORMATS
+from parameternet.export.int8 import Images, quantise
 from parameternet.export.metadata import describe, read_metadata
 from parameternet.export.plan import Plan
-from parameternet.files import atomic_write
+from parameternet.files import atomic_write, write_json
 from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
 __all__ = ["FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
 
 FORMATS = ("onnx", "torchscript", "torch_export", "openvino")
+LOOPED = ("onnx", "openvino")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `files` (OpenVINO has two), their size in `bytes`, the largest relative difference by input."""
+    """What was written: `files` (OpenVINO has two), their size in `bytes`, the largest relative difference by input.
+
+    With 8 bits the differences are those of the file in floats that was quantised, and `int8` is the report.
+    """
 
     path: Path
     files: list[Path]
@@ -47,6 +53,7 @@ class Exported:
     batch: int | None
     dynamic_size: bool
     differences: dict[str, float]
+    int8: dict[str, Any] | None = None
 
 
 def export(
@@ -59,6 +66,8 @@ def export(
     size: int | tuple[int, int] | tuple[int, int, int] | None = None,
     dynamic_size: bool = False,
     opset: int | None = None,
+    int8: str | Path | None = None,
+    calibration_images: int = 300,
 ) -> Exported:
     """Write a network as a file for another runtime, and keep it only if it computes what the network does.
 
@@ -70,35 +79,78 @@ def export(
         model: As for `parameternet.models.loading.parse_source`, or any network, also one that was upcycled.
         path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
         format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin.
-        form: 'computed' kernels, or 'constant' ones for TensorRT and mobile runtimes (see `forms.py`).
-        batch: Images at once; None: any number, but at least 1 in ONNX and OpenVINO files of form 'computed'.
+        form: 'computed' kernels, 'constant' ones for TensorRT and mobile runtimes, or 'looped', for ONNX and OpenVINO
+            only (see `forms.py`).
+        batch: Images at once; None: any number, but at least 1 in files of form 'looped'.
         size: Height and width of the input (a number: both), or with the channels before; None: what the network is
             evaluated at.
         dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.
-        opset: Version of ONNX's operators; None: the exporter's own choice.
+        opset: Version of ONNX's operators; None: 18.
+        int8: A folder or tar of at least 200 images like those that the network will see, one folder a class if they
+            are labelled: the file is written in 8 bits (ONNX and OpenVINO; see `int8.py`), compared with the one in
+            floats on images that were not used for calibration, and the report written next to it as FILE.int8.json.
+        calibration_images: How many of them calibrate, at most three quarters; up to 1,000 others are for the report.
 
     Raises:
         ExportError: it cannot be written, or the file differs by more than 1e-4; `path` is not changed.
         ValueError: a format, form, batch or size that there is not.
+        DataError: too few images for `int8`.
         ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`.
     """
     writer = _writer(format)
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; there are {', '.join(FORMS)}")
+    if form == "looped" and format not in LOOPED:
+        raise ValueError(f"form 'looped' is for {' and '.join(LOOPED)}, got format {format!r}; use form 'computed'")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
+    _check_int8(int8, format, form, calibration_images)
     network = _prepared(model)
     size = _size(network, size)
+    images = None if int8 is None else Images.find(int8, network, calibration_images, size)
     facts = describe(network, size, verified=not isinstance(model, nn.Module))
     facts |= {"form": form, "batch": batch or "free", "dynamic_size": dynamic_size}
-    plan = Plan(form, batch, size, dynamic_size, opset, facts)
+    plan = Plan(form, batch, size, dynamic_size, opset, facts, images is not None)
     path = _path(path, facts, writer)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name
         _write(writer, fuse(network), written, plan)
         found = _check(network, writer, written, plan)
+        report = None
+        if images is not None:
+            report = _quantise(writer, written, plan, images)
         files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
-    return Exported(path, files, sum(file.stat().st_size for file in files), format, form, batch, dynamic_size, found)
+    size_in_bytes = sum(file.stat().st_size for file in files if file.suffix != ".json")
+    return Exported(path, files, size_in_bytes, format, form, batch, dynamic_size, found, report)
+
+
+def _check_int8(images: str | Path | None, format: str, form: str, number: int) -> None:
+    if images is None:
+        return
+    if format not in INT8_FORMATS or form == "looped":
+        raise ValueError(
+            f"int8 is for the formats {' and '.join(INT8_FORMATS)} and the forms computed and constant, got format "
+            f"{format!r} and form {form!r}"
+        )
+    if number < 1:
+        raise ValueError(f"calibration_images must be at least 1, got {number}")
+
+
+def _quantise(writer: ModuleType, path: Path, plan: Plan, images: Images) -> dict[str, Any]:
+    """Put the file in 8 bits in the place of the one in floats, with its report."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        target = Path(folder) / path.name
+        try:
+            report = {"format": writer.__name__.rpartition(".")[2], "form": plan.form}
+            report |= quantise(writer, path, target, images, plan.batch)
+        except (ModuleNotFoundError, DataError, OSError):
+            raise
+        except Exception as error:  # every quantiser has its own kinds
+            raise ExportError(f"the quantiser failed with {type(error).__name__}: {str(error).strip()}") from error
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    write_json(path.with_name(f"{path.name}.int8.json"), report)
+    return report
 
 
 def _writer(format: str) -> ModuleType:

@@ -1,10 +1,16 @@
 """ONNX, for onnxruntime and whatever else reads it; also the way to OpenVINO.
 
-In the computed form the batch is freed by a Scan, ONNX's loop over the slices of a tensor: its body is the graph of
-one image. onnxruntime optimises the body as it does any graph, provided that the weights are inside of it; the loop
-itself costs nothing that can be measured.
+Nodes are named after the layers they come from, and the output of each router has the router's name: the routing
+weights of a layer can be read by adding that tensor to the graph's outputs.
+
+In the looped form the batch is freed by a Scan, ONNX's loop over the slices of a tensor: its body is the graph of one
+image. onnxruntime optimises the body as it does any graph, provided that the weights are inside of it; the loop itself
+costs nothing that can be measured.
 """
 
+import ast
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +22,18 @@ from parameternet.export import forms
 from parameternet.export.checking import Run, as_list
 from parameternet.export.metadata import pack, unpack
 from parameternet.export.plan import Plan, quiet
+from parameternet.layers import Router
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, ValueInfoProto
+    from onnx_ir import Graph, Node
 
-__all__ = ["SUFFIX", "proto", "read", "runner", "write"]
+__all__ = ["DEFAULT_OPSET", "SUFFIX", "observer", "proto", "quantise", "read", "routers_of", "runner", "write"]
 
 SUFFIX = ".onnx"
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
+# The exporter's lowest. onnxruntime's CUDA provider has no kernels for some operators of later ones.
+DEFAULT_OPSET = 18
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
@@ -44,26 +54,157 @@ def read(path: Path) -> dict[str, Any]:
     return unpack({entry.key: entry.value for entry in found.metadata_props})
 
 
-def runner(path: Path) -> Run:
-    """The file as a function of arrays, run by onnxruntime on the CPU."""
+def runner(path: Path, threads: int = 0) -> Run:
+    """The file as a function of arrays, run by onnxruntime on the CPU; `threads` 0: onnxruntime's choice."""
+    session = _session(path, threads)
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})
+
+
+def _session(model: Path | bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """The file as a function that gives its outputs, and the routing weights by router."""
+    import onnx
+
+    made = onnx.load(path)
+    number, routers = len(made.graph.output), routers_of(made.graph)
+    made.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in routers)
+    session = _session(made.SerializeToString(), 1)
+
+    def run(x: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        found = session.run(None, {INPUT: x})
+        return found[:number], dict(zip(routers, found[number:], strict=True))
+
+    return run
+
+
+def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write the float file `source` in 8 bits, calibrated with `batches`, by onnxruntime's static quantiser."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            x = next(remaining, None)
+            return None if x is None else {INPUT: x}
+
+    remaining = iter(batches)
+    with quiet():
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_quantize=_quantisable(onnx.load(source).graph) or ["none"],  # an empty list means all
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"DedicatedQDQPair": True},  # whoever reads a tensor in floats gets it unrounded
+        )
+    made = onnx.load(target)
+    _store_experts(made.graph, _channels(onnx.shape_inference.infer_shapes(onnx.load(source)).graph))
+    onnx.checker.check_model(made, full_check=True)
+    onnx.save(made, target)
+
+
+def _quantisable(graph: "GraphProto") -> list[str]:
+    """Products by constants, but for routers, mixing and depthwise convolutions."""
+    constants = {tensor.name for tensor in graph.initializer}
+    routers = routers_of(graph)
+    inside = tuple(f"{name}/" for name in routers)
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and node.input[1] in constants
+        and node.input[0] not in routers
+        and not node.name.startswith(inside)
+        and all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group")
+    ]
+
+
+def _store_experts(graph: "GraphProto", channels: dict[str, int]) -> None:
+    """Store the experts that are mixed in 8 bits, with a scale for each output channel of each expert.
+
+    `channels` are those of each tensor of mixed kernels, see `_channels`.
+
+    Quantisers know scales by the column of a matrix, which here is a single weight of the kernel.
+    """
+    from onnx import helper, numpy_helper
+
+    routers = routers_of(graph)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    stored = []
+    for node in [node for node in graph.node if node.input[0] in routers and node.output[0] in channels]:
+        experts = numpy_helper.to_array(tensors[node.input[1]])
+        rows = experts.reshape(len(experts) * channels[node.output[0]], -1)
+        scale = np.maximum(np.abs(rows).max(1), np.finfo(np.float32).tiny * 127) / 127
+        name = node.input[1]
+        graph.initializer.remove(tensors[name])
+        graph.initializer.extend(
+            [
+                numpy_helper.from_array(np.rint(rows / scale[:, None]).astype(np.int8), f"{name}_int8"),
+                numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"),
+                numpy_helper.from_array(np.array(experts.shape), f"{name}_shape"),
+            ]
+        )
+        layer = node.name.rpartition("/")[0]
+        stored += [
+            helper.make_node(
+                "DequantizeLinear", [f"{name}_int8", f"{name}_scale"], [f"{name}_rows"], f"{layer}/Experts", axis=0
+            ),
+            helper.make_node("Reshape", [f"{name}_rows", f"{name}_shape"], [name], f"{layer}/ExpertsByRow"),
+        ]
+    nodes = [*stored, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _channels(graph: "GraphProto") -> dict[str, int]:
+    """Output channels of the kernels in each tensor of mixed ones, from the product that applies them."""
+    dims = {value.name: value.type.tensor_type.shape.dim for value in [*graph.value_info, *graph.output]}
+    reshaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    return {
+        reshaped[node.input[0]]: dims[node.output[0]][1].dim_value
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[0] in reshaped and node.output[0] in dims
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def proto(model: nn.Module, plan: Plan, mix_by_conv: bool) -> "ModelProto":
     """The ONNX graph of `model`, which is changed; `mix_by_conv` as of `forms.write_computed`."""
     if plan.form == "constant" or not forms.has_dynamic_convolutions(model):
-        return _graph(forms.write_constant(model), plan, plan.batch)
-    model = forms.write_computed(model, plan.size, mix_by_conv)
-    if plan.batch == 1:
-        return _graph(model, plan, 1)
+        return _graph(forms.write_constant(model, plan.int8), plan, plan.batch)
+    if plan.batch == 1 and not plan.int8:
+        return _graph(forms.write_computed(model, plan.size, mix_by_conv), plan, 1)
+    if plan.form == "computed":
+        return _graph(forms.write_batched(model, plan.int8), plan, plan.batch)
     # Names inside of a loop must differ from those around it.
-    return _loop(_graph(model, plan, 1, "one_"), plan)
+    return _loop(_graph(forms.write_computed(model, plan.size, mix_by_conv), plan, 1, "one_"), plan)
+
+
+def routers_of(graph: "GraphProto") -> list[str]:
+    """Routers in a graph of ours: names of the tensors of their routing weights, and of the layers of their nodes."""
+    return [name for node in graph.node for name in node.output if node.name.startswith(f"{name}/")]
 
 
 @torch.no_grad()
@@ -82,12 +223,37 @@ def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") ->
             input_names=[prefix + INPUT],
             output_names=[prefix + name for name in names],
             dynamic_shapes=(dims,) if dims else None,
-            opset_version=plan.opset,
+            opset_version=plan.opset or DEFAULT_OPSET,
         )
+    _name_by_layer(program.model.graph, model)
     made = program.model_proto
     for node in made.graph.node:
         del node.metadata_props[:]  # stack traces, with the folders of this machine
     return made
+
+
+def _name_by_layer(graph: "Graph", model: nn.Module) -> None:
+    routers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Router)}
+    calls: Counter[str] = Counter()
+    for index, node in enumerate(graph):
+        layer = _layer(node)
+        name = layer
+        # Not the average, which routers of one input share.
+        if layer in routers and node.op_type in ("Sigmoid", "Softmax") and _leaves(node, layer):
+            calls[layer] += 1
+            name = layer if calls[layer] == 1 else f"{layer}_{calls[layer]}"  # one that is used in several places
+            node.outputs[0].name = name
+        node.name = f"{name}/{node.op_type}_{index}".removeprefix("/")
+
+
+def _leaves(node: "Node", layer: str) -> bool:
+    return any(_layer(user) != layer for user, _ in node.outputs[0].uses())
+
+
+def _layer(node: "Node") -> str:
+    """The module that a node comes from; '' if the exporter does not say."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def _loop(one_image: "ModelProto", plan: Plan) -> "ModelProto":

@@ -1,9 +1,13 @@
 """OpenVINO's own format, NAME.xml and NAME.bin, converted from ONNX."""
 
+import logging
+import re
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from parameternet.export import onnx as through
@@ -11,7 +15,7 @@ from parameternet.export.checking import Run
 from parameternet.export.metadata import pack, unpack
 from parameternet.export.plan import Plan, quiet
 
-__all__ = ["SUFFIX", "read", "runner", "write"]
+__all__ = ["SUFFIX", "observer", "quantise", "read", "runner", "write"]
 
 SUFFIX = ".xml"
 SECTION = "parameternet"
@@ -40,9 +44,88 @@ def read(path: Path) -> dict[str, Any]:
     return unpack(openvino.Core().read_model(path).get_rt_info([SECTION]).value)
 
 
-def runner(path: Path) -> Run:
-    """The file as a function of arrays, run by OpenVINO on the CPU in 32-bit floats."""
+def runner(path: Path, threads: int = 0) -> Run:
+    """The file as a function of arrays, run by OpenVINO on the CPU in 32-bit floats; `threads` 0: OpenVINO's choice."""
+    return _compiled(path, threads)
+
+
+def _compiled(model: Any, threads: int) -> Run:
     import openvino
 
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1} if threads else {}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda x: list(compiled(x).values())
+
+
+def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """The file as a function that gives its outputs, and the routing weights by router."""
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    number, routers = len(model.outputs), _routers(model)
+    model.add_outputs(routers)
+    compiled = _compiled(model, 1)
+
+    def run(x: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        found = [np.array(value) for value in compiled(x)]
+        return found[:number], dict(zip(routers, found[number:], strict=True))
+
+    return run
+
+
+def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write the float file `source` in 8 bits, calibrated with `batches`, by NNCF."""
+    import nncf
+    import openvino
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    nncf.set_log_level(logging.ERROR)
+    model = openvino.Core().read_model(source)
+    routers = _routers(model)
+    products = [op for op in model.get_ops() if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")]
+    mixing = {op.get_friendly_name() for op in products if _mixes(op, set(routers))}
+    others = {op.get_friendly_name() for op in products} - mixing
+    kept = {op.get_friendly_name() for op in products if _stays_float(op, set(routers))}
+    images = [x for x in batches]
+    with quiet():
+        if mixing:
+            model = nncf.compress_weights(
+                model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=nncf.IgnoredScope(names=sorted(others))
+            )
+        made = nncf.quantize(
+            model,
+            nncf.Dataset(images),
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(
+                names=sorted(kept), patterns=[f"{re.escape(name)}/.*" for name in routers], validate=False
+            ),
+            # By default the mean of the images' ranges: it clips half of them, which moves averages and so routing.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+            ),
+        )
+        openvino.save_model(made, target, compress_to_fp16=False)
+
+
+def _routers(model: Any) -> list[str]:
+    return [
+        name
+        for op in model.get_ordered_ops()
+        if op.get_type_name() in ("Sigmoid", "Softmax")
+        for output in op.outputs()
+        for name in output.get_names()
+        if op.get_friendly_name().startswith(f"{name}/")
+    ]
+
+
+def _mixes(op: Any, routers: set[str]) -> bool:
+    """Is it a product that mixes kernels? One that mixes biases is not reshaped."""
+    users = [user.get_node().get_type_name() for user in op.output(0).get_target_inputs()]
+    return bool(op.input_value(0).get_names() & routers) and users == ["Reshape"]
+
+
+def _stays_float(op: Any, routers: set[str]) -> bool:
+    """Is it mixing, a depthwise convolution, or a product of two computed matrices?"""
+    computed = op.input_value(1).get_node().get_type_name() == "Reshape"
+    return computed or op.get_type_name() == "GroupConvolution" or bool(op.input_value(0).get_names() & routers)

@@ -15,7 +15,10 @@ __all__ = ["Plan", "quiet"]
 
 @dataclass(frozen=True)
 class Plan:
-    """`batch` None: free. `size` is (channels, height, width); with `dynamic_size` the latter two are only examples."""
+    """`batch` None: free. `size` is (channels, height, width); with `dynamic_size` the latter two are only examples.
+
+    With `int8` the file is made to be quantised: whatever the batch, with operators that suit 8 bits.
+    """
 
     form: str
     batch: int | None
@@ -23,6 +26,7 @@ class Plan:
     dynamic_size: bool = False
     opset: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    int8: bool = False
 
     def dynamic_dims(self, batch: int | None) -> dict[int, Any]:
         """Free dimensions of the input as torch.export wants them, where `batch` (None: free) may differ from ours."""

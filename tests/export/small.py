@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from parameternet.export import FORMATS, FORMS, LOOPED
 from parameternet.layers import DynamicConv, GhostModule
 
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 SIZE = (3, 40, 56)
+PAIRS = [(format, form) for format in FORMATS for form in FORMS if form != "looped" or format in LOOPED]
 
 
 def network():

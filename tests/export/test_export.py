@@ -6,11 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from small import SIZE, needs, network
+from small import PAIRS, SIZE, needs, network
 from torch import nn
 
 from parameternet.export import FORMATS, FORMS, ExportError, checking, export, read_metadata
 from parameternet.layers import DynamicConv
+from parameternet.layers.recording import dynamic_layers, record_routing_weights
 
 
 def pictures(batch, size=SIZE, seed=1):
@@ -24,8 +25,7 @@ def difference(model, run, x):
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, form", PAIRS)
 def test_a_file_computes_the_network_at_every_batch(exported, model, format, form):
     file = exported(format, form)
     assert list(file.result.differences) == [f"batch {batch}, 40 x 56" for batch in (1, 3, 8)]
@@ -89,13 +89,68 @@ def convolutions(graph, constants=frozenset()):
                 yield from convolutions(attribute.g, constants)
 
 
+def operators(graph):
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from operators(attribute.g)
+
+
+@pytest.mark.parametrize("form, batch", [("computed", None), ("computed", 1), ("computed", 3), ("constant", None)])
+def test_a_graph_has_no_loop_and_an_opset_that_cuda_runs(exported, form, batch):
+    needs("onnx")
+    import onnx
+
+    made = onnx.load(exported("onnx", form, batch=batch).path)
+    assert not {"Scan", "Loop", "If"} & set(operators(made.graph))
+    assert [(opset.domain, opset.version) for opset in made.opset_import] == [("", 18)]
+
+
+def test_the_looped_form_has_one_loop(exported):
+    needs("onnx")
+    import onnx
+
+    found = list(operators(onnx.load(exported("onnx", "looped").path).graph))
+    assert found.count("Scan") == 1 and found[0] == "Scan"
+
+
+def test_the_opset_can_be_chosen(tmp_path):
+    needs("onnx")
+    import onnx
+
+    path = tmp_path / "a.onnx"
+    export(DynamicConv(3, 4, 3).eval(), path, size=8, opset=20)
+    assert onnx.load(path).opset_import[0].version == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["computed", "constant"])
+def test_routing_weights_have_the_names_of_their_routers(exported, model, form):
+    needs("onnx")
+    import onnx
+    import onnxruntime
+
+    from parameternet.export.onnx import routers_of
+
+    made = onnx.load(exported("onnx", form).path)
+    names = routers_of(made.graph)
+    assert sorted(names) == sorted(f"{name}.routing" for name in dynamic_layers(model))
+    made.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
+    x = pictures(3)
+    with record_routing_weights(model) as recording:
+        model(x)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    for name, weights in zip(names, session.run(names, {"input": x.numpy()}), strict=True):
+        assert np.abs(weights - recording.samples(name.removesuffix(".routing")).numpy()).max() < 1e-5, name
+
+
 def test_constant_form_has_constant_kernels_only(exported):
     needs("onnx")
     import onnx
 
     assert all(convolutions(onnx.load(exported("onnx", "constant").path).graph))
-    computed = list(convolutions(onnx.load(exported("onnx", "computed").path).graph))
-    assert not all(computed)
+    assert not all(convolutions(onnx.load(exported("onnx", "computed", batch=1).path).graph))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -194,7 +249,8 @@ def test_an_exporter_that_fails_is_told(tmp_path):
     "arguments, message",
     [
         ({"format": "onxx"}, "unknown format 'onxx'; there are onnx, torchscript, torch_export, openvino"),
-        ({"form": "wide"}, "unknown form 'wide'; there are computed, constant"),
+        ({"form": "wide"}, "unknown form 'wide'; there are computed, constant, looped"),
+        ({"form": "looped"}, "form 'looped' is for onnx and openvino, got format 'torchscript'; use form 'computed'"),
         ({"batch": 0}, r"batch must be None \(free\) or at least 1, got 0"),
         ({"size": (1, 2, 3, 4)}, "size must be a number"),
         ({"path": "a.pt"}, "must end in .torchscript, got a.pt"),

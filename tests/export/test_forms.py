@@ -15,6 +15,8 @@ CASES = {
     "strided-pointwise": dict(in_channels=6, out_channels=10, stride=2),
     "depthwise-odd-channels": dict(in_channels=11, out_channels=11, groups=11, kernel_size=3),
     "depthwise-whole-blocks": dict(in_channels=16, out_channels=16, groups=16, kernel_size=5, stride=2),
+    "dense": dict(in_channels=16, out_channels=5, kernel_size=3, stride=2, dilation=2, bias=True),
+    "dense-oblong": dict(in_channels=17, out_channels=4, kernel_size=(2, 3), stride=(3, 1), padding=(1, 0)),
     "groups": dict(in_channels=6, out_channels=4, groups=2, kernel_size=3, dilation=2),
     "oblong": dict(in_channels=4, out_channels=5, kernel_size=(1, 3), stride=(1, 2), padding=(0, 1)),
     "same-padding": dict(in_channels=4, out_channels=5, kernel_size=3, stride=2, padding="same"),
@@ -38,7 +40,11 @@ def test_every_form_is_the_layer(case, fused, batch):
     x = torch.randn(batch, *size)
     with torch.no_grad():
         expected = model(x)
-        written = [forms.write_constant(fuse(model))]
+        written = [
+            write(fuse(model), gate_outputs)
+            for write in (forms.write_constant, forms.write_batched)
+            for gate_outputs in (False, True)
+        ]
         if batch == 1:
             written += [forms.write_computed(fuse(model), size, mix_by_conv) for mix_by_conv in (True, False)]
         for form in written:
@@ -57,6 +63,7 @@ def test_forms_of_half_precision_layers(case, dtype):
         expected = model(x)
         for form in (
             forms.write_constant(copy.deepcopy(model)),
+            forms.write_batched(copy.deepcopy(model)),
             forms.write_computed(copy.deepcopy(model), size, False),
             forms.write_computed(copy.deepcopy(model), size, True),
         ):

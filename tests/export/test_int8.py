@@ -1,0 +1,107 @@
+"""8-bit files: they stay close to the floats, leave routers alone, and say what they cost."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import needs, network
+
+from parameternet.data.errors import DataError
+from parameternet.export import export, read_metadata
+from parameternet.export.int8 import Images
+from parameternet.layers import DynamicConv
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """204 small images of three classes that the network knows."""
+    folder, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for index in range(204):
+        path = folder / f"n{index % 3}" / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        colours = draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((56, 40), Image.Resampling.BILINEAR).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(photos, tmp_path_factory):
+    folder, known = tmp_path_factory.mktemp("int8"), {}
+
+    def get(format, form):
+        needs(format)
+        if format == "openvino":
+            pytest.importorskip("nncf")
+        if (format, form) not in known:
+            suffix = importlib.import_module(f"parameternet.export.{format}").SUFFIX
+            model = network()
+            known[format, form] = export(model, folder / f"{form}{suffix}", format, form=form, int8=photos)
+        return known[format, form]
+
+    return get
+
+
+@pytest.mark.parametrize("form", ["computed", "constant"])
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_eight_bits_are_close_to_floats_and_say_so(made, format, form):
+    done = made(format, form)
+    report = done.int8
+    assert json.loads(done.path.with_name(f"{done.path.name}.int8.json").read_text()) == report
+    assert report["calibration_images"] == 153 and report["checked_images"] == 51
+    assert report["bytes"]["int8"] == done.bytes
+    assert report["top1"]["lost"] == report["top1"]["float32"] - report["top1"]["int8"]
+    assert report["agreement"] >= 90
+    assert len(report["routing_agreement"]) == len([m for m in network().modules() if isinstance(m, DynamicConv)])
+    assert min(report["routing_agreement"].values()) >= 80 and max(report["routing_difference"].values()) < 0.1
+    assert read_metadata(done.path)["form"] == form
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_an_eight_bit_file_computes_nearly_the_network(made, format):
+    writer = importlib.import_module(f"parameternet.export.{format}")
+    x = torch.randn(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    y = network()(x).numpy()
+    error = np.abs(writer.runner(made(format, "computed").path)(x.numpy())[0] - y).max() / np.abs(y).max()
+    assert 0 < error < 0.1  # not 0: something was rounded
+
+
+def test_routers_mixing_and_depthwise_convolutions_stay_in_floats(made):
+    import onnx
+
+    graph = onnx.load(made("onnx", "computed").path).graph
+    rounded = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    for node in graph.node:
+        if node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute):
+            assert not rounded & set(node.input), node.name
+        if ".routing/" in node.name:
+            assert not rounded & set(node.input), node.name
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    experts = [name for name in kinds if name.endswith("weight_int8")]
+    assert experts and all(kinds[name] == onnx.TensorProto.INT8 for name in experts)
+    assert "QuantizeLinear" in {node.op_type for node in graph.node}
+
+
+def test_images_to_calibrate_and_to_check_have_none_in_common(photos):
+    found = Images.find(photos, network(), 150)
+    calibration, checks = ({name for name, _ in part} for part in (found.calibration, found.checks))
+    assert len(calibration) == 150 and len(checks) == 54 and not calibration & checks
+    assert all(name.split("/")[0] == f"n{label}" for name, label in found.calibration)
+    x, labels = next(found.batches(found.checks, 4))
+    assert x.shape == (4, 3, 40, 56) and len(labels) == 4
+
+
+def test_what_is_refused(photos, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "a.png").write_bytes((photos / "n0" / "0.png").read_bytes())
+    with pytest.raises(DataError, match=r"at least 200 images, .*few has 1"):
+        export(network(), tmp_path / "a.onnx", int8=few)
+    with pytest.raises(ValueError, match="int8 is for the formats onnx and openvino"):
+        export(network(), tmp_path / "a.pt2", "torch_export", int8=photos)
+    with pytest.raises(ValueError, match="calibration_images must be at least 1, got 0"):
+        export(network(), tmp_path / "a.onnx", int8=photos, calibration_images=0)
+    assert not list(tmp_path.glob("a.*"))
