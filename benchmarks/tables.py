@@ -162,7 +162,26 @@ def exported() -> list[str]:
     path = ROOT / "benchmarks" / "results" / "export.csv"
     for row in read_csv(path)[1] if path.exists() else []:
         cases.setdefault((row["network"], row["runtime"]), {})[row["form"]] = row
-    return [_exported(*key, found) for key, found in cases.items()]
+    if not cases:
+        return []
+    forms = [form for form in next(iter(cases.values())) if form != "static"]
+    names = ["network, runtime", "static", *forms, "file, static / ours", "difference"]
+    head = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    return head + [_exported(*key, found) for key, found in cases.items()]
+
+
+def int8() -> list[str]:
+    """A row per network and format in 8 bits."""
+    path = ROOT / "benchmarks" / "results" / "int8.csv"
+    rows = []
+    for row in read_csv(path)[1] if path.exists() else []:
+        cells = (
+            f"`{row['network']}`, {row['format']}", f"{row['MB']} MB ({row['of float32']})", row["same class, %"],
+            row["top-1 lost"] or "-", f"{row['same expert, %']} ({row['in the worst layer']})",
+            f"{row['ms']} / {row['ms in floats']} ms",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
@@ -209,9 +228,10 @@ TABLES = {
     "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
     "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
     "layers": Table("layers | cases | fastest | median | slowest", layer_speed),
-    "export": Table(
-        "network, runtime | static | free batch | batch 1 | large | large, batch 1 | file, static / ours | difference",
-        exported,
+    "export": Table(None, exported),
+    "int8": Table(
+        "network, format | file (of float32) | same class, % | top-1 lost | same expert, % (worst) | latency, float32",
+        int8,
     ),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
