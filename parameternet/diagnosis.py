@@ -32,7 +32,7 @@ EXTRAS = {
     "train": ("yaml", "tqdm", "matplotlib"),
     "parquet": ("pyarrow",),
     "app": ("gradio",),
-    "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
+    "export": ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf"),
     "yolo": ("ultralytics",),
     "test": ("pytest", "ruff"),
 }
