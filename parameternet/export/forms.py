@@ -234,7 +234,7 @@ def write_batched(model: nn.Module, gate_outputs: bool = False) -> nn.Module:
     224 x 224           1.8, 20; at once 3.1, 26)
     ==================  ========================  ===============================================================
 
-    (benchmarks/export.py --layers; onnxruntime 1.32, OpenVINO 2026.4.1, AVX-512, one thread of a busy machine, so
+    (benchmarks/export_layers.py; onnxruntime 1.32, OpenVINO 2026.4.1, AVX-512, one thread of a busy machine, so
     differences below a fifth mean nothing.) `gate_outputs` is for 8 bits, see `_GatedSum`.
     """
     return _replace(model, {name: _batched(conv, gate_outputs) for name, conv in _dynamic(model).items()})

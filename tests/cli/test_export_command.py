@@ -59,3 +59,10 @@ def test_missing_package_names_the_install_command(tmp_path, monkeypatch, format
     path = tmp_path / f"net{'.onnx' if format == 'onnx' else '.xml'}"
     words = run("export", "parameternet_50m.tin200", "--format", format, "--output", path, code=1)
     assert f"needs the package {format}: pip install 'parameternet[export]'" in words and not path.exists()
+
+
+def test_eight_bits_want_enough_images(tmp_path):
+    path = tmp_path / "net.onnx"
+    words = run("export", "parameternet_50m.tin200", "--int8", COFFEE.parent, "--output", path, code=1)
+    assert "calibration needs at least 200 images" in words and not path.exists()
+    assert "does not exist" in run("export", "parameternet_50m.tin200", "--int8", tmp_path / "nowhere", code=2)
