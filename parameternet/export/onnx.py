@@ -32,6 +32,7 @@ __all__ = ["DEFAULT_OPSET", "SUFFIX", "observer", "proto", "quantise", "read", "
 
 SUFFIX = ".onnx"
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
+CLIPPING = ("Clip", "Relu")
 # The exporter's lowest. onnxruntime's CUDA provider has no kernels for some operators of later ones.
 DEFAULT_OPSET = 18
 
@@ -108,7 +109,7 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
             target,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", *CLIPPING],
             nodes_to_quantize=_quantisable(onnx.load(source).graph) or ["none"],  # an empty list means all
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -122,19 +123,27 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
 
 
 def _quantisable(graph: "GraphProto") -> list[str]:
-    """Products by constants, but for routers, mixing and depthwise convolutions."""
+    """Products by constants, and the activations that clip their outputs.
+
+    Routers, mixing and depthwise convolutions are left out, and the convolution of the image: it has few weights,
+    and rounding it changes many predictions of `dynamic_efficientnet_lite0`.
+    """
     constants = {tensor.name for tensor in graph.initializer}
     routers = routers_of(graph)
     inside = tuple(f"{name}/" for name in routers)
-    return [
-        node.name
+    products = [
+        node
         for node in graph.node
         if node.op_type in ("Conv", "Gemm", "MatMul")
         and node.input[1] in constants
-        and node.input[0] not in routers
+        and node.input[0] not in (*routers, INPUT)
         and not node.name.startswith(inside)
         and all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group")
     ]
+    outputs = {node.output[0] for node in products}
+    # Without them the range of an output is that before clipping, which can be a hundred times as wide.
+    clipped = [node for node in graph.node if node.op_type in CLIPPING and node.input[0] in outputs]
+    return [node.name for node in (*products, *clipped)]
 
 
 def _store_experts(graph: "GraphProto", channels: dict[str, int]) -> None:
