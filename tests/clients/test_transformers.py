@@ -71,8 +71,11 @@ def test_a_model_saved_by_transformers_loads_again(folder, images, tmp_path):
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(again(images).logits, model(images).logits)
+    assert {name: value.tolist() for name, value in again.state_dict().items()} == {
+        name: value.tolist() for name, value in model.state_dict().items()
+    }
+    with torch.no_grad():  # products round by where weights lie in memory
+        assert torch.allclose(again(images).logits, model(images).logits, atol=1e-5)
 
 
 def test_the_backbone_wrapper_gives_features(images):
