@@ -8,10 +8,12 @@ import timm
 from torch import nn
 
 from parameternet.cli.output import echo, print_table
+from parameternet.cli.progress import working
 from parameternet.export import FORMATS, FORMS, Exported
 from parameternet.export import export as write
 from parameternet.models import catalogue
 from parameternet.models.summary import registered
+from parameternet.text import printable
 
 
 @click.command()
@@ -59,18 +61,19 @@ def export(
     1e-4; with --int8, that is checked before quantisation, and the cost of 8 bits is printed and written to
     FILE.int8.json.
     """
-    made = write(
-        _untrained(name) if untrained else _trained(name),
-        output,
-        format_,
-        form=form,
-        batch=batch,
-        size=size,
-        dynamic_size=dynamic_size,
-        opset=opset,
-        int8=int8,
-        calibration_images=calibration_images,
-    )
+    with working(f"exporting {printable(name)}"):
+        made = write(
+            _untrained(name) if untrained else _trained(name),
+            output,
+            format_,
+            form=form,
+            batch=batch,
+            size=size,
+            dynamic_size=dynamic_size,
+            opset=opset,
+            int8=int8,
+            calibration_images=calibration_images,
+        )
     _show(made)
 
 
