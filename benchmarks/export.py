@@ -38,20 +38,8 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript", "
 
 def on_one_thread(runtime: str, path: Path) -> Callable[[np.ndarray], object]:
     """The file as a function of a picture, on one thread."""
-    if runtime == "onnxruntime":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda x: session.run(None, {"input": x})
-    if runtime == "openvino":
-        import openvino
-
-        settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-        return lambda x: request.infer({0: x})
-    return importlib.import_module(f"parameternet.export.{RUNTIMES[runtime]}").runner(path)
+    writer = importlib.import_module(f"parameternet.export.{RUNTIMES[runtime]}")
+    return writer.runner(path, threads=1) if runtime in ("onnxruntime", "openvino") else writer.runner(path)
 
 
 def files(name: str, format: str, size: int, folder: Path) -> dict[str, Exported]:

@@ -1,5 +1,6 @@
 """OpenVINO's own format, NAME.xml and NAME.bin, converted from ONNX."""
 
+import functools
 import logging
 import re
 import tempfile
@@ -21,6 +22,18 @@ SUFFIX = ".xml"
 SECTION = "parameternet"
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's runtime, one for the whole process.
+
+    Every Core gives the thread another stack for signals, and on its end the one before: after two whose lives overlap,
+    that is memory already freed, and the next signal (a data loader's worker that ends) kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
     """Write `model`, which is changed, as NAME.xml and NAME.bin."""
     import onnx
@@ -39,9 +52,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The facts in an OpenVINO file."""
-    import openvino
-
-    return unpack(openvino.Core().read_model(path).get_rt_info([SECTION]).value)
+    return unpack(_core().read_model(path).get_rt_info([SECTION]).value)
 
 
 def runner(path: Path, threads: int = 0) -> Run:
@@ -50,19 +61,15 @@ def runner(path: Path, threads: int = 0) -> Run:
 
 
 def _compiled(model: Any, threads: int) -> Run:
-    import openvino
-
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1} if threads else {}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = _core().compile_model(model, "CPU", settings)
     return lambda x: list(compiled(x).values())
 
 
 def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]]:
     """The file as a function that gives its outputs, and the routing weights by router."""
-    import openvino
-
-    model = openvino.Core().read_model(path)
+    model = _core().read_model(path)
     number, routers = len(model.outputs), _routers(model)
     model.add_outputs(routers)
     compiled = _compiled(model, 1)
@@ -81,7 +88,7 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level(logging.ERROR)
-    model = openvino.Core().read_model(source)
+    model = _core().read_model(source)
     routers = _routers(model)
     products = [op for op in model.get_ops() if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")]
     mixing = {op.get_friendly_name() for op in products if _mixes(op, set(routers))}
