@@ -209,7 +209,8 @@ def write_computed(model: nn.Module, size: tuple[int, int, int], mix_by_conv: bo
     positions = _positions(model, size) if mix_by_conv else {}
     forms: dict[str, Form] = {name: one_image for name in _dynamic(model)}
     for name, conv in _dynamic(model).items():
-        if _is_depthwise(conv) and positions.get(name, GATED_POSITIONS + 1) <= GATED_POSITIONS:
+        small = _is_depthwise(conv) and positions.get(name, GATED_POSITIONS + 1) <= GATED_POSITIONS
+        if small or conv.num_experts == 1:  # one expert is a constant kernel
             forms[name] = _GatedSum
     return _replace(model, forms)
 
@@ -241,6 +242,8 @@ def write_batched(model: nn.Module, gate_outputs: bool = False) -> nn.Module:
 
 
 def _batched(conv: DynamicConv, gate_outputs: bool) -> Form:
+    if conv.num_experts == 1:
+        return partial(_GatedSum, gate_outputs=gate_outputs)
     if conv.groups == 1 and conv.kernel_size == (1, 1) and conv.padding == (0, 0):
         return _MixedProduct
     if conv.groups == 1 and conv.in_channels >= COLUMN_CHANNELS:

@@ -118,6 +118,9 @@ def choose_strategy(
     `recorded`: A graph is being recorded. It must not depend on the image size, nor on the batch size if that is
     dynamic.
     """
+    one = routing_weights.shape[1] == 1  # 'wide' is then a static convolution whose output is scaled
+    if one and recorded:
+        return "wide"
     if is_pointwise(weight, padding, groups):
         if recorded:
             return "batched_matmul"
@@ -125,7 +128,13 @@ def choose_strategy(
         positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
         # Up to 4 positions, gating the inputs is faster than mixing a kernel per sample. Training 80 -> 240 channels,
         # batch 128, on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
-        return "gated_inputs" if positions <= 4 else "batched_matmul"
+        if positions <= 4:
+            return "gated_inputs"
+        return "wide" if one else "batched_matmul"
+    if one and not is_depthwise(weight, groups, 1):
+        return "wide"
+    # A depthwise kernel for each sample trains faster than one for all: 390 against 480 ms a step of upcycled
+    # EfficientNet-Lite0 with one expert, 32 images of 96 pixels, one core.
     if not recorded or _batch_is_fixed(x):
         return "grouped"
     # Compilers of traced programs fuse the sum over the taps, but in a torch.export graph it is 70 operations.

@@ -200,8 +200,14 @@ def shifted(
 def wide(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Convolve with all experts, then sum their outputs. Constant kernels, dynamic batch size, E times the cost."""
+    """Convolve with all experts, then sum their outputs. Constant kernels, dynamic batch size, E times the cost.
+
+    With one expert this is a static convolution whose output is scaled for each sample."""
     experts, groups = routing_weights.shape[1], conv_params.groups
+    if experts == 1:
+        y = F.conv2d(x, weight, None, conv_params.stride, conv_params.padding, conv_params.dilation, groups)
+        y = y * routing_weights[:, :, None, None]
+        return y if output_bias is None else y + output_bias[:, None, None]
     out, channels, kh, kw = weight.shape[0] // experts, weight.shape[1], weight.shape[2], weight.shape[3]
     # A grouped convolution needs kernels ordered by group, not by expert.
     by_group = weight.reshape(experts, groups, out // groups, channels, kh, kw).transpose(0, 1).reshape(weight.shape)

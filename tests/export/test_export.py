@@ -153,6 +153,21 @@ def test_constant_form_has_constant_kernels_only(exported):
     assert not all(convolutions(onnx.load(exported("onnx", "computed", batch=1).path).graph))
 
 
+@pytest.mark.parametrize("batch", [1, None])
+def test_one_expert_has_constant_kernels_in_every_form(tmp_path, batch):
+    needs("onnx")
+    import onnx
+
+    model = nn.Sequential(
+        DynamicConv(3, 16, 3, stride=2, num_experts=1),
+        DynamicConv(16, 16, 3, groups=16, num_experts=1),
+        DynamicConv(16, 4, num_experts=1),
+    ).eval()
+    for form in ("computed", "constant"):
+        graph = onnx.load(export(model, tmp_path / "a.onnx", form=form, batch=batch, size=SIZE).path).graph
+        assert list(convolutions(graph)) == [True] * 3
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_of_this_machine_is_in_an_onnx_file(exported, form):
     assert b"site-packages" not in exported("onnx", form).path.read_bytes()

@@ -22,7 +22,9 @@ CASES = {
     "same-padding": dict(in_channels=4, out_channels=5, kernel_size=3, stride=2, padding="same"),
     "bias": dict(in_channels=4, out_channels=5, kernel_size=3, bias=True),
     "softmax-perceptron": dict(in_channels=4, out_channels=5, routing="softmax", routing_hidden=3, temperature=2.0),
-    "one-expert": dict(in_channels=4, out_channels=5, num_experts=1),
+    "one-expert": dict(in_channels=4, out_channels=5, num_experts=1, bias=True),
+    "one-expert-depthwise": dict(in_channels=11, out_channels=11, groups=11, kernel_size=3, num_experts=1),
+    "one-expert-dense": dict(in_channels=16, out_channels=5, kernel_size=3, padding="same", stride=2, num_experts=1),
 }
 
 

@@ -231,6 +231,15 @@ def test_small_maps_gate_the_inputs_but_not_in_graphs():
     assert choose_strategy(large, dense, routing, recorded=True) == "grouped"
 
 
+def test_one_expert_is_a_static_convolution_whose_output_is_scaled():
+    routing, x = torch.rand(2, 1), torch.rand(2, 6, 7, 7)
+    pointwise, depthwise, dense = torch.rand(8, 6, 1, 1), torch.rand(6, 1, 3, 3), torch.rand(8, 6, 3, 3)
+    for weight, groups in ((pointwise, 1), (dense, 1), (depthwise, 6)):
+        assert choose_strategy(x, weight, routing, groups=groups, recorded=True) == "wide"
+    assert choose_strategy(x, pointwise, routing) == choose_strategy(x, dense, routing) == "wide"
+    assert choose_strategy(x, depthwise, routing, groups=6) == "grouped"  # which trains faster
+
+
 def test_an_empty_batch_gives_an_empty_output_and_gradients():
     weight = torch.rand(8, 3, 3, 3, requires_grad=True)
     y = dynamic_conv2d(torch.rand(0, 3, 8, 8), weight, torch.rand(0, 2), stride=2)
