@@ -2,6 +2,7 @@
 
     python benchmarks/detection.py --data bccd.yaml            missing networks and seeds, then the table
     python benchmarks/detection.py --table                     the table in Markdown and the plot only
+    python benchmarks/detection.py --data bccd.yaml --int8 BEST.pt    a trained detector in 8 bits
 
 Stock Ultralytics trains, all networks by the same settings (SGD as in the articles, no mixed precision). A run is a
 folder in runs/detection and is resumed. Each epoch's mAP on the validation images goes to
@@ -12,6 +13,10 @@ standard deviation over seeds; parameters, GFLOPs at 640 pixels as Ultralytics c
 on one thread with batch norm folded in, relative to yolov8n, the median of runs that take turns.
 
 `NAME+pretrained` starts the backbone from its weights, `NAME` from random ones.
+
+With `--int8`, Ultralytics exports the file in 32-bit floats and in 8 bits, calibrated on the validation images that
+`data` names, and validates both in their runtimes, to benchmarks/results/int8_detectors.csv. Each picture is a batch; ms
+are those that Ultralytics reports for inference, with the threads that the runtime takes.
 """
 
 import argparse
@@ -27,12 +32,13 @@ os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
 
 import torch
 import yaml
-from _timing import ROOT, Spread, add_run, header, interleave, ratio, read_csv, read_runs
+from _timing import ROOT, Spread, add_run, header, interleave, ratio, read_csv, read_runs, write_csv
 
 import parameternet.yolo
 from parameternet.yolo import YOLO
 
 RESULT = ROOT / "benchmarks" / "results" / "detection.csv"
+INT8_RESULT = RESULT.with_name("int8_detectors.csv")
 RUNS = ROOT / "runs" / "detection"
 STOCK = "yolov8n"
 NETWORKS = (
@@ -64,10 +70,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--int8", type=Path, metavar="BEST.pt", help="compare this detector in 8 bits and in floats")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         train(options.networks[0], options.seeds[0], options)
+        return
+    if options.int8:
+        int8(options)
         return
     if not options.table:
         if not options.data:
@@ -147,6 +157,41 @@ def collect(run: Run, options: argparse.Namespace) -> None:
     ]  # fmt: skip
     if len(epochs) == options.epochs:
         add_run(RESULT, run, epochs, list(NETWORKS), [*header(1, options.device), settings(options)])
+
+
+def int8(options: argparse.Namespace) -> None:
+    """Export a detector in floats and in 8 bits, validate both, and write a row for each format."""
+    known = read_csv(INT8_RESULT)[1] if INT8_RESULT.is_file() else []
+    name = Path(YOLO(options.int8).model.yaml["yaml_file"]).stem
+    rows = [row for row in known if row["network"] != name]
+    for format in ("onnx", "openvino"):
+        # The second file overwrites the first.
+        floats, eight = (_validated(options, format, eight_bits) for eight_bits in (False, True))
+        row = {"network": name, "format": format, "MB": f"{eight['MB']:.1f}",
+               "of float32": f"{eight['MB'] / floats['MB']:.2f}"}  # fmt: skip
+        for key in ("mAP50", "mAP50-95", "ms"):
+            row |= {key: f"{eight[key]:.2f}", f"{key} in floats": f"{floats[key]:.2f}"}
+        rows.append(row)
+    write_csv(INT8_RESULT, [*header(1, options.device), f"{options.data.stem}, {options.imgsz} px"], rows)
+    print(*rows, sep="\n")
+
+
+def _validated(options: argparse.Namespace, format: str, eight_bits: bool) -> dict[str, float]:
+    """Export the detector, and return size in MB, mAP in percent, and ms per picture of the file."""
+    data = str(options.data.resolve())
+    precision = {"int8": True, "data": data} if eight_bits else {}
+    exported = Path(YOLO(options.int8).export(format=format, imgsz=options.imgsz, batch=1, **precision))
+    files = [file for file in exported.rglob("*") if file.is_file()] if exported.is_dir() else [exported]
+    found = YOLO(exported, task="detect").val(
+        data=data, imgsz=options.imgsz, batch=1, device=options.device, rect=False, plots=False, verbose=False,
+        project=str(RUNS), name="int8", exist_ok=True,
+    )  # fmt: skip
+    return {
+        "MB": sum(file.stat().st_size for file in files) / 1e6,
+        "mAP50": 100 * found.box.map50,
+        "mAP50-95": 100 * found.box.map,
+        "ms": found.speed["inference"],
+    }
 
 
 def by_network() -> dict[str, list[list[Row]]]:

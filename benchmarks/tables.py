@@ -184,6 +184,17 @@ def int8() -> list[str]:
     return rows
 
 
+def int8_detectors() -> list[str]:
+    """A row per detector and format in 8 bits."""
+    path = ROOT / "benchmarks" / "results" / "int8_detectors.csv"
+    rows = []
+    for row in read_csv(path)[1] if path.exists() else []:
+        pairs = (f"{row[key]} / {row[f'{key} in floats']}" for key in ("mAP50", "mAP50-95", "ms"))
+        cells = (f"`{row['network']}`, {row['format']}", f"{row['MB']} MB ({row['of float32']})", *pairs)
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     static, forms = found["static"], [row for form, row in found.items() if form != "static"]
     worst = max(float(row[f"difference at batch {b}"] or 0) for row in found.values() for b in (1, 3, 8))
@@ -232,6 +243,10 @@ TABLES = {
     "int8": Table(
         "network, format | file (of float32) | same class, % | top-1 lost | same expert, % (worst) | latency, float32",
         int8,
+    ),
+    "int8-detectors": Table(
+        "network, format | file (of float32) | mAP50, float32 | mAP50-95, float32 | ms per image, float32",
+        int8_detectors,
     ),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
