@@ -15,7 +15,7 @@ on one thread with batch norm folded in, relative to yolov8n, the median of runs
 `NAME+pretrained` starts the backbone from its weights, `NAME` from random ones.
 
 With `--int8`, Ultralytics exports the file in 32-bit floats and in 8 bits, calibrated on the validation images that
-`data` names, and validates both in their runtimes, to benchmarks/results/int8_detectors.csv. Each picture is a batch; ms
+`data` names, and validates both in their runtimes, to benchmarks/results/int8_detectors.csv. A batch is one picture; ms
 are those that Ultralytics reports for inference, with the threads that the runtime takes.
 """
 

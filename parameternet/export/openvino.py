@@ -20,6 +20,7 @@ __all__ = ["SUFFIX", "observer", "quantise", "read", "runner", "write"]
 
 SUFFIX = ".xml"
 SECTION = "parameternet"
+QUANTISED = ("Convolution", "MatMul")
 
 
 @functools.cache
@@ -90,10 +91,11 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
     nncf.set_log_level(logging.ERROR)
     model = _core().read_model(source)
     routers = _routers(model)
-    products = [op for op in model.get_ops() if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")]
+    products = [op for op in model.get_ops() if op.get_type_name() in (*QUANTISED, "GroupConvolution")]
     mixing = {op.get_friendly_name() for op in products if _mixes(op, set(routers))}
     others = {op.get_friendly_name() for op in products} - mixing
     kept = {op.get_friendly_name() for op in products if _stays_float(op, set(routers))}
+    kinds = {op.get_type_name() for op in model.get_ops()} - {*QUANTISED}
     images = [x for x in batches]
     with quiet():
         if mixing:
@@ -105,14 +107,17 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
             nncf.Dataset(images),
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(
-                names=sorted(kept), patterns=[f"{re.escape(name)}/.*" for name in routers], validate=False
+                names=sorted(kept),
+                patterns=[f"{re.escape(name)}/.*" for name in routers],
+                types=sorted(kinds),  # by default sums, averages and normalisations are rounded, too
+                validate=False,
             ),
             # By default the mean of the images' ranges: it clips half of them, which moves averages and so routing.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
             ),
         )
-        openvino.save_model(made, target, compress_to_fp16=False)
+    openvino.save_model(made, target, compress_to_fp16=False)
 
 
 def _routers(model: Any) -> list[str]:
@@ -133,6 +138,12 @@ def _mixes(op: Any, routers: set[str]) -> bool:
 
 
 def _stays_float(op: Any, routers: set[str]) -> bool:
-    """Is it mixing, a depthwise convolution, or a product of two computed matrices?"""
+    """Is it mixing, a depthwise convolution, a product of two computed matrices, or the convolution of the image?"""
     computed = op.input_value(1).get_node().get_type_name() == "Reshape"
-    return computed or op.get_type_name() == "GroupConvolution" or bool(op.input_value(0).get_names() & routers)
+    source = op.input_value(0)
+    return (
+        computed
+        or op.get_type_name() == "GroupConvolution"
+        or source.get_node().get_type_name() == "Parameter"
+        or bool(source.get_names() & routers)
+    )

@@ -85,6 +85,24 @@ def test_routers_mixing_and_depthwise_convolutions_stay_in_floats(made):
     assert "QuantizeLinear" in {node.op_type for node in graph.node}
 
 
+@pytest.mark.parametrize("form", ["computed", "constant"])
+def test_openvino_rounds_inputs_of_products_only(made, form):
+    path = made("openvino", form).path
+    import openvino
+
+    rounded = [op for op in openvino.Core().read_model(path).get_ops() if op.get_type_name() == "FakeQuantize"]
+    # OpenVINO multiplies by a matrix of two dimensions in a convolution's place, behind a reshape.
+    readers = [user.get_node() for op in rounded for user in op.output(0).get_target_inputs()]
+    readers = [
+        next(iter(node.output(0).get_target_inputs())).get_node() if node.get_type_name() == "Reshape" else node
+        for node in readers
+    ]
+    assert {node.get_type_name() for node in readers} <= {"Convolution", "MatMul"}
+    assert readers or form == "computed"  # in which this network has no other products than those by mixed kernels
+    assert not any(".routing/" in node.get_friendly_name() for node in readers)
+    assert not any(op.input_value(0).get_node().get_type_name() == "Parameter" for op in rounded)
+
+
 def test_images_to_calibrate_and_to_check_have_none_in_common(photos):
     found = Images.find(photos, network(), 150)
     calibration, checks = ({name for name, _ in part} for part in (found.calibration, found.checks))
