@@ -249,6 +249,7 @@ TABLES = {
         int8_detectors,
     ),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
+    "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
     "transfer": Table(None, partial(compared, "transfer", "parameternet_600m_cifar10")),
     "detectors": Table("network | parameters | GFLOPs | mixing", detectors),
