@@ -163,7 +163,7 @@ class Router(_Affine):
             logits = _linear_of_mean(x, weight, bias, dtype)
         else:
             # Not addmm with alpha, one node less: pnnx converts it to something else.
-            pooled = F.layer_norm(x.mean((2, 3), dtype=dtype), [width], eps=1e-6) * width**-0.5
+            pooled = F.layer_norm(_mean(x, dtype), [width], eps=1e-6) * width**-0.5
             logits = F.linear(pooled, weight, bias.flatten())
         if hidden is not None:
             logits = F.linear(F.relu(logits), _cast(self.weight, dtype), _cast(self.bias, dtype).flatten())
@@ -183,11 +183,16 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)
 
 
+def _mean(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x.mean((2, 3), dtype=dtype)`; litert-torch cannot convert a mean with a dtype."""
+    return x.mean((2, 3)) if x.dtype == dtype else x.mean((2, 3), dtype=dtype)
+
+
 def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute `weight @ x.mean((2, 3)) + bias` in `dtype`, (B, in, H, W) -> (B, out)."""
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         # A graph must divide by the size of its actual input, not of the example that it was recorded with.
-        return F.linear(x.mean((2, 3), dtype=dtype), weight, bias)
+        return F.linear(_mean(x, dtype), weight, bias)
     return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
 
 
