@@ -33,6 +33,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "app": ("gradio",),
     "export": ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf"),
+    "mobile": ("timmx", "ncnn", "pnnx", "litert_torch", "ai_edge_litert", "executorch", "coremltools"),
     "yolo": ("ultralytics",),
     "detection": ("torchmetrics", "pycocotools"),
     "test": ("pytest", "ruff"),

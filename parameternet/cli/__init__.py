@@ -25,7 +25,7 @@ COMMANDS = {
     "upcycle": "Convert a dense network to a dynamic one with the same outputs.",
     "card": "Write the model card of a checkpoint.",
     "publish": "Publish a checkpoint on the Hub.",
-    "export": "Export to ONNX, TorchScript, torch.export or OpenVINO, and check the file.",
+    "export": "Export to ONNX, OpenVINO, mobile and other formats, and check the file.",
     "app": "Serve a web page to try a network.",
     "doctor": "Check the installation.",
 }

@@ -27,7 +27,7 @@ from parameternet.text import printable
     help="computed: mix kernels in the graph (fast); constant: for TensorRT and mobile runtimes; looped: one image at "
     "a time in the graph, for several large images on a CPU.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Batch size.  [default: any]")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size.  [default: any]  Required for mobile formats.")
 @click.option("--size", type=click.IntRange(min=1), help="Height and width.  [default: the checkpoint's]")
 @click.option("--dynamic-size", is_flag=True, help="Allow any height and width; slower in some runtimes.")
 @click.option("--output", type=click.Path(path_type=Path), help="File.  [default: NAME with the format's suffix]")
@@ -57,8 +57,9 @@ def export(
     """Export NAME for another runtime, run the file, and keep it if its outputs match the network's.
 
     NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained, an
-    architecture. The file includes preprocessing and class names. The exit code is 1 if outputs differ by more than
-    1e-4; with --int8, that is checked before quantisation, and the cost of 8 bits is printed and written to
+    architecture. The file includes preprocessing and class names; for ncnn, litert, executorch, coreml and tensorrt,
+    which timmx writes, they are in FILE.json. The exit code is 1 if outputs differ by more than 1e-4; Core ML and
+    TensorRT files are not run, which is reported. With --int8, that is checked before quantisation, and the cost of 8 bits is printed and written to
     FILE.int8.json.
     """
     with working(f"exporting {printable(name)}"):
@@ -91,7 +92,10 @@ def _show(made: Exported) -> None:
     batch = "any batch" if made.batch is None else f"batch {made.batch}"
     size = ", any height and width" if made.dynamic_size else ""
     files = " and ".join(str(file) for file in made.files)
-    echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB")
+    checked = ", not checked" if made.unchecked else ""
+    echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB{checked}")
+    if made.unchecked:  # of which a warning tells
+        return
     rows = [(where, f"{value:.1e}") for where, value in made.differences.items()]
     print_table(("the file run at", "largest relative difference"), rows, right=("largest relative difference",))
     if made.int8:

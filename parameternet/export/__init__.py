@@ -1,4 +1,4 @@
-"""Networks as files for other runtimes: ONNX, TorchScript, torch.export, OpenVINO; checked by running the file.
+"""Networks as files for other runtimes, checked by running the file.
 
 >>> export("parameternet_50m.tin200", "net.onnx").differences
 {'batch 1, 64 x 64': 3e-07, 'batch 3, 64 x 64': 4e-07, 'batch 8, 64 x 64': 5e-07}
@@ -13,6 +13,7 @@ import importlib
 import re
 import shutil
 import tempfile
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ from parameternet.files import atomic_write, write_json
 from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
-__all__ = ["FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
+__all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
 
-FORMATS = ("onnx", "torchscript", "torch_export", "openvino")
+# Written by timmx, for one batch and one size of images (see `mobile.py`).
+FIXED = ("ncnn", "litert", "executorch", "coreml", "tensorrt")
+FORMATS = ("onnx", "torchscript", "torch_export", "openvino", *FIXED)
 LOOPED = ("onnx", "openvino")
 
 
@@ -42,7 +45,8 @@ LOOPED = ("onnx", "openvino")
 class Exported:
     """What was written: `files` (OpenVINO has two), their size in `bytes`, the largest relative difference by input.
 
-    With 8 bits the differences are those of the file in floats that was quantised, and `int8` is the report.
+    With 8 bits the differences are those of the file in floats that was quantised, and `int8` is the report. If the
+    file was not run, `differences` is empty, and `unchecked` says why.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class Exported:
     dynamic_size: bool
     differences: dict[str, float]
     int8: dict[str, Any] | None = None
+    unchecked: str | None = None
 
 
 def export(
@@ -73,15 +78,16 @@ def export(
 
     The network itself stays as it is: a copy is fused (`parameternet.surgery.fuse`) and written in 32-bit floats. The
     file is run at batches 1, 3 and 8, or the fixed one, and with `dynamic_size` at another size too, and held against
-    the network.
+    the network. Core ML and TensorRT files are not, which a warning says.
 
     Args:
         model: As for `parameternet.models.loading.parse_source`, or any network, also one that was upcycled.
         path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
-        format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin.
+        format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin; ncnn NAME.param and NAME.bin;
+            coreml a folder. Formats in `FIXED` need a `batch`, and have their metadata in a file next to them.
         form: 'computed' kernels, 'constant' ones for TensorRT and mobile runtimes, or 'looped', for ONNX and OpenVINO
             only (see `forms.py`).
-        batch: Images at once; None: any number, but at least 1 in files of form 'looped'.
+        batch: Images at once, for ncnn 1; None: any number, but at least 1 in files of form 'looped'.
         size: Height and width of the input (a number: both), or with the channels before; None: what the network is
             evaluated at.
         dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.
@@ -95,7 +101,7 @@ def export(
         ExportError: it cannot be written, or the file differs by more than 1e-4; `path` is not changed.
         ValueError: a format, form, batch or size that there is not.
         DataError: too few images for `int8`.
-        ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`.
+        ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`, or `[mobile]` for `FIXED`.
     """
     writer = _writer(format)
     if form not in FORMS:
@@ -104,6 +110,7 @@ def export(
         raise ValueError(f"form 'looped' is for {' and '.join(LOOPED)}, got format {format!r}; use form 'computed'")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
+    _check_fixed(format, batch, dynamic_size)
     _check_int8(int8, format, form, calibration_images)
     network = _prepared(model)
     size = _size(network, size)
@@ -120,8 +127,22 @@ def export(
         if images is not None:
             report = _quantise(writer, written, plan, images)
         files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
-    size_in_bytes = sum(file.stat().st_size for file in files if file.suffix != ".json")
-    return Exported(path, files, size_in_bytes, format, form, batch, dynamic_size, found, report)
+    unchecked = getattr(writer, "UNCHECKED", None)
+    if unchecked:
+        warnings.warn(f"{path.name} was not compared with the network: {unchecked}", stacklevel=2)
+    size_in_bytes = sum(_size_in_bytes(file) for file in files if file.suffix != ".json")
+    return Exported(path, files, size_in_bytes, format, form, batch, dynamic_size, found, report, unchecked)
+
+
+def _check_fixed(format: str, batch: int | None, dynamic_size: bool) -> None:
+    if format not in FIXED:
+        return
+    if format == "ncnn" and batch != 1:
+        raise ValueError(f"ncnn takes one image at a time, got batch {batch}; give batch 1")
+    if batch is None:
+        raise ValueError(f"files of format {format!r} take one batch size only: give batch, for example 1")
+    if dynamic_size:
+        raise ValueError(f"files of format {format!r} take one size of images only: leave dynamic_size out")
 
 
 def _check_int8(images: str | Path | None, format: str, form: str, number: int) -> None:
@@ -204,6 +225,8 @@ def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None
 
 
 def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> dict[str, float]:
+    if hasattr(writer, "UNCHECKED"):
+        return {}
     sizes = [plan.size]
     if plan.dynamic_size:
         channels, height, width = plan.size
@@ -214,6 +237,19 @@ def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> di
 
 
 def _keep(file: Path, path: Path) -> Path:
+    if file.is_dir():
+        return _keep_folder(file, path)
     with open(file, "rb") as source, atomic_write(path) as target:
         shutil.copyfileobj(source, target)
     return path
+
+
+def _keep_folder(folder: Path, path: Path) -> Path:
+    # A folder cannot be renamed over another one. The old one goes with the temporary folder, which is on the same disk.
+    if path.exists():
+        path.rename(folder.with_name(f"{folder.name}.old"))
+    return folder.rename(path)
+
+
+def _size_in_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

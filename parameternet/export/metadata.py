@@ -13,7 +13,10 @@ from parameternet.prediction import class_names
 __all__ = ["describe", "pack", "read_metadata", "unpack"]
 
 FILE_NAME = "parameternet.json"  # inside archives of PyTorch
-SUFFIXES = {".onnx": "onnx", ".torchscript": "torchscript", ".pt2": "torch_export", ".xml": "openvino"}
+SUFFIXES = {
+    ".onnx": "onnx", ".torchscript": "torchscript", ".pt2": "torch_export", ".xml": "openvino", ".param": "ncnn",
+    ".tflite": "litert", ".pte": "executorch", ".mlpackage": "coreml", ".engine": "tensorrt",
+}  # fmt: skip
 
 
 def describe(model: nn.Module, size: tuple[int, int, int], verified: bool) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def unpack(words: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `export` wrote into a file.
+    """What `export` wrote into a file, or next to it.
 
     Returns:
         `input_size` [channels, height, width], `form`, `batch` (a number, or "free"), `dynamic_size`; of a network
@@ -72,6 +75,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} has none of the endings of exported files: {', '.join(SUFFIXES)}")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"no such file: {path}")
     return importlib.import_module(f"parameternet.export.{SUFFIXES[suffix]}").read(Path(path))

@@ -1,0 +1,24 @@
+"""Core ML, for Apple's systems: the folder NAME.mlpackage, an ML program in 32-bit floats. Written by timmx.
+
+Core ML runs on Apple's systems only, so that we do not run the file: on macOS timmx does, and compares roughly.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from parameternet.export import mobile
+from parameternet.export.mobile import read
+from parameternet.export.plan import Plan
+
+__all__ = ["SUFFIX", "UNCHECKED", "read", "write"]
+
+SUFFIX = ".mlpackage"
+UNCHECKED = "Core ML runs on Apple's systems only; there timmx has compared it roughly"
+
+
+def write(model: nn.Module, path: Path, plan: Plan) -> None:
+    """Write `model`, which is changed, for Core ML."""
+    mobile.need("timmx", "coremltools")
+    mobile.convert("coreml", model, path, plan, compute_precision="float32")
+    mobile.describe(path, plan)

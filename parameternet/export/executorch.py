@@ -1,0 +1,37 @@
+"""ExecuTorch, PyTorch's runtime for phones: NAME.pte, in 32-bit floats, for XNNPACK on CPUs. Written by timmx."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from parameternet.export import mobile
+from parameternet.export.checking import Run
+from parameternet.export.mobile import read
+from parameternet.export.plan import Plan
+
+__all__ = ["SUFFIX", "read", "runner", "write"]
+
+SUFFIX = ".pte"
+
+
+def write(model: nn.Module, path: Path, plan: Plan) -> None:
+    """Write `model`, which is changed, for ExecuTorch."""
+    mobile.need("timmx", "executorch")
+    mobile.convert("executorch", model, path, plan, verify=False)
+    mobile.describe(path, plan)
+
+
+def runner(path: Path) -> Run:
+    """The file as a function of arrays, run by ExecuTorch on the CPU, with as many threads as it likes."""
+    from executorch.runtime import Runtime
+
+    with mobile.silent():  # it tells of the processor
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+
+    def run(x: np.ndarray) -> list[np.ndarray]:
+        return [y.numpy().copy() for y in method.execute([torch.from_numpy(np.ascontiguousarray(x))])]
+
+    return run
