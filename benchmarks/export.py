@@ -4,6 +4,7 @@
     python benchmarks/export.py parameternet_150m --rounds 51
 
     python benchmarks/export.py --int8 IMAGES     8 bits against floats, to benchmarks/results/int8.csv: half an hour
+    python benchmarks/export.py --mobile          the formats of timmx, to benchmarks/results/mobile.csv: half an hour
 
 Every row is a file made by `parameternet.export.export`, which runs it at batches 1, 3 and 8 (or its fixed batch) and
 refuses it above a relative difference of 1e-4; the largest one stands in the row. The networks have random weights.
@@ -12,10 +13,15 @@ Latency is that of one picture on one thread: in onnxruntime (the measure of the
 OpenVINO for its format, and with `--runtimes torchscript torch.export` in PyTorch for these two. Files of one runtime
 take turns; a ratio is that to the static twin (`dynamic=False`) in the same runtime, exported in the same way with the
 batch fixed to 1, each round by itself: median and quartiles. Results go to benchmarks/results/export.csv.
+
+With `--mobile` every row is a format and a form at batch 1, with the weights of the checkpoint of that name, or random
+ones. Both forms take turns on one core. What is only converted has no difference and no latency, what fails has the
+reason.
 """
 
 import argparse
 import importlib.metadata
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,11 +34,14 @@ import torch
 from _timing import ROOT, Row, Spread, header, interleave, ratio, write_csv
 
 import parameternet  # noqa: F401  registers the networks
-from parameternet.export import FORMS, Exported, export
+from parameternet.export import FIXED, FORMS, Exported, ExportError, export, read_metadata
+from parameternet.layers import Router
+from parameternet.models import catalogue
 
 RESULTS = ROOT / "benchmarks" / "results"
 # runtime: format of its files
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino", "torchscript": "torchscript", "torch.export": "torch_export"}
+MOBILE_NETWORKS = ["parameternet_50m.tin200", "dynamic_efficientnet_lite0.in1k_upcycled", "parameternet_600m"]
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript", "torch_export": ".pt2"}
 
 
@@ -129,6 +138,52 @@ def measure_int8(options: argparse.Namespace, head: list[str]) -> None:
     show(found)
 
 
+def drawn(name: str) -> torch.nn.Module:
+    """A network with random weights whose routers, too, are not at their start, where all images have one routing."""
+    model = timm.create_model(name, num_classes=1000)
+    for router in filter(lambda module: isinstance(module, Router), model.modules()):
+        torch.nn.init.normal_(router.weight)
+    return model
+
+
+def mobile_rows(name: str, format: str, rounds: int, folder: Path) -> list[Row]:
+    """Both forms of a network in a format of timmx; without a checkpoint of that name, with random weights."""
+    writer = importlib.import_module(f"parameternet.export.{format}")
+    found: dict[str, Row] = {}
+    runs = {}
+    for form in FORMS[:2]:
+        print(f"{name}, {format}, {form}", file=sys.stderr)
+        torch.manual_seed(0)
+        model = name if name in catalogue.checkpoints() else drawn(name)
+        weights = "checkpoint" if model == name else "random"
+        found[form] = row = {"network": name, "weights": weights, "format": format, "form": form}
+        row |= {"MB": "", "difference": "", "ms": ""}
+        try:
+            made = export(model, folder / f"{form}{writer.SUFFIX}", format, form=form, batch=1)
+        except (ExportError, ModuleNotFoundError) as error:
+            row |= {"result": str(error)}
+            continue
+        row |= {"MB": f"{made.bytes / 1e6:.1f}", "difference": _difference(made, 1)}
+        row |= {"result": "only converted" if made.unchecked else "run and compared"}
+        if not made.unchecked:
+            x = np.random.default_rng(0).standard_normal((1, *read_metadata(made.path)["input_size"]))
+            runs[form] = partial(writer.runner(made.path), x.astype(np.float32))
+    for form, times in interleave(runs, rounds, "cpu").items() if runs else ():
+        found[form]["ms"] = f"{Spread.of(times).median * 1e3:.1f}"
+    return [*found.values()]
+
+
+def measure_mobile(options: argparse.Namespace, head: list[str]) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # not every runtime lets one choose its threads
+    found: list[Row] = []
+    for name in options.networks or MOBILE_NETWORKS:
+        for format in options.formats:
+            with tempfile.TemporaryDirectory() as folder:
+                found += mobile_rows(name, format, options.rounds, Path(folder))
+            write_csv(options.output or RESULTS / "mobile.csv", head, found)
+    show(found)
+
+
 def show(found: list[Row]) -> None:
     widths = {key: max(len(key), *(len(str(row[key])) for row in found)) for key in found[0]}
     for row in [dict(zip(found[0], found[0], strict=True)), *found]:
@@ -140,12 +195,18 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", help="[default: parameternet_600m parameternet_50m]")
     parser.add_argument("--int8", type=Path, metavar="IMAGES", help="a folder or .tar of images to calibrate with")
     parser.add_argument("--forms", nargs="+", choices=FORMS[:2], default=["computed"], help="with --int8")
+    parser.add_argument("--mobile", action="store_true", help="the formats of timmx")
+    parser.add_argument("--formats", nargs="+", choices=FIXED, default=FIXED, help="with --mobile")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["onnxruntime", "openvino"])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--output", type=Path, help="[default: benchmarks/results/export.csv or int8.csv]")
+    parser.add_argument("--output", type=Path, help="[default: benchmarks/results/export.csv, int8.csv or mobile.csv]")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.mobile:
+        names = ("timmx", "ncnn", "pnnx", "litert-torch", "ai-edge-litert", "executorch", "coremltools")
+        packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        return measure_mobile(options, [*header(1, "cpu"), packages, f"batch 1, {options.rounds} rounds taking turns"])
     packages = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino", "onnx", "nncf")
     )

@@ -195,6 +195,23 @@ def int8_detectors() -> list[str]:
     return rows
 
 
+def mobile() -> list[str]:
+    """A row per network and format of timmx, computed and constant kernels."""
+    cases: dict[tuple[str, str], list[Row]] = {}
+    path = ROOT / "benchmarks" / "results" / "mobile.csv"
+    for row in read_csv(path)[1] if path.exists() else []:
+        cases.setdefault((row["network"], row["format"]), []).append(row)
+    return [
+        f"| `{network}`, {format} | {' | '.join(_both(rows, key) for key in ('MB', 'difference', 'ms', 'result'))} |"
+        for (network, format), rows in cases.items()
+    ]
+
+
+def _both(rows: list[Row], key: str) -> str:
+    """What two forms have, once if it is the same."""
+    return " / ".join(dict.fromkeys(row[key] or "-" for row in rows))
+
+
 def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     static, forms = found["static"], [row for form, row in found.items() if form != "static"]
     worst = max(float(row[f"difference at batch {b}"] or 0) for row in found.values() for b in (1, 3, 8))
@@ -248,6 +265,7 @@ TABLES = {
         "network, format | file (of float32) | mAP50, float32 | mAP50-95, float32 | ms per image, float32",
         int8_detectors,
     ),
+    "mobile": Table("network, format | MB, computed / constant | difference | ms | result", mobile),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
     "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),

@@ -57,10 +57,10 @@ def export(
     """Export NAME for another runtime, run the file, and keep it if its outputs match the network's.
 
     NAME is a checkpoint, a folder or run folder, a .safetensors file or hf-hub:ORG/NAME; with --untrained, an
-    architecture. The file includes preprocessing and class names; for ncnn, litert, executorch, coreml and tensorrt,
-    which timmx writes, they are in FILE.json. The exit code is 1 if outputs differ by more than 1e-4; Core ML and
-    TensorRT files are not run, which is reported. With --int8, that is checked before quantisation, and the cost of 8 bits is printed and written to
-    FILE.int8.json.
+    architecture. The file includes preprocessing and class names; the formats of timmx (ncnn, litert, executorch,
+    coreml, tensorrt) have them in FILE.json. The exit code is 1 if outputs differ by more than 1e-4; with --int8, that
+    is checked before quantisation, and the cost of 8 bits is printed and written to FILE.int8.json. Core ML and
+    TensorRT files are not checked, of which a warning tells.
     """
     with working(f"exporting {printable(name)}"):
         made = write(

@@ -245,7 +245,7 @@ def _keep(file: Path, path: Path) -> Path:
 
 
 def _keep_folder(folder: Path, path: Path) -> Path:
-    # A folder cannot be renamed over another one. The old one goes with the temporary folder, which is on the same disk.
+    # A folder cannot be renamed over another one: the old one goes with the temporary folder, on the same disk.
     if path.exists():
         path.rename(folder.with_name(f"{folder.name}.old"))
     return folder.rename(path)
