@@ -28,7 +28,8 @@ FLOORS = {
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
 OPTIONAL = {"ultralytics", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "tensorboard",
-            "gradio", "pyarrow"}  # fmt: skip
+            "gradio", "pyarrow", "timmx", "ncnn", "pnnx", "litert_torch", "ai_edge_litert", "executorch",
+            "coremltools"}  # fmt: skip
 
 
 def imports(path):

@@ -233,7 +233,13 @@ def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> di
         # Neither square nor of the same parity nor a multiple of the stride.
         sizes.append((channels, height + 37, width + 70))
     batches = [plan.batch] if plan.batch else BATCHES
-    return differences(network, writer.runner(path), batches, sizes)
+    try:
+        run = writer.runner(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # every runtime has its own kinds
+        raise ExportError(f"the file cannot be read by its runtime: {error}") from error
+    return differences(network, run, batches, sizes)
 
 
 def _keep(file: Path, path: Path) -> Path:

@@ -31,6 +31,7 @@ def runner(path: Path, threads: int = 0) -> Run:
 
     with mobile.silent():  # it tells of its delegate
         interpreter = Interpreter(model_path=str(path), num_threads=threads or None)
+        interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner()
     (name,) = signature.get_input_details()
     outputs = sorted(signature.get_output_details(), key=lambda output: int(output.rpartition("_")[2]))
