@@ -167,7 +167,8 @@ def mobile_rows(name: str, format: str, rounds: int, folder: Path) -> list[Row]:
         row |= {"result": "only converted" if made.unchecked else "run and compared"}
         if not made.unchecked:
             x = np.random.default_rng(0).standard_normal((1, *read_metadata(made.path)["input_size"]))
-            runs[form] = partial(writer.runner(made.path), x.astype(np.float32))
+            threads = {} if format == "executorch" else {"threads": 1}
+            runs[form] = partial(writer.runner(made.path, **threads), x.astype(np.float32))
     for form, times in interleave(runs, rounds, "cpu").items() if runs else ():
         found[form]["ms"] = f"{Spread.of(times).median * 1e3:.1f}"
     return [*found.values()]
@@ -176,8 +177,8 @@ def mobile_rows(name: str, format: str, rounds: int, folder: Path) -> list[Row]:
 def measure_mobile(options: argparse.Namespace, head: list[str]) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # not every runtime lets one choose its threads
     found: list[Row] = []
-    for name in options.networks or MOBILE_NETWORKS:
-        for format in options.formats:
+    for format in options.formats:
+        for name in options.networks or MOBILE_NETWORKS:
             with tempfile.TemporaryDirectory() as folder:
                 found += mobile_rows(name, format, options.rounds, Path(folder))
             write_csv(options.output or RESULTS / "mobile.csv", head, found)
