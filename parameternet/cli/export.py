@@ -24,8 +24,8 @@ from parameternet.text import printable
     type=click.Choice(FORMS),
     default="computed",
     show_default=True,
-    help="computed: mix kernels in the graph (fast); constant: for TensorRT and mobile runtimes; looped: one image at "
-    "a time in the graph, for several large images on a CPU.",
+    help="computed: mix kernels in the graph (fast); constant: for TensorRT; looped: one image at a time in the "
+    "graph, for several large images on a CPU.",
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Batch size.  [default: any]  Required for mobile formats.")
 @click.option("--size", type=click.IntRange(min=1), help="Height and width.  [default: the checkpoint's]")

@@ -85,8 +85,8 @@ def export(
         path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
         format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin; ncnn NAME.param and NAME.bin;
             coreml a folder. Formats in `FIXED` need a `batch`, and have their metadata in a file next to them.
-        form: 'computed' kernels, 'constant' ones for TensorRT and mobile runtimes, or 'looped', for ONNX and OpenVINO
-            only (see `forms.py`).
+        form: 'computed' kernels, 'constant' ones for runtimes that take no others, like TensorRT, or 'looped', for ONNX
+            and OpenVINO only (see `forms.py`).
         batch: Images at once, for ncnn 1; None: any number, but at least 1 in files of form 'looped'.
         size: Height and width of the input (a number: both), or with the channels before; None: what the network is
             evaluated at.

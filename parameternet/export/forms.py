@@ -3,13 +3,13 @@
 ========  ===============================================  ============================================================
 form      the kernels in the file                          for
 ========  ===============================================  ============================================================
-computed  mixed for each image, then applied once where    onnxruntime, OpenVINO, PyTorch. A plain graph: with batch 1
-          that is possible                                 every kernel is mixed, with a free batch depthwise ones are
-                                                           not, and dense ones are applied to columns
+computed  mixed for each image, then applied once where    onnxruntime, OpenVINO, PyTorch, mobile runtimes. A plain
+          that is possible                                 graph: with batch 1 every kernel is mixed, with a free batch
+                                                           depthwise ones are not, and dense ones are applied to columns
 looped    mixed for each image in a loop over the images   onnxruntime and OpenVINO on CPUs: less work than the former
                                                            for several large images; other runtimes may not loop
-constant  every expert's convolves with the image times    TensorRT and mobile runtimes, which take only constant
-          that expert's weight; the results are added      kernels; E times the products
+constant  every expert's convolves with the image times    TensorRT and others that take only constant kernels; E times
+          that expert's weight; the results are added      the products
 ========  ===============================================  ============================================================
 
 A convolution of one kernel an image exists in no file format. A product of one matrix an image does.
