@@ -15,8 +15,8 @@ take turns; a ratio is that to the static twin (`dynamic=False`) in the same run
 batch fixed to 1, each round by itself: median and quartiles. Results go to benchmarks/results/export.csv.
 
 With `--mobile` every row is a format and a form at batch 1, with the weights of the checkpoint of that name, or random
-ones. Both forms take turns on one core. What is only converted has no difference and no latency, what fails has the
-reason.
+ones at `--size`. Both forms take turns on one core. What is only converted has no difference and no latency, what fails
+has the reason. Rows of other networks and formats stay, as formats may want environments of their own.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from _timing import ROOT, Row, Spread, header, interleave, ratio, write_csv
+from _timing import ROOT, Row, Spread, header, interleave, ratio, read_csv, write_csv
 
 import parameternet  # noqa: F401  registers the networks
 from parameternet.export import FIXED, FORMS, Exported, ExportError, export, read_metadata
@@ -146,20 +146,22 @@ def drawn(name: str) -> torch.nn.Module:
     return model
 
 
-def mobile_rows(name: str, format: str, rounds: int, folder: Path) -> list[Row]:
+def mobile_rows(name: str, format: str, size: int, rounds: int, folder: Path) -> list[Row]:
     """Both forms of a network in a format of timmx; without a checkpoint of that name, with random weights."""
+    trained = name in catalogue.checkpoints()
     writer = importlib.import_module(f"parameternet.export.{format}")
     found: dict[str, Row] = {}
     runs = {}
     for form in FORMS[:2]:
         print(f"{name}, {format}, {form}", file=sys.stderr)
         torch.manual_seed(0)
-        model = name if name in catalogue.checkpoints() else drawn(name)
-        weights = "checkpoint" if model == name else "random"
+        model, weights = (name, "checkpoint") if trained else (drawn(name), "random")
         found[form] = row = {"network": name, "weights": weights, "format": format, "form": form}
         row |= {"MB": "", "difference": "", "ms": ""}
         try:
-            made = export(model, folder / f"{form}{writer.SUFFIX}", format, form=form, batch=1)
+            made = export(
+                model, folder / f"{form}{writer.SUFFIX}", format, form=form, batch=1, size=None if trained else size
+            )
         except (ExportError, ModuleNotFoundError) as error:
             row |= {"result": str(error)}
             continue
@@ -176,12 +178,14 @@ def mobile_rows(name: str, format: str, rounds: int, folder: Path) -> list[Row]:
 
 def measure_mobile(options: argparse.Namespace, head: list[str]) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # not every runtime lets one choose its threads
-    found: list[Row] = []
+    path = options.output or RESULTS / "mobile.csv"
+    found: list[Row] = [*read_csv(path)[1]] if path.exists() else []
     for format in options.formats:
         for name in options.networks or MOBILE_NETWORKS:
             with tempfile.TemporaryDirectory() as folder:
-                found += mobile_rows(name, format, options.rounds, Path(folder))
-            write_csv(options.output or RESULTS / "mobile.csv", head, found)
+                new = mobile_rows(name, format, options.size, options.rounds, Path(folder))
+            found = [row for row in found if (row["network"], row["format"]) != (name, format)] + new
+            write_csv(path, head, found)
     show(found)
 
 
