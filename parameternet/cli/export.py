@@ -60,7 +60,7 @@ def export(
     architecture. The file includes preprocessing and class names; the formats of timmx (ncnn, litert, executorch,
     coreml, tensorrt) have them in FILE.json. The exit code is 1 if outputs differ by more than 1e-4; with --int8, that
     is checked before quantisation, and the cost of 8 bits is printed and written to FILE.int8.json. Core ML and
-    TensorRT files are not checked, of which a warning tells.
+    TensorRT files are not checked; a warning says so.
     """
     with working(f"exporting {printable(name)}"):
         made = write(
@@ -94,7 +94,7 @@ def _show(made: Exported) -> None:
     files = " and ".join(str(file) for file in made.files)
     checked = ", not checked" if made.unchecked else ""
     echo(f"{files}: {made.format}, {made.form} kernels, {batch}{size}, {made.bytes / 1e6:.1f} MB{checked}")
-    if made.unchecked:  # of which a warning tells
+    if made.unchecked:
         return
     rows = [(where, f"{value:.1e}") for where, value in made.differences.items()]
     print_table(("the file run at", "largest relative difference"), rows, right=("largest relative difference",))

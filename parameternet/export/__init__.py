@@ -78,7 +78,7 @@ def export(
 
     The network itself stays as it is: a copy is fused (`parameternet.surgery.fuse`) and written in 32-bit floats. The
     file is run at batches 1, 3 and 8, or the fixed one, and with `dynamic_size` at another size too, and held against
-    the network. Core ML and TensorRT files are not, which a warning says.
+    the network. Core ML and TensorRT files are not run; a warning says so.
 
     Args:
         model: As for `parameternet.models.loading.parse_source`, or any network, also one that was upcycled.

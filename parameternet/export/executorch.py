@@ -25,7 +25,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
 
 def runner(path: Path) -> Run:
     """The file as a function of arrays, run by ExecuTorch on the CPU, with as many threads as it likes."""
-    with mobile.silent():  # it tells of the processor
+    with mobile.silent():  # it logs the processor
         from executorch.runtime import Runtime
 
         program = Runtime.get().load_program(path)

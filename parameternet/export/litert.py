@@ -29,7 +29,7 @@ def runner(path: Path, threads: int = 0) -> Run:
     """The file as a function of arrays, run by LiteRT on the CPU; `threads` 0: LiteRT's choice."""
     from ai_edge_litert.interpreter import Interpreter
 
-    with mobile.silent():  # it tells of its delegate
+    with mobile.silent():  # it logs its delegate
         interpreter = Interpreter(model_path=str(path), num_threads=threads or None)
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner()
