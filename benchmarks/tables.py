@@ -212,6 +212,22 @@ def _both(rows: list[Row], key: str) -> str:
     return " / ".join(dict.fromkeys(row[key] or "-" for row in rows))
 
 
+def peers() -> list[str]:
+    """A row per layer, batch size and mode: times static of every layer that routes by itself."""
+    path = ROOT / "benchmarks" / "results" / "peers.csv"
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in read_csv(path)[1] if path.exists() else []:
+        cases.setdefault((row["shape"], row["batch"], row["mode"]), {})[row["layer"]] = row
+    rows = []
+    for (shape, batch, mode), found in cases.items():
+        cin, cout, side, kernel, groups = shape.split("x")
+        layer = f"{cin} → {cout}, {kernel} x {kernel}{', depthwise' if groups != '1' else ''}, {side} x {side}"
+        times = [row["times static"] for name, row in found.items() if name != "static"]
+        cells = (layer, batch, mode, f"{float(found['static']['ms']):.2f} ms", *times)
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     static, forms = found["static"], [row for form, row in found.items() if form != "static"]
     worst = max(float(row[f"difference at batch {b}"] or 0) for row in found.values() for b in (1, 3, 8))
@@ -265,6 +281,7 @@ TABLES = {
         "network, format | file (of float32) | mAP50, float32 | mAP50-95, float32 | ms per image, float32",
         int8_detectors,
     ),
+    "peers": Table("layer | batch | mode | static | ours | CondConv2d | ODConv | KernelWarehouse", peers),
     "mobile": Table("network, format | MB, computed / constant | difference | ms | result", mobile),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
     "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
