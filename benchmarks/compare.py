@@ -252,6 +252,7 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
     """Top-1 and top-5 over epochs and, if the variants cost different, against multiply-adds and parameters."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     colours = colormaps["tab20"]
 
@@ -269,7 +270,7 @@ def plot(plan: Plan, recipe: Recipe, result: Path) -> Path:
             for axes, x in zip(reversed(against), costs[variant], strict=False):
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 axes.errorbar(x, statistics.mean(values), spread, color=colour, marker="o", capsize=3)
-        epochs.set_xticks(range(1, recipe.epochs + 1))
+        epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes, label in zip(
             (epochs, *against), ("epoch", "multiply-adds, millions", "parameters, millions"), strict=False
         ):

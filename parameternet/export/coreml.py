@@ -1,6 +1,6 @@
 """Core ML, for Apple's systems: the folder NAME.mlpackage, an ML program in 32-bit floats. Written by timmx.
 
-Core ML runs on Apple's systems only, so that we do not run the file: on macOS timmx does, and compares roughly.
+Core ML runs on Apple's systems only, so we do not run the file. On macOS timmx runs it, and compares it roughly.
 """
 
 from pathlib import Path

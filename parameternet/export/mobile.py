@@ -3,7 +3,7 @@
 timmx takes names of networks and asks timm for them. `convert` gives it a network of ours in that place, fused and in
 one of our forms, so that timmx does all the rest. Its own check (a cosine of 0.9) is left out where we run the file.
 
-These files have no room for metadata in common: it is written next to them, as FILE.json.
+The formats share no place for metadata, so it is written next to the file, as FILE.json.
 """
 
 import contextlib

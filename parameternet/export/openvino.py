@@ -27,8 +27,9 @@ QUANTISED = ("Convolution", "MatMul")
 def _core() -> Any:
     """OpenVINO's runtime, one for the whole process.
 
-    Every Core gives the thread another stack for signals, and on its end the one before: after two whose lives overlap,
-    that is memory already freed, and the next signal (a data loader's worker that ends) kills the process.
+    A Core that compiles a model replaces the thread's stack for signals, and restores the former one when it ends. If
+    the lives of two overlap, that may be freed memory, and the next signal (sent when a data loader's worker ends) kills
+    the process.
     """
     import openvino
 

@@ -1,7 +1,7 @@
 """TensorRT, for NVIDIA's GPUs: the engine NAME.engine, in 32-bit floats. Written by timmx, on the GPU that will run it.
 
-TensorRT rounds the factors of 32-bit products (TF32), so that no engine agrees with the network as closely as we ask of
-files: timmx runs it and compares roughly.
+TensorRT rounds the factors of 32-bit products (TF32), so an engine cannot agree with the network as closely as our
+check requires. timmx runs it, and compares it roughly.
 """
 
 from pathlib import Path
