@@ -138,7 +138,7 @@ def _check_fixed(format: str, batch: int | None, dynamic_size: bool) -> None:
     if format not in FIXED:
         return
     if format == "ncnn" and batch != 1:
-        raise ValueError(f"ncnn takes one image at a time, got batch {batch}; give batch 1")
+        raise ValueError(f"ncnn takes one image at a time, got batch {batch or 'any'}; give batch 1")
     if batch is None:
         raise ValueError(f"files of format {format!r} take one batch size only: give batch, for example 1")
     if dynamic_size:

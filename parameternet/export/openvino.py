@@ -28,8 +28,8 @@ def _core() -> Any:
     """OpenVINO's runtime, one for the whole process.
 
     A Core that compiles a model replaces the thread's stack for signals, and restores the former one when it ends. If
-    the lives of two overlap, that may be freed memory, and the next signal (sent when a data loader's worker ends) kills
-    the process.
+    the lives of two overlap, that may be freed memory, and the next signal (one is sent when a data loader's worker
+    ends) kills the process.
     """
     import openvino
 

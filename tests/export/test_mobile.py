@@ -112,7 +112,7 @@ def test_the_command_says_that_a_file_was_not_checked(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "take one batch size only: give batch|ncnn takes one image at a time, got batch None; give batch 1"),
+        ({}, "take one batch size only: give batch|ncnn takes one image at a time, got batch any; give batch 1"),
         ({"batch": 1, "dynamic_size": True}, "take one size of images only"),
         ({"batch": 1, "form": "looped"}, "form 'looped' is for onnx and openvino"),
         ({"batch": 1, "int8": "."}, "int8 is for the formats onnx and openvino"),
