@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py claim configs/train/parameternet_50m_claim.yaml    missing runs, then the table
     python benchmarks/compare.py transfer configs/train/parameternet_600m_cifar10.yaml
+    python benchmarks/compare.py freezing configs/train/parameternet_50m_routers_cifar10.yaml
     python benchmarks/compare.py claim RECIPE --table                               the table and the plot only
     python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same, for a checkpoint's card
 
@@ -10,6 +11,7 @@ multiply-adds of 4 experts at the training size; 4 experts; and 1 expert, which 
 the first seed alone: other learning rates, other numbers of experts, other routers, and those of 0.1.0, which read the
 averages without normalisation (benchmarks/routers.py has more routers).
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
+freezing: what does the recipe's `freeze` cost in accuracy? With and without it.
 
 A seed draws initial weights, order and crops, so that runs of one seed see the same images. Each run is a folder in
 runs/compare and is resumed. Epochs go to benchmarks/results/RECIPE.csv when a run is finished; runs in that file are
@@ -92,6 +94,11 @@ PLANS = {
     "transfer": Plan(
         "What are these weights worth as a start?",
         always={"from scratch": {"init": None}, "pretrained": {}},
+        once={},
+    ),
+    "freezing": Plan(
+        "What does freezing cost?",
+        always={"everything trained": {"freeze": []}, "partly frozen": {}},
         once={},
     ),
 }

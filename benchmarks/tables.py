@@ -287,6 +287,7 @@ TABLES = {
     "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
     "transfer": Table(None, partial(compared, "transfer", "parameternet_600m_cifar10")),
+    "freezing": Table(None, partial(compared, "freezing", "parameternet_50m_routers_cifar10")),
     "detectors": Table("network | parameters | GFLOPs | mixing", detectors),
     "recipe": Table("field | default | values | meaning", recipe_fields),
 }
