@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from _timing import ROOT, Row, Spread, header, ratio, write_csv
 
+from parameternet.memory import keep_freed_memory
 from parameternet.prediction import predict_to_file
 from parameternet.prediction.predictor import Predictor
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     torch.set_num_threads(1)
     head = [*header(1, "cpu"), f"batches of {BATCH}, {options.workers} workers beside the network's one thread"]
     found = []

@@ -10,6 +10,7 @@ import click
 
 from parameternet import __version__
 from parameternet.diagnosis import EXTRAS
+from parameternet.memory import keep_freed_memory
 from parameternet.text import printable_lines
 
 __all__ = ["main"]
@@ -99,5 +100,6 @@ def _missing(error: ModuleNotFoundError) -> str:
 @click.pass_context
 def main(ctx: click.Context, debug: bool) -> None:
     """List, inspect, use, train and export networks with dynamic convolutions."""
+    keep_freed_memory()
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {printable_lines(str(message))}", err=True)
