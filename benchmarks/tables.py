@@ -212,6 +212,16 @@ def _both(rows: list[Row], key: str) -> str:
     return " / ".join(dict.fromkeys(row[key] or "-" for row in rows))
 
 
+def bulk() -> list[str]:
+    """A row per network that classified many images."""
+    path = ROOT / "benchmarks" / "results" / "predict.csv"
+    return [
+        f"| `{row['network']}` | {int(row['images']):,} | {row['alone']} | {row['images/s']} | {row['kept']} "
+        f"({row['quartiles']}) |"
+        for row in (read_csv(path)[1] if path.exists() else [])
+    ]
+
+
 def peers() -> list[str]:
     """A row per layer, batch size and mode: times static of every layer that routes by itself."""
     path = ROOT / "benchmarks" / "results" / "peers.csv"
@@ -282,6 +292,7 @@ TABLES = {
         int8_detectors,
     ),
     "peers": Table("layer | batch | mode | static | ours | CondConv2d | ODConv | KernelWarehouse", peers),
+    "bulk": Table("network | images | network alone, images/s | prediction, images/s | kept", bulk),
     "mobile": Table("network, format | MB, computed / constant | difference | ms | result", mobile),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
     "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
