@@ -127,15 +127,22 @@ def int8_row(name: str, format: str, form: str, images: Path, folder: Path) -> R
 
 
 def measure_int8(options: argparse.Namespace, head: list[str]) -> None:
-    networks = options.networks or ["parameternet_50m.tin200", "dynamic_efficientnet_lite0"]
-    found = []
+    path = options.output or RESULTS / "int8.csv"
+    found: list[Row] = [*read_csv(path)[1]] if path.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        for name in networks:
+        for name in options.networks or ["parameternet_50m.tin200", "dynamic_efficientnet_lite0"]:
             for runtime in options.runtimes:
                 for form in options.forms:
-                    found.append(int8_row(name, RUNTIMES[runtime], form, options.int8, Path(folder)))
-                    write_csv(options.output or RESULTS / "int8.csv", head, found)
+                    new = int8_row(name, RUNTIMES[runtime], form, options.int8, Path(folder))
+                    found = replaced(found, new, ("network", "format", "form"))
+                    write_csv(path, head, found)
     show(found)
+
+
+def replaced(rows: list[Row], new: Row, key: tuple[str, ...]) -> list[Row]:
+    """The rows with `new` in the place of that of the same key, or at the end."""
+    places = [index for index, row in enumerate(rows) if all(row[column] == new[column] for column in key)]
+    return [*rows[: places[0]], new, *rows[places[0] + 1 :]] if places else [*rows, new]
 
 
 def drawn(name: str) -> torch.nn.Module:

@@ -92,17 +92,13 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
     nncf.set_log_level(logging.ERROR)
     model = _core().read_model(source)
     routers = _routers(model)
-    products = [op for op in model.get_ops() if op.get_type_name() in (*QUANTISED, "GroupConvolution")]
-    mixing = {op.get_friendly_name() for op in products if _mixes(op, set(routers))}
-    others = {op.get_friendly_name() for op in products} - mixing
-    kept = {op.get_friendly_name() for op in products if _stays_float(op, set(routers))}
+    for op in _products(model):
+        if _mixes(op, set(routers)):
+            _store_experts_in_8_bits(op)
+    kept = {op.get_friendly_name() for op in _products(model) if _stays_float(op, set(routers))}
     kinds = {op.get_type_name() for op in model.get_ops()} - {*QUANTISED}
     images = [x for x in batches]
     with quiet():
-        if mixing:
-            model = nncf.compress_weights(
-                model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=nncf.IgnoredScope(names=sorted(others))
-            )
         made = nncf.quantize(
             model,
             nncf.Dataset(images),
@@ -115,7 +111,8 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
             ),
             # By default the mean of the images' ranges: it clips half of them, which moves averages and so routing.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                overflow_fix=nncf.OverflowFix.ENABLE,  # CPUs without VNNI add two products in 16 bits
             ),
         )
     openvino.save_model(made, target, compress_to_fp16=False)
@@ -132,10 +129,38 @@ def _routers(model: Any) -> list[str]:
     ]
 
 
+def _products(model: Any) -> list[Any]:
+    return [op for op in model.get_ops() if op.get_type_name() in (*QUANTISED, "GroupConvolution")]
+
+
 def _mixes(op: Any, routers: set[str]) -> bool:
     """Is it a product that mixes kernels? One that mixes biases is not reshaped."""
     users = [user.get_node().get_type_name() for user in op.output(0).get_target_inputs()]
     return bool(op.input_value(0).get_names() & routers) and users == ["Reshape"]
+
+
+def _store_experts_in_8_bits(mixing: Any) -> None:
+    """Replace the experts (E, out * in * kh * kw) of a product by whole numbers and a scale for each expert and output.
+
+    NNCF would scale each column of this matrix, which is one weight of the kernel: as many scales as a quarter of the
+    weights.
+    """
+    from openvino import opset13 as ops
+
+    experts = mixing.input_value(1).get_node().data
+    experts = experts.T if mixing.get_attributes()["transpose_b"] else experts
+    (kernels,) = (user.get_node() for user in mixing.output(0).get_target_inputs())
+    shape = kernels.output(0).get_partial_shape()
+    # (batch, out, in * taps), (out, in, kh, kw) or (groups, 1, 1, kh, kw).
+    outputs = shape[1 if len(shape) == 3 else 0].get_length()
+    rows = experts.reshape(len(experts) * outputs, -1)
+    scale = np.maximum(np.abs(rows).max(1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    stored = ops.constant(np.rint(rows / scale).astype(np.int8))
+    values = ops.reshape(ops.multiply(ops.convert(stored, "f32"), ops.constant(scale)), list(experts.shape), False)
+    made = ops.matmul(mixing.input_value(0), values, False, False)
+    made.set_friendly_name(mixing.get_friendly_name())
+    for user in mixing.output(0).get_target_inputs():
+        user.replace_source_output(made.output(0))
 
 
 def _stays_float(op: Any, routers: set[str]) -> bool:

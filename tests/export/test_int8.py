@@ -85,6 +85,39 @@ def test_routers_mixing_and_depthwise_convolutions_stay_in_floats(made):
     assert "QuantizeLinear" in {node.op_type for node in graph.node}
 
 
+def test_weights_of_products_fit_processors_that_add_in_16_bits(made):
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(made("onnx", "constant").path).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    scaled = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    weights = [
+        numpy_helper.to_array(tensors[scaled[node.input[1]]])
+        for node in graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and scaled.get(node.input[1]) in tensors
+    ]
+    # An input is at most 255, and 2 * 255 * 64 < 2**15.
+    assert weights and all(np.abs(values.astype(int)).max() <= 64 for values in weights)
+
+
+def test_openvino_stores_experts_with_a_scale_for_each_output(made):
+    import openvino
+
+    from parameternet.layers import DynamicConv
+
+    stored = []
+    for op in openvino.Core().read_model(made("openvino", "computed").path).get_ops():
+        if op.get_type_name() == "Convert" and op.input_value(0).get_element_type() == openvino.Type.i8:
+            (scaled,) = (user.get_node() for user in op.output(0).get_target_inputs())
+            (reader,) = (user.get_node() for user in scaled.output(0).get_target_inputs())
+            if reader.get_type_name() == "Reshape":  # to the matrix that the routing weights are multiplied by
+                stored.append((op.input_value(0).get_shape()[0], scaled.input_value(1).get_node().data.size))
+    rows = {len(conv.weight) for conv in network().modules() if isinstance(conv, DynamicConv)}
+    assert stored and {number for number, _ in stored} <= rows
+    assert all(number == scales for number, scales in stored)
+
+
 @pytest.mark.parametrize("form", ["computed", "constant"])
 def test_openvino_rounds_inputs_of_products_only(made, form):
     path = made("openvino", form).path
