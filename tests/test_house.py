@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "parameternet"
 # A room imports from lower floors and from rooms of its own floor without a circle, never from higher ones.
 FLOORS = {
-    "files": 1, "text": 1, "deprecation": 1, "distributed": 1, "layers": 1,
+    "files": 1, "text": 1, "memory": 1, "deprecation": 1, "distributed": 1, "layers": 1,
     "weights": 2, "flops": 2, "optim": 2,
     "surgery": 3, "data": 3,
     "models": 4,
