@@ -1,11 +1,11 @@
 """Train torchvision's RetinaNet with a timm backbone on data in YOLO format, and print COCO mAP after each epoch.
 
     pip install "parameternet[detection,demo]"
-    python examples/detect_torchvision.py bccd.yaml --backbone dynamic_efficientnet_lite0 --pretrained --epochs 10
+    python examples/detect_torchvision.py bccd.yaml --backbone dynamic_efficientnet_lite0 --pretrained --epochs 40
 
 The YAML has `train` and `val` (folders in images/, with labels in labels/) and the class `names`. On BCCD (205
-training images of blood cells), 10 epochs at 256 px and seed 0, the command prints mAP50 68.1 and mAP50-95 35.1 after
-the last epoch; with `--backbone parameternet_50m` 44.5 and 22.0.
+training images of blood cells), 40 epochs at 256 px and seed 0, the command prints mAP50 87.9 and mAP50-95 53.1 after
+the last epoch; with `--backbone parameternet_50m --pretrained` 87.6 and 51.7.
 """
 
 import argparse

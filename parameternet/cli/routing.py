@@ -57,10 +57,9 @@ def routing(
     NAME is a checkpoint, a folder or run folder, a .safetensors file, local-dir:DIR or hf-hub:ORG/NAME. IMAGES are
     files, folders, or .tar files. Sub-folders of a folder or .tar are classes, and the heat map has a row per class.
 
-    Shares are an image's routing weights divided by their sum. Shares are an image's routing weights divided by their
-    sum. Entropies range from 0 (a single expert) to 1 (all experts equally): the mean entropy of an image's shares, and
-    the entropy of the mean shares. "experts in use" is the effective number of experts, "active" counts those with a
-    mean share of at least 1 / (10 E).
+    Shares are an image's routing weights divided by their sum. Entropies range from 0 (a single expert) to 1 (all
+    experts equally): the mean entropy of an image's shares, and the entropy of the mean shares. "experts in use" is the
+    effective number of experts, "active" counts those with a mean share of at least 1 / (10 E).
 
     With --ablate, IMAGES is one labelled data set, as for `parameternet val`. Top-1 is measured with the network's own
     routing weights; with their mean over the data set; with mean shares but each image's own sum (the drop shows the
