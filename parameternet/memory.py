@@ -14,9 +14,8 @@ def keep_freed_memory() -> bool:
     """Make the process reuse freed memory instead of returning it to the system. Return whether it can.
 
     glibc returns every tensor above 32 MiB when it is freed, so each layer of a large batch asks for fresh pages. On
-    virtual machines that can take longer than the computation: 64 images of 224 pixels through
-    `dynamic_efficientnet_lite0` take 2.1 s of processor time instead of 5.5 (AVX2, one core). The commands of the
-    command line do this; a script can, too. With other C libraries than glibc nothing is changed.
+    some virtual machines that takes longer than the computation. The commands of the command line do this; a script
+    can, too. With other C libraries than glibc nothing is changed.
     """
     if not sys.platform.startswith("linux"):
         return False
