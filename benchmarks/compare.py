@@ -79,6 +79,10 @@ PLANS = {
             "8 experts": {"model_kwargs": {"num_experts": 8}},
             "4 experts, softmax": {"model_kwargs": {"routing": "softmax"}},
             "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
+            "4 experts, softmax MLP": {"model_kwargs": {"routing": "softmax", "routing_hidden": 32}},
+            "1 expert, MLP router": {"model_kwargs": {"num_experts": 1, "routing_hidden": 32}},
+            "8 experts, MLP router": {"model_kwargs": {"num_experts": 8, "routing_hidden": 32}},
+            "8 experts, softmax MLP": {"model_kwargs": {"num_experts": 8, "routing": "softmax", "routing_hidden": 32}},
             "1 expert, router of 0.1.0": {"model_kwargs": {"num_experts": 1, **OLD}},
             "2 experts, router of 0.1.0": {"model_kwargs": {"num_experts": 2, **OLD}},
             "4 experts, router of 0.1.0": {"model_kwargs": OLD},
@@ -103,6 +107,8 @@ PLANS = {
     ),
 }
 
+VARIANTS = sorted({variant for plan in PLANS.values() for variant in plan.variants})
+
 
 class Run(NamedTuple):
     """A variant with a seed."""
@@ -116,7 +122,7 @@ def main() -> None:
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="only these, with every seed")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="a change of the recipe for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -125,7 +131,7 @@ def main() -> None:
     plan, recipe = PLANS[options.plan], load_recipe(options.recipe, options.overrides)
     result = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.csv"
     if not options.table:
-        runs = [run for run in wanted(plan, options.seeds) if run.variant in (options.variants or plan.variants)]
+        runs = wanted(plan, options.seeds, options.variants)
         missing = [run for run in runs if run not in measured(result, recipe)]
         with ThreadPoolExecutor(options.jobs) as pool:
             for run in pool.map(lambda run: train(plan, run, options.recipe, options.overrides), missing):
@@ -138,8 +144,10 @@ def main() -> None:
         shutil.copyfile(picture, folder / f"{options.plan}.png")
 
 
-def wanted(plan: Plan, seeds: list[int]) -> list[Run]:
-    """Return the runs of every seed, then those of the first."""
+def wanted(plan: Plan, seeds: list[int], variants: list[str] | None) -> list[Run]:
+    """Return the runs of named variants with every seed; without names, those of every seed, then those of the first."""
+    if variants:
+        return [Run(variant, seed) for seed in seeds for variant in variants]
     always = [Run(variant, seed) for seed in seeds for variant in plan.always]
     return always + [Run(variant, seeds[0]) for variant in plan.once]
 
