@@ -19,6 +19,7 @@ from parameternet.routing import ablate
 from parameternet.training import validate
 
 CLASSES = ["n0", "n1", "n2", "n3", "n4"]
+TIE = 1e-3  # of the spread of logits: processors round differently, so a smaller margin may fall either way
 
 
 def draw(number):
@@ -40,9 +41,20 @@ def case(tmp_path_factory):
     folder = checkpoints.write(folder, network, label_names=CLASSES, label_descriptions={})
     for name in CLASSES:
         (root / "images" / name).mkdir(parents=True)
-    for number, result in enumerate(Predictor(loading.load(folder).model, "cpu").predict(pictures, topk=1)):
-        pictures[number].save(root / "images" / result.labels[0] / f"{number}.png")
+    predictor = Predictor(loading.load(folder).model, "cpu")
+    with torch.no_grad():
+        logits = predictor.model(torch.stack([predictor.transform(image) for image in pictures]))
+    answers = logits.argmax(1)
+    for number in (margins(logits, answers) > TIE).nonzero()[:, 0].tolist():
+        pictures[number].save(root / "images" / CLASSES[answers[number]] / f"{number}.png")
     return folder, root / "images"
+
+
+def margins(logits, labels):
+    """How far each label's logit is above the highest other one, as a share of the spread of logits."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+    return (own - others) / logits.std()
 
 
 class By(nn.Module):
@@ -57,7 +69,7 @@ class By(nn.Module):
 
 
 def by_hand(folder, images, change):
-    """Top-1 with `change(layer's own routing weights of all images)` in the place of each router's answers."""
+    """Lowest and highest top-1 with `change(layer's own routing weights of all images)` for each router's answers."""
     network = loading.load(folder).model
     predictor = Predictor(network, "cpu")
     paths = sorted(images.rglob("*.png"))
@@ -71,7 +83,8 @@ def by_hand(folder, images, change):
             hook.remove()
         for conv in convs:
             conv.routing = By(conv.routing, change(seen[conv]))
-        return 100 * float((network(x).argmax(1) == labels).float().mean())
+        found = margins(network(x), labels)
+    return [100 * float((found > limit).float().mean()) for limit in (TIE, -TIE)]
 
 
 def shares(weights):
@@ -97,7 +110,9 @@ def test_each_row_is_what_replaced_routers_give(case):
     without = [f"without expert {number}" for number in (1, 2, 3, 4)]
     assert list(rows) == ["own", "mean weights", "mean shares", "mean sum", *without]
     for name, change in CHANGES.items():
-        assert rows[name].top1 == pytest.approx(by_hand(*case, change), abs=1e-4), name
+        lowest, highest = by_hand(*case, change)
+        assert lowest - 1e-4 <= rows[name].top1 <= highest + 1e-4, name
+        assert highest - lowest < 5, f"{name}: too many ties to compare"
         assert rows[name].difference == pytest.approx(rows[name].top1 - 100)
     assert rows["own"].top1 == 100 and rows["mean weights"].top1 < 90, "routing matters in this network"
 
