@@ -106,8 +106,13 @@ def _show_int8(report: dict[str, Any]) -> None:
     size, time, top1, routing = (report[key] for key in ("bytes", "ms", "top1", "routing_agreement"))
     rows = [
         ("size", f"{size['int8'] / 1e6:.1f} MB, {size['ratio']:.2f} of {size['float32'] / 1e6:.1f} MB"),
-        ("same class as in floats", f"{report['agreement']:.2f} % of {report['checked_images']} images"),
+        (
+            "difference of outputs",
+            f"{100 * report['difference']:.1f} % on average of {report['checked_images']} images",
+        ),
     ]
+    if report["agreement"] is not None:
+        rows.append(("same class as in floats", f"{report['agreement']:.2f} %"))
     if top1:
         rows.append(("top-1", f"{top1['int8']:.2f}, in floats {top1['float32']:.2f}, lost {top1['lost']:.2f}"))
     if routing:

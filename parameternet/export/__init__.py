@@ -10,6 +10,7 @@ so skip an empty batch before you run such a file.
 """
 
 import importlib
+import inspect
 import re
 import shutil
 import tempfile
@@ -20,14 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from parameternet.data.errors import DataError
-from parameternet.export.checking import BATCHES, ExportError, differences
+from parameternet.export.checking import BATCHES, ExportError, check_outputs, differences
 from parameternet.export.forms import FORMS
 from parameternet.export.int8 import FORMATS as INT8_FORMATS
 from parameternet.export.int8 import Images, quantise
-from parameternet.export.metadata import describe, read_metadata
+from parameternet.export.metadata import config_of, describe, input_channels, read_metadata
 from parameternet.export.plan import Plan
 from parameternet.files import atomic_write, write_json
 from parameternet.models.loading import load
@@ -91,7 +92,7 @@ def export(
         size: Height and width of the input (a number: both), or with the channels before; None: what the network is
             evaluated at.
         dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.
-        opset: Version of ONNX's operators; None: 18.
+        opset: Version of ONNX's operators, for ONNX and OpenVINO; None: 18.
         int8: A folder or tar of at least 200 images like those that the network will see, one folder a class if they
             are labelled: the file is written in 8 bits (ONNX and OpenVINO; see `int8.py`), compared with the one in
             floats on images that were not used for calibration, and the report written next to it as FILE.int8.json.
@@ -99,7 +100,7 @@ def export(
 
     Raises:
         ExportError: it cannot be written, or the file differs by more than 1e-4; `path` is not changed.
-        ValueError: a format, form, batch or size that there is not.
+        ValueError: a format, form, batch or size that there is not, or outputs that no file can have.
         DataError: too few images for `int8`.
         ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`, or `[mobile]` for `FIXED`.
     """
@@ -110,13 +111,16 @@ def export(
         raise ValueError(f"form 'looped' is for {' and '.join(LOOPED)}, got format {format!r}; use form 'computed'")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
+    _check_opset(format, opset)
     _check_fixed(format, batch, dynamic_size)
     _check_int8(int8, format, form, calibration_images)
     network = _prepared(model)
     size = _size(network, size)
+    check_outputs(network, size)
     images = None if int8 is None else Images.find(int8, network, calibration_images, size)
     facts = describe(network, size, verified=not isinstance(model, nn.Module))
     facts |= {"form": form, "batch": batch or "free", "dynamic_size": dynamic_size}
+    facts["precision"] = "float32" if images is None else "int8"
     plan = Plan(form, batch, size, dynamic_size, opset, facts, images is not None)
     path = _path(path, facts, writer)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -127,11 +131,18 @@ def export(
         if images is not None:
             report = _quantise(writer, written, plan, images)
         files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
+    if report is None:
+        _report_path(path).unlink(missing_ok=True)  # of the 8-bit file that was replaced
     unchecked = getattr(writer, "UNCHECKED", None)
     if unchecked:
         warnings.warn(f"{path.name} was not compared with the network: {unchecked}", stacklevel=2)
     size_in_bytes = sum(_size_in_bytes(file) for file in files if file.suffix != ".json")
     return Exported(path, files, size_in_bytes, format, form, batch, dynamic_size, found, report, unchecked)
+
+
+def _check_opset(format: str, opset: int | None) -> None:
+    if opset is not None and format not in LOOPED:
+        raise ValueError(f"opset is for {' and '.join(LOOPED)}, got opset {opset} with format {format!r}")
 
 
 def _check_fixed(format: str, batch: int | None, dynamic_size: bool) -> None:
@@ -170,8 +181,12 @@ def _quantise(writer: ModuleType, path: Path, plan: Plan, images: Images) -> dic
             raise ExportError(f"the quantiser failed with {type(error).__name__}: {str(error).strip()}") from error
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
-    write_json(path.with_name(f"{path.name}.int8.json"), report)
+    write_json(_report_path(path), report)
     return report
+
+
+def _report_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.int8.json")
 
 
 def _writer(format: str) -> ModuleType:
@@ -181,22 +196,40 @@ def _writer(format: str) -> ModuleType:
 
 
 def _prepared(model: nn.Module | str | Path) -> nn.Module:
-    """A copy for inference on the CPU in 32-bit floats."""
+    """A copy for inference on the CPU in 32-bit floats, with adapters merged."""
     network = deepcopy(model) if isinstance(model, nn.Module) else load(model).model
-    return network.eval().cpu().float().requires_grad_(False)
+    network = network.eval().cpu().float()
+    if hasattr(network, "merge_and_unload"):  # a network with adapters of peft
+        network = network.merge_and_unload()
+    takes = inspect.signature(network.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes):
+        network = _OneInput(network).eval()
+    return network.requires_grad_(False)
+
+
+class _OneInput(nn.Module):
+    """A network whose `forward(*args)` does not say how many inputs it takes, which exporters want to know."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for name in ("pretrained_cfg", "num_classes", "in_chans"):
+            if hasattr(network, name):
+                setattr(self, name, getattr(network, name))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
 
 
 def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, int, int]:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = config_of(model)
     usual = tuple(cfg.get("test_input_size") or cfg.get("input_size") or ())
     if size is None and not usual:
         raise ValueError("the network does not say which size it reads: give size, (height, width) or with channels")
-    given = (size, size) if isinstance(size, int) else tuple(size or usual)
-    channels = getattr(model, "in_chans", None) or (usual[0] if usual else 3)
-    whole = given if len(given) == 3 else (channels, *given)
-    if len(whole) != 3 or min(whole) < 1:
+    given = (size, size) if isinstance(size, int) else tuple(size or usual[1:])
+    if len(given) not in (2, 3) or min(given) < 1:
         raise ValueError(f"size must be a number, (height, width) or (channels, height, width), got {size}")
-    return whole
+    return given if len(given) == 3 else (input_channels(model, *given), *given)
 
 
 def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) -> Path:
@@ -215,7 +248,7 @@ def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) ->
 def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None:
     try:
         writer.write(model, path, plan)
-    except (ModuleNotFoundError, OSError):
+    except (ModuleNotFoundError, OSError, ExportError):
         raise
     except Exception as error:  # every exporter has its own kinds
         free = [words for words, yes in (("batch", plan.batch is None), ("size", plan.dynamic_size)) if yes]

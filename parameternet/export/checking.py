@@ -1,12 +1,14 @@
 """Is the file the network? It is run, at several batch sizes, and held against the network it came from."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["BATCHES", "TOLERANCE", "ExportError", "as_list", "difference", "differences"]
+__all__ = ["BATCHES", "TOLERANCE", "ExportError", "as_list", "check_outputs", "difference", "differences"]
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-4
@@ -18,9 +20,29 @@ class ExportError(RuntimeError):
     """The network could not be written, or the file does not compute what the network does."""
 
 
-def as_list(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """What a network returns, as a list."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+def as_list(outputs: Any) -> list[Tensor]:
+    """What a network returns, a tensor or any nesting of tuples, lists and dictionaries of them, as a list."""
+    return tree_leaves(outputs)
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> None:
+    """Run the network once, and check that a file can have its outputs.
+
+    Raises:
+        ValueError: something that is not a tensor, or a tensor without an entry per image.
+    """
+    for output in as_list(model(torch.zeros(batch, *size))):
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the network returns {output!r} among its outputs; files can only have tensors: wrap it in a module "
+                "that returns tensors"
+            )
+        if output.ndim == 0 or len(output) != batch:
+            raise ValueError(
+                f"the network returns a tensor of shape {tuple(output.shape)} for {batch} images; every output needs "
+                "an entry per image: wrap it in a module that returns such tensors"
+            )
 
 
 def noise_images(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:

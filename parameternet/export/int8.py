@@ -8,6 +8,7 @@ channel) and the products by mixed kernels stay in 32-bit floats.
 97.1
 """
 
+import itertools
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ from parameternet.data import images
 from parameternet.data.errors import DataError, ImageError
 from parameternet.data.sources import Folder, Tar, arrange, open_files
 from parameternet.export.checking import Run
+from parameternet.export.metadata import config_of, label_names
 from parameternet.prediction.predictor import Preprocess
 
 __all__ = ["FEWEST_IMAGES", "FORMATS", "Images", "quantise"]
@@ -52,11 +54,12 @@ class Images:
         """Images of a folder or tar. At least a quarter of them is for checks, whatever `number` says.
 
         Raises:
-            DataError: fewer than `FEWEST_IMAGES`, or none that can be read.
+            DataError: fewer than `FEWEST_IMAGES`.
+            ValueError: the network does not say how images are prepared for it.
         """
-        config = timm.data.resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg), use_test_size=True)
+        config = _preprocessing(model, size)
         store = _open(path)
-        samples = _labelled(store, list(model.pretrained_cfg.get("label_names") or []))
+        samples = _labelled(store, label_names(model))
         if len(samples) < FEWEST_IMAGES:
             raise DataError(
                 f"calibration needs at least {FEWEST_IMAGES} images, {path} has {len(samples)}: give more images like "
@@ -64,15 +67,18 @@ class Images:
             )
         samples = random.Random(0).sample(samples, len(samples))
         number = min(number, len(samples) * 3 // 4)
-        preprocess = Preprocess(config | ({"input_size": size} if size else {}))
-        return cls(store, preprocess, samples[:number], samples[number : number + MOST_CHECKED])
+        return cls(store, Preprocess(config), samples[:number], samples[number : number + MOST_CHECKED])
 
-    def batches(self, samples: list[Sample], size: int = CHUNK) -> Iterator[tuple[np.ndarray, list[int | None]]]:
-        """(images, their classes), `size` at a time; unreadable images are left out."""
-        for start in range(0, len(samples), size):
-            read = [(x, label) for name, label in samples[start : start + size] if (x := self._read(name)) is not None]
-            if read:
-                yield np.stack([x for x, _ in read]), [label for _, label in read]
+    def batches(self, samples: list[Sample], batch: int | None) -> Iterator[tuple[np.ndarray, list[int | None]]]:
+        """(images, their classes); unreadable images are left out.
+
+        Args:
+            batch: Images at a time, exactly: a remainder is left out. None: up to `CHUNK`.
+        """
+        read = ((x, label) for name, label in samples if (x := self._read(name)) is not None)
+        while taken := list(itertools.islice(read, batch or CHUNK)):
+            if batch is None or len(taken) == batch:
+                yield np.stack([x for x, _ in taken]), [label for _, label in taken]
 
     def _read(self, name: str) -> np.ndarray | None:
         try:
@@ -81,6 +87,30 @@ class Images:
             return self.preprocess(images.decode(data, name)).numpy()
         except ImageError:
             return None
+
+
+def _preprocessing(model: nn.Module, size: tuple[int, int, int] | None) -> dict[str, Any]:
+    """Return the network's preprocessing, as timm describes it, for images of `size`.
+
+    Raises:
+        ValueError: the network does not say how its images are prepared.
+    """
+    cfg = config_of(model)
+    if not cfg:
+        raise ValueError(
+            "int8 needs to know how images are prepared for the network, which has no pretrained_cfg: set "
+            "model.pretrained_cfg = {'input_size': (3, 224, 224), 'mean': (...), 'std': (...)}"
+        )
+    config = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
+    config |= {"input_size": size} if size else {}
+    channels = config["input_size"][0]
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            raise ValueError(
+                f"int8 needs a {key} for each of the {channels} channels that the network reads, but its "
+                f"pretrained_cfg has {len(config[key])}: {tuple(config[key])}; set model.pretrained_cfg[{key!r}]"
+            )
+    return config
 
 
 def _open(path: str | Path) -> Folder | Tar:
@@ -107,15 +137,37 @@ def quantise(writer: ModuleType, source: Path, target: Path, sets: Images, batch
     Args:
         batch: That of the file; None: any.
     """
-    writer.quantise(
-        source, target, (x for x, _ in sets.batches(sets.calibration, batch or 1) if len(x) == (batch or 1))
-    )
-    report: dict[str, Any] = {"calibration_images": len(sets.calibration)}
+    fed = 0
+
+    def calibration() -> Iterator[np.ndarray]:
+        nonlocal fed
+        for x, _ in sets.batches(sets.calibration, batch or 1):
+            fed += len(x)
+            yield x
+
+    one = _first(sets, batch)
+    writer.quantise(source, target, calibration())
+    report: dict[str, Any] = {"calibration_images": fed}
     report |= _compare(writer.observer(source), writer.observer(target), sets, batch)
     report["bytes"] = {"float32": _bytes(source), "int8": _bytes(target), "ratio": _bytes(target) / _bytes(source)}
-    x = next(sets.batches(sets.checks, batch or 1))[0]
-    report["ms"] = _latency({"float32": writer.runner(source, 1), "int8": writer.runner(target, 1)}, x)
+    report["ms"] = _latency({"float32": writer.runner(source, 1), "int8": writer.runner(target, 1)}, one)
     return report
+
+
+def _first(sets: Images, batch: int | None) -> np.ndarray:
+    """Return a batch for the measurement of time.
+
+    Raises:
+        DataError: too few images can be read to calibrate or to check with one batch.
+    """
+    for what, samples in (("calibrate", sets.calibration), ("check", sets.checks)):
+        found = next(sets.batches(samples, batch or 1), None)
+        if found is None:
+            raise DataError(
+                f"batch {batch or 1} needs as many images to {what} with; fewer of the {len(samples)} chosen for it "
+                "can be read: give more images, or a smaller batch"
+            )
+    return found[0]
 
 
 def _bytes(path: Path) -> int:
@@ -128,30 +180,40 @@ Observer = Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]
 
 
 def _compare(exact: Observer, rounded: Observer, sets: Images, batch: int | None) -> dict[str, Any]:
-    """Top-1 of both, how often they agree, and how often each layer prefers the same expert."""
+    """Difference of the outputs, top-1 of both, how often they agree, and how often layers prefer the same expert.
+
+    The first output is compared. Outputs that are not (batch, classes), like feature maps, have no top-1.
+    """
+    differences: list[float] = []
     same: list[bool] = []
     right: list[tuple[bool, bool]] = []
     experts: dict[str, list[bool]] = {}
     moved: dict[str, float] = {}
-    for x, labels in sets.batches(sets.checks, batch or CHUNK):
-        if batch and len(x) != batch:
-            continue
-        (logits, routing), (logits8, routing8) = exact(x), rounded(x)
-        guesses = list(zip(logits[0].argmax(1).tolist(), logits8[0].argmax(1).tolist(), strict=True))
-        same += [one == other for one, other in guesses]
-        right += [(a == y, b == y) for (a, b), y in zip(guesses, labels, strict=True) if y is not None]
+    for x, labels in sets.batches(sets.checks, batch):
+        ((logits, *_), routing), ((logits8, *_), routing8) = exact(x), rounded(x)
+        differences += _relative(logits, logits8)
+        if logits.ndim == 2:
+            guesses = list(zip(logits.argmax(1).tolist(), logits8.argmax(1).tolist(), strict=True))
+            same += [one == other for one, other in guesses]
+            right += [(a == y, b == y) for (a, b), y in zip(guesses, labels, strict=True) if y is not None]
         for layer, weights in routing.items():
             experts.setdefault(layer, []).extend(weights.argmax(1) == routing8[layer].argmax(1))
             moved[layer] = max(moved.get(layer, 0.0), float(np.abs(weights - routing8[layer]).max()))
-    if not same:
-        raise DataError("none of the images that were to check the file could be read")
     return {
-        "checked_images": len(same),
-        "agreement": _percent(same),
+        "checked_images": len(differences),
+        "difference": statistics.fmean(differences),
+        "agreement": _percent(same) if same else None,
         "top1": _top1(right),
         "routing_agreement": {layer: _percent(values) for layer, values in experts.items()},
         "routing_difference": moved,
     }
+
+
+def _relative(exact: np.ndarray, rounded: np.ndarray) -> list[float]:
+    """Distance of each image's output from the exact one, as a share of its length."""
+    exact, rounded = (values.reshape(len(values), -1) for values in (exact, rounded))
+    lengths = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
+    return (np.linalg.norm(rounded - exact, axis=1) / lengths).tolist()
 
 
 def _top1(right: list[tuple[bool, bool]]) -> dict[str, float] | None:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
+from parameternet.layers import DynamicConv
 from parameternet.prediction import class_names
 
-__all__ = ["describe", "pack", "read_metadata", "unpack"]
+__all__ = ["config_of", "describe", "input_channels", "label_names", "pack", "read_metadata", "unpack"]
 
 FILE_NAME = "parameternet.json"  # inside archives of PyTorch
 SUFFIXES = {
@@ -28,19 +30,46 @@ def describe(model: nn.Module, size: tuple[int, int, int], verified: bool) -> di
         verified: Are its weights those of the checkpoint that `pretrained_cfg` names? Only then is that name given.
     """
     facts: dict[str, Any] = {"input_size": list(size)}
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg = config_of(model)
     if not cfg:
         return facts
-    cfg = cfg if isinstance(cfg, Mapping) else cfg.to_dict()
     facts["name"] = ".".join(filter(None, (cfg.get("architecture"), verified and cfg.get("tag"))))
-    data = timm.data.resolve_data_config(pretrained_cfg=dict(cfg), use_test_size=True)
-    for key in ("mean", "std"):
-        facts[key] = list(data[key])
+    data = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
+    if len(data["mean"]) == len(data["std"]) == size[0]:
+        facts |= {"mean": list(data["mean"]), "std": list(data["std"])}
     for key in ("interpolation", "crop_pct", "crop_mode"):
         facts[key] = data[key]
-    if cfg.get("label_names"):
-        facts["class_names"] = class_names(cfg, model.num_classes)
+    if names := label_names(model):
+        facts["class_names"] = class_names(cfg, len(names))
     return facts
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the network's `pretrained_cfg` as a dictionary; empty if it has none."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return dict(cfg) if isinstance(cfg, Mapping) else cfg.to_dict()
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Return the names of the network's outputs in its config; none if it has another number of outputs."""
+    names = list(config_of(model).get("label_names") or [])
+    return names if len(names) == getattr(model, "num_classes", None) else []
+
+
+@torch.no_grad()
+def input_channels(model: nn.Module, height: int, width: int) -> int:
+    """Return the channels of the images that the network reads, which may differ from its config's (`in_chans=1`)."""
+    if channels := getattr(model, "in_chans", None):
+        return channels
+    usual = (config_of(model).get("input_size") or [3])[0]
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d | DynamicConv)), None)
+    if first is None or first.in_channels == usual:
+        return usual
+    try:  # the first convolution may read something else than the image, such as patches of it
+        model(torch.zeros(1, usual, height, width))
+    except Exception:
+        return first.in_channels
+    return usual
 
 
 def pack(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -63,9 +92,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `export` wrote into a file, or next to it.
 
     Returns:
-        `input_size` [channels, height, width], `form`, `batch` (a number, or "free"), `dynamic_size`; of a network
-        that says so also `name`, `mean` and `std` (for channels between 0 and 1), `interpolation`, `crop_pct`,
-        `crop_mode`, and `class_names`, one a class.
+        `input_size` [channels, height, width], `form`, `batch` (a number, or "free"), `dynamic_size`, `precision`
+        ("float32" or "int8"); of a network that says so also `name`, `mean` and `std` (for channels between 0 and 1),
+        `interpolation`, `crop_pct`, `crop_mode`, and `class_names`, one a class.
 
     Raises:
         ValueError: the file's ending is none of ours.

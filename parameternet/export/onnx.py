@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from parameternet.export import forms
-from parameternet.export.checking import Run, as_list
+from parameternet.export.checking import ExportError, Run, as_list
 from parameternet.export.metadata import pack, unpack
 from parameternet.export.plan import Plan, quiet
 from parameternet.layers import Router
@@ -159,8 +159,10 @@ def _store_experts(graph: "GraphProto", channels: dict[str, int]) -> None:
 
     routers = routers_of(graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    mixing = [node for node in graph.node if node.input[0] in routers and node.output[0] in channels]
     stored = []
-    for node in [node for node in graph.node if node.input[0] in routers and node.output[0] in channels]:
+    # A layer that is called twice mixes the same experts twice.
+    for node in {node.input[1]: node for node in mixing}.values():
         experts = numpy_helper.to_array(tensors[node.input[1]])
         rows = experts.reshape(len(experts) * channels[node.output[0]], -1)
         scale = np.maximum(np.abs(rows).max(1), np.finfo(np.float32).tiny * 127) / 127
@@ -225,6 +227,7 @@ def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") ->
     outputs = len(as_list(model(x)))
     names = [OUTPUT] if outputs == 1 else [f"{OUTPUT}_{index}" for index in range(outputs)]
     dims = plan.dynamic_dims(batch)
+    opset = plan.opset or DEFAULT_OPSET
     with quiet():
         program = torch.onnx.export(
             model,
@@ -234,13 +237,20 @@ def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") ->
             input_names=[prefix + INPUT],
             output_names=[prefix + name for name in names],
             dynamic_shapes=(dims,) if dims else None,
-            opset_version=plan.opset or DEFAULT_OPSET,
+            opset_version=opset,
         )
+    _check_opset(program.model.opset_imports[""], opset)
     _name_by_layer(program.model.graph, model)
     made = program.model_proto
     for node in made.graph.node:
         del node.metadata_props[:]  # stack traces, with the folders of this machine
     return made
+
+
+def _check_opset(made: int, asked: int) -> None:
+    # The exporter writes its own opset and converts it, and where it cannot, it only warns.
+    if made != asked:
+        raise ExportError(f"torch.onnx cannot write this network with opset {asked}, only with {made}: leave opset out")
 
 
 def _name_by_layer(graph: "Graph", model: nn.Module) -> None:

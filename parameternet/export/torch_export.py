@@ -24,6 +24,9 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
     # A free dimension of 1 would be taken for a fixed one.
     x = torch.zeros(plan.batch or 2, *plan.size)
     dims = plan.dynamic_dims(plan.batch)
+    if plan.dynamic_size and hasattr(torch.export.Dim, "DYNAMIC"):
+        # Kernels without padding need a smallest size, which torch works out only for dimensions without a name.
+        dims |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with quiet():
         program = torch.export.export(
             model,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parameternet.export import forms
 from parameternet.export.checking import Run, as_list
@@ -20,11 +20,23 @@ SUFFIX = ".torchscript"
 @torch.no_grad()
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
     """Write `model`, which is changed, as TorchScript."""
-    model = forms.write_for_torch(model, plan)
+    model = _Flat(forms.write_for_torch(model, plan))
     with quiet():
-        traced = torch.jit.trace(model, torch.zeros(plan.batch or 2, *plan.size), check_trace=False)
+        traced = torch.jit.trace(model.eval(), torch.zeros(plan.batch or 2, *plan.size), check_trace=False)
         torch.jit.freeze(traced).save(str(path), _extra_files={FILE_NAME: json.dumps(plan.facts)})
     _drop_source_lines(path)
+
+
+class _Flat(nn.Module):
+    """A network whose outputs are a tensor or a tuple of tensors: traces take no other nesting."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = as_list(self.network(x))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _drop_source_lines(path: Path) -> None:

@@ -199,8 +199,14 @@ class ParameterNet(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, for `num_classes` (0: none); `global_pool` '' disables pooling, None keeps it."""
+        """Replace the classifier, for `num_classes` (0: none); `global_pool` '' disables pooling, None keeps it.
+
+        The names of the old classes are removed from `pretrained_cfg`.
+        """
         self.num_classes = num_classes
+        if cfg := getattr(self, "pretrained_cfg", None):
+            names = ("label_names", "label_descriptions")
+            self.pretrained_cfg = {key: value for key, value in cfg.items() if key not in names}
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool).train(self.training)
             self.flatten = (nn.Flatten(1) if global_pool else nn.Identity()).train(self.training)

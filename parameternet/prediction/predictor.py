@@ -61,16 +61,14 @@ def load(model: str | Path | None = None) -> nn.Module:
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
-    """Return a name for each class: from the config if it has names, otherwise `class 7`.
+    """Return a name for each class: from the config if its names are those of the network, otherwise `class 7`.
 
-    Raises:
-        ValueError: the number of names differs from the number of classes.
+    A network with a new classifier (`reset_classifier`, `num_classes=`) may still have the config of the old one; a
+    different number of names shows it.
     """
     names = list(cfg.get("label_names") or [])
-    if not names:
+    if not names or len(names) != num_classes:
         return [f"class {index}" for index in range(num_classes)]
-    if len(names) != num_classes:
-        raise ValueError(f"the config names {len(names)} classes, but the network has {num_classes}: they must agree")
     words = cfg.get("label_descriptions") or {}
     return [words.get(name, name) for name in names]
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import parameternet
 from parameternet import Router
+from parameternet.export import export
 
 ARGUMENTS = ({}, {"routing_hidden": 8}, {"routing": "softmax"})
 
@@ -75,6 +76,24 @@ def test_lora_takes_no_experts():
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="4 dimensional"):
         peft.get_peft_model(network(), peft.LoraConfig(target_modules=[], target_parameters=["stem.conv.weight"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parameters", [None, ["stem.conv.routing.weight"]], ids=str)
+def test_a_network_with_adapters_is_exported_merged(parameters, images, tmp_path):
+    peft = pytest.importorskip("peft")
+    if parameters and "target_parameters" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this peft adapts no single parameters")
+    targets = {"target_parameters": parameters} if parameters else {}
+    adapted = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["classifier"], **targets)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter)
+    names = list(adapted.state_dict())
+    export(adapted, tmp_path / "net.torchscript", "torchscript", size=64)
+    assert list(adapted.state_dict()) == names, "the network itself keeps its adapters"
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(torch.jit.load(str(tmp_path / "net.torchscript"))(x), adapted(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)

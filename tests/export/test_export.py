@@ -1,17 +1,20 @@
 """Files hold what the network computes, whatever the batch; and what cannot be kept is refused in words."""
 
 import copy
+import importlib
 import itertools
 
 import numpy as np
 import pytest
+import timm
 import torch
 from small import FREE, PAIRS, SIZE, needs, network
 from torch import nn
 
-from parameternet.export import FORMS, ExportError, checking, export, read_metadata
+from parameternet.export import FORMS, ExportError, checking, export, metadata, read_metadata
 from parameternet.layers import DynamicConv
 from parameternet.layers.recording import dynamic_layers, record_routing_weights
+from parameternet.prediction import Predictor
 
 
 def pictures(batch, size=SIZE, seed=1):
@@ -68,14 +71,51 @@ def test_a_file_says_how_to_use_it(exported, format):
         "form": "computed",
         "batch": "free",
         "dynamic_size": False,
+        "precision": "float32",
     }
 
 
 def test_what_a_network_does_not_say_is_not_invented(tmp_path):
     file = export(DynamicConv(3, 4, 3).eval(), tmp_path / "a.torchscript", "torchscript", size=8)
     assert read_metadata(file.path) == {
-        "input_size": [3, 8, 8], "form": "computed", "batch": "free", "dynamic_size": False,
+        "input_size": [3, 8, 8], "form": "computed", "batch": "free", "dynamic_size": False, "precision": "float32",
     }  # fmt: skip
+
+
+def with_classes(change, **arguments):
+    """A ParameterNet with the names of three classes, changed."""
+    made = timm.create_model("parameternet_50m", width=0.2, num_classes=3, **arguments).eval()
+    made.pretrained_cfg = {**made.pretrained_cfg, "label_names": ["a", "b", "c"]}
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 10])
+def test_names_of_an_old_classifier_are_not_exported(number):
+    model = with_classes(lambda made: made.reset_classifier(number))
+    assert "class_names" not in metadata.describe(model, (3, 64, 64), verified=False)
+    model = with_classes(lambda made: setattr(made, "num_classes", number))
+    assert ("class_names" in metadata.describe(model, (3, 64, 64), verified=False)) == (number == 3)
+
+
+@pytest.mark.parametrize("number", [2, 10])
+def test_a_predictor_does_not_use_names_of_an_old_classifier(number):
+    labels = Predictor(with_classes(lambda made: made.reset_classifier(number)), "cpu").labels
+    assert labels == [f"class {index}" for index in range(number)]
+
+
+def test_feature_networks_have_metadata():
+    model = timm.create_model("parameternet_50m", width=0.2, features_only=True)
+    assert "class_names" not in metadata.describe(model, (3, 64, 64), verified=False)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+@pytest.mark.parametrize("name", ["parameternet_50m", "dynamic_efficientnet_lite0", "resnet10t", "tresnet_m"])
+def test_a_file_takes_the_channels_that_the_network_takes(name, channels):
+    model = timm.create_model(name, in_chans=channels).eval()
+    assert metadata.input_channels(model, 64, 64) == channels
+    facts = metadata.describe(model, (channels, 64, 64), verified=False)
+    assert ("mean" in facts) == ("std" in facts) == (channels == 3), "timm's config has three means"
 
 
 def convolutions(graph, constants=frozenset()):
@@ -122,6 +162,16 @@ def test_the_opset_can_be_chosen(tmp_path):
     path = tmp_path / "a.onnx"
     export(DynamicConv(3, 4, 3).eval(), path, size=8, opset=20)
     assert onnx.load(path).opset_import[0].version == 20
+
+
+@pytest.mark.parametrize("opset", [7, 17, 99])
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_an_opset_that_cannot_be_written_is_refused(format, opset, tmp_path):
+    needs(format)
+    suffix = importlib.import_module(f"parameternet.export.{format}").SUFFIX
+    with pytest.raises(ExportError, match=f"cannot write this network with opset {opset}, only with 18"):
+        export(DynamicConv(3, 4, 3).eval(), tmp_path / f"a{suffix}", format, size=8, opset=opset)
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
@@ -189,6 +239,70 @@ def test_several_outputs(tmp_path):
     assert export(Two().eval(), tmp_path / "two.onnx", size=8).differences.keys() == {
         "batch 1, 8 x 8", "batch 3, 8 x 8", "batch 8, 8 x 8",
     }  # fmt: skip
+
+
+class Returning(nn.Module):
+    """A network whose outputs are made from a map of features."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv, self.outputs = DynamicConv(3, 6, 3), outputs
+
+    def forward(self, x):
+        return self.outputs(self.conv(x))
+
+
+def nest(y):
+    return {"map": y, "vectors": [y.mean((2, 3)), (y.amax((2, 3)),)]}
+
+
+@pytest.mark.parametrize("format", FREE)
+def test_outputs_can_be_nested(format, tmp_path):
+    needs(format)
+    writer = importlib.import_module(f"parameternet.export.{format}")
+    model, path = Returning(nest).eval(), tmp_path / f"nested{writer.SUFFIX}"
+    export(model, path, format, size=8)
+    x = pictures(2, (3, 8, 8))
+    with torch.no_grad():
+        y = model.conv(x)
+    for expected, got in zip((y, y.mean((2, 3)), y.amax((2, 3))), writer.runner(path)(x.numpy()), strict=True):
+        assert np.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "outputs, message",
+    [
+        (lambda y: (y, None), "returns None among its outputs"),
+        (lambda y: {"scores": y, "number": 3}, "returns 3 among its outputs"),
+        (lambda y: (y, y.mean()), r"a tensor of shape \(\) for 2 images"),
+        (lambda y: y.mean(0), r"a tensor of shape \(6, 8, 8\) for 2 images"),
+    ],
+)
+def test_outputs_that_no_file_can_have_are_refused(outputs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(Returning(outputs).eval(), tmp_path / "a.torchscript", "torchscript", size=8)
+    assert not list(tmp_path.iterdir())
+
+
+class Variadic(Returning):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("format", FREE)
+def test_a_network_need_not_name_its_input(format, tmp_path):
+    needs(format)
+    writer = importlib.import_module(f"parameternet.export.{format}")
+    export(Variadic(nn.Identity()).eval(), tmp_path / f"a{writer.SUFFIX}", format, size=8)
+
+
+@pytest.mark.parametrize("kernel", [{}, {"dilation": 3}, {"stride": 4}], ids=str)
+@pytest.mark.parametrize("format", FREE)
+def test_sizes_can_be_free_without_padding(format, kernel, tmp_path):
+    needs(format)
+    writer = importlib.import_module(f"parameternet.export.{format}")
+    model = nn.Sequential(DynamicConv(3, 4, 3, padding="valid", **kernel), nn.ReLU()).eval()
+    export(model, tmp_path / f"a{writer.SUFFIX}", format, size=24, dynamic_size=True)
 
 
 def test_a_network_without_dynamic_convolutions(tmp_path):
@@ -268,6 +382,7 @@ def test_an_exporter_that_fails_is_told(tmp_path):
         ({"form": "looped"}, "form 'looped' is for onnx and openvino, got format 'torchscript'; use form 'computed'"),
         ({"batch": 0}, r"batch must be None \(free\) or at least 1, got 0"),
         ({"size": (1, 2, 3, 4)}, "size must be a number"),
+        ({"opset": 18}, "opset is for onnx and openvino, got opset 18 with format 'torchscript'"),
         ({"path": "a.pt"}, "must end in .torchscript, got a.pt"),
         ({"path": "nowhere/a.torchscript"}, "the folder nowhere does not exist"),
     ],

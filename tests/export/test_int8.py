@@ -2,16 +2,18 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small import needs, network
+from torch import nn
 
 from parameternet.data.errors import DataError
 from parameternet.export import export, read_metadata
-from parameternet.export.int8 import Images
+from parameternet.export.int8 import Images, quantise
 from parameternet.layers import DynamicConv
 
 
@@ -56,7 +58,8 @@ def test_eight_bits_are_close_to_floats_and_say_so(made, format, form):
     assert report["agreement"] >= 90
     assert len(report["routing_agreement"]) == len([m for m in network().modules() if isinstance(m, DynamicConv)])
     assert min(report["routing_agreement"].values()) >= 80 and max(report["routing_difference"].values()) < 0.1
-    assert read_metadata(done.path)["form"] == form
+    facts = read_metadata(done.path)
+    assert facts["form"] == form and facts["precision"] == "int8"
 
 
 @torch.no_grad()
@@ -143,6 +146,110 @@ def test_images_to_calibrate_and_to_check_have_none_in_common(photos):
     assert all(name.split("/")[0] == f"n{label}" for name, label in found.calibration)
     x, labels = next(found.batches(found.checks, 4))
     assert x.shape == (4, 3, 40, 56) and len(labels) == 4
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The same images, with every tenth of them damaged."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(photos, folder)
+    for path in list(folder.rglob("*.png"))[::10]:
+        path.write_bytes(b"no image")
+    return folder
+
+
+class Runtime:
+    """A format whose files are texts, and which keeps what it was given."""
+
+    def __init__(self, outputs=7):
+        self.calibrated, self.checked, self.timed = [], [], []
+        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def quantise(self, source, target, batches):
+        self.calibrated = list(batches)
+        target.write_text("8 bits")
+
+    def observer(self, path):
+        def run(x):
+            self.checked.append(x)
+            return [np.ones((len(x), *self.outputs), np.float32)], {}
+
+        return run
+
+    def runner(self, path, threads):
+        return self.timed.append
+
+
+def measure(folder, tmp_path, batch, runtime):
+    source = tmp_path / "net.onnx"
+    source.write_text("in floats")
+    return quantise(runtime, source, tmp_path / "8.onnx", Images.find(folder, network(), 150), batch)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 4, 7, 40])
+def test_the_report_counts_the_images_that_were_used(damaged, tmp_path, batch):
+    runtime, images = Runtime(), Images.find(damaged, network(), 150)
+    report = measure(damaged, tmp_path, batch, runtime)
+    readable = [sum(images._read(name) is not None for name, _ in part) for part in (images.calibration, images.checks)]
+    assert readable[0] < 150 and readable[1] < 54
+    expected = [number - number % (batch or 1) for number in readable]
+    assert [report["calibration_images"], report["checked_images"]] == expected
+    assert sum(map(len, runtime.calibrated)) == expected[0]
+    assert sum(map(len, runtime.checked)) == 2 * expected[1], "by both files"
+    sizes = {len(x) for x in (*runtime.calibrated, *runtime.timed, *(runtime.checked if batch else ()))}
+    assert sizes == {batch or 1}, "images that cannot be read leave no gap in a batch"
+
+
+@pytest.mark.parametrize("batch, what", [(200, "calibrate"), (55, "check")])
+def test_a_batch_larger_than_the_images_is_refused(photos, tmp_path, batch, what):
+    with pytest.raises(DataError, match=f"batch {batch} needs as many images to {what} with"):
+        measure(photos, tmp_path, batch, Runtime())
+    assert not (tmp_path / "8.onnx").exists()
+
+
+def test_maps_of_features_are_compared_without_classes(photos, tmp_path):
+    report = measure(photos, tmp_path, None, Runtime(outputs=(7, 2, 3)))
+    assert report["difference"] == 0 and report["agreement"] is None and report["top1"] is None
+
+
+def test_a_report_of_eight_bits_does_not_outlive_its_file(tmp_path):
+    report, other = tmp_path / "a.torchscript.int8.json", tmp_path / "b.torchscript.int8.json"
+    report.write_text("{}"), other.write_text("{}")
+    export(network(), tmp_path / "a.torchscript", "torchscript")
+    assert not report.exists() and other.exists()
+
+
+def test_a_layer_that_is_called_twice_is_stored_once(photos, tmp_path):
+    needs("onnx")
+    import onnx
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = DynamicConv(3, 3), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            return self.pool(self.conv(self.conv(x).relu())).flatten(1)
+
+    model = Twice().eval()
+    model.pretrained_cfg, model.num_classes = network().pretrained_cfg, 3
+    path = export(model, tmp_path / "twice.onnx", int8=photos).path
+    names = [tensor.name for tensor in onnx.load(path).graph.initializer]
+    assert names.count("conv.weight_int8") == 1 and "conv.weight" not in names
+
+
+@pytest.mark.parametrize(
+    "cfg, size, message",
+    [
+        (None, 8, "which has no pretrained_cfg"),
+        (network().pretrained_cfg, (1, 8, 8), "a mean for each of the 1 channels .* has 3"),
+    ],
+)
+def test_networks_that_do_not_say_how_images_are_prepared_are_refused(photos, tmp_path, cfg, size, message):
+    model = DynamicConv(size[0] if isinstance(size, tuple) else 3, 4).eval()
+    model.pretrained_cfg = cfg
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / "a.onnx", size=size, int8=photos)
 
 
 def test_what_is_refused(photos, tmp_path):
