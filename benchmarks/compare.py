@@ -185,7 +185,8 @@ def collect(plan: Plan, run: Run, name: str, recipe: Recipe, result: Path) -> No
         for row in _history(folder_of(name, run))
     ]
     if len(epochs) == recipe.epochs:
-        head = [*header(recipe.threads or 1, recipe.device), settings(recipe)]
+        device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        head = [*header(recipe.threads or 1, device), settings(recipe)]
         add_run(result, (run.variant, str(run.seed)), epochs, list(plan.variants), head)
 
 

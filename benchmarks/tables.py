@@ -295,6 +295,7 @@ TABLES = {
     "bulk": Table("network | images | network alone, images/s | prediction, images/s | kept", bulk),
     "mobile": Table("network, format | MB, computed / constant | difference | ms | result", mobile),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
+    "claim-gpu": Table(None, partial(compared, "claim", "parameternet_50m_claim_gpu")),
     "claim-long": Table(None, partial(compared, "claim", "parameternet_50m_claim_long")),
     "claim-300m": Table(None, partial(compared, "claim", "parameternet_300m_cpu_tin200")),
     "transfer": Table(None, partial(compared, "transfer", "parameternet_600m_cifar10")),
