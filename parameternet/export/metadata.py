@@ -39,8 +39,8 @@ def describe(model: nn.Module, size: tuple[int, int, int], verified: bool) -> di
         facts |= {"mean": list(data["mean"]), "std": list(data["std"])}
     for key in ("interpolation", "crop_pct", "crop_mode"):
         facts[key] = data[key]
-    if names := label_names(model):
-        facts["class_names"] = class_names(cfg, len(names))
+    if label_names(model) or (verified and cfg.get("label_names")):
+        facts["class_names"] = class_names(cfg, model.num_classes)
     return facts
 
 

@@ -61,14 +61,16 @@ def load(model: str | Path | None = None) -> nn.Module:
 
 
 def class_names(cfg: dict[str, Any], num_classes: int) -> list[str]:
-    """Return a name for each class: from the config if its names are those of the network, otherwise `class 7`.
+    """Return a name for each class: from the config if it has names, otherwise `class 7`.
 
-    A network with a new classifier (`reset_classifier`, `num_classes=`) may still have the config of the old one; a
-    different number of names shows it.
+    Raises:
+        ValueError: the number of names differs from the number of classes.
     """
     names = list(cfg.get("label_names") or [])
-    if not names or len(names) != num_classes:
+    if not names:
         return [f"class {index}" for index in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(f"the config names {len(names)} classes, but the network has {num_classes}: they must agree")
     words = cfg.get("label_descriptions") or {}
     return [words.get(name, name) for name in names]
 
@@ -101,7 +103,9 @@ class Predictor:
         self.model = network.eval().to(self.device)
         cfg = self.model.pretrained_cfg
         self.name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-        self.labels = class_names(cfg, self.model.num_classes)
+        # A network in memory may have a new classifier and still the config of the old one.
+        renewed = isinstance(model, nn.Module) and len(cfg.get("label_names") or []) != self.model.num_classes
+        self.labels = class_names({} if renewed else cfg, self.model.num_classes)
         self.data_config = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
         self.preprocess = Preprocess(self.data_config)
         self.transform = self.preprocess.transform
