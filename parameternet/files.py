@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
 import threading
@@ -45,7 +46,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{_stem(path)}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb", opener=None if old is None else _private) as file:
             if old is not None:
@@ -59,6 +60,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{_stem(path)}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
 def _stem(path: Path) -> str:
@@ -121,10 +126,23 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder, if it exists. A process killed inside never leaves half of it under its name.
+
+    It leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers` deletes.
+    """
+    path = Path(path)
+    if path.exists():
+        gone = path.rename(_temporary(path))
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove temporary files that killed writers of `path` left. Call it only while nothing else writes `path`."""
+    """Remove temporary files and folders that killed processes left. Call it only while nothing else writes `path`."""
     path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(f".{escape(_stem(path))}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         with suppress(OSError):
             leftover.unlink()
 

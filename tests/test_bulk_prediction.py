@@ -215,7 +215,7 @@ def test_answers_that_two_processes_gave_count_once(tmp_path, images, network):
     with pytest.raises(Killed):
         start(network, images, output, progress=killed_at(4))
     (part,) = (tmp_path / "results.csv.parts").glob("*.jsonl")
-    part.with_name("other.jsonl").write_bytes(part.read_bytes())
+    part.with_name(f"{'0' * 16}.jsonl").write_bytes(part.read_bytes())
     start(network, images, output)
     assert rows_of(output)[1] == len(rows_of(output)[0]) == 7
 
@@ -229,6 +229,51 @@ def test_run_killed_after_the_rename_writes_the_file_again(tmp_path, images, net
     assert output.exists()
     assert start(network, images, output).resumed == 9
     assert rows_of(output)[1] == 7
+
+
+@pytest.mark.parametrize("removed", range(3))
+def test_parts_of_a_run_killed_while_removing_them_are_not_read(tmp_path, images, network, monkeypatch, removed):
+    """Killed after `removed` files; by then the output is complete, and the user deletes it to use another network."""
+    output, unlink, done = tmp_path / "results.csv", Path.unlink, []
+
+    def unlink_some(self, missing_ok=False):
+        if self.parent.name == "results.csv.parts":
+            killed_at(removed)(len(done), 0)
+            done.append(self)
+        unlink(self, missing_ok)
+
+    with pytest.raises(Killed):
+        start(network, images, output, progress=killed_at(4))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", unlink_some)
+        start(network, images, output)
+    output.unlink()
+    other = checkpoints.write(tmp_path / "other" / checkpoints.NAME, checkpoints.network(seed=1))
+    if not removed:
+        with pytest.raises(ValueError, match="holds a run started with another digest of the weights"):
+            start(other, images, output)
+        return
+    assert start(other, images, output).resumed == 0
+    start(other, images, tmp_path / "new.csv")
+    assert output.read_bytes() == (tmp_path / "new.csv").read_bytes()
+    assert not (tmp_path / "results.csv.parts").exists()
+
+
+def test_parts_without_a_setup_are_not_read(tmp_path, images, network):
+    output, parts = tmp_path / "results.csv", tmp_path / "results.csv.parts"
+    with pytest.raises(Killed):
+        start(network, images, output, progress=killed_at(4))
+    (parts / "setup.json").unlink()
+    assert start(network, images, output).resumed == 0
+
+
+def test_other_files_in_a_folder_of_that_name_stay_and_are_not_read(tmp_path, images, network):
+    (tmp_path / "results.csv.parts").mkdir()
+    mine = {"mine.jsonl": "[0, [1, 2, 3], [0.5, 0.3, 0.2], null]\n", "notes.txt": "to keep"}
+    for name, text in mine.items():
+        (tmp_path / "results.csv.parts" / name).write_text(text)
+    assert start(network, images, tmp_path / "results.csv").resumed == 0
+    assert {path.name: path.read_text() for path in (tmp_path / "results.csv.parts").iterdir()} == mine
 
 
 CHANGES = {

@@ -3,6 +3,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,6 +67,18 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
         (tmp_path / name).write_text("")
     files.remove_leftovers(tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.12.tmp", "a"]
+
+
+def test_a_kill_while_removing_a_folder_leaves_nothing_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("b")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        files.remove_folder(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    files.remove_leftovers(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    files.remove_folder(tmp_path / "a")  # there is none
 
 
 def test_json_and_digest(tmp_path):

@@ -10,10 +10,13 @@ so skip an empty batch before you run such a file.
 """
 
 import importlib
+import os
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +129,7 @@ def export(
         report = None
         if images is not None:
             report = _quantise(writer, written, plan, images)
-        files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
+        files = _keep(sorted(Path(folder).iterdir()), path)
     unchecked = getattr(writer, "UNCHECKED", None)
     if unchecked:
         warnings.warn(f"{path.name} was not compared with the network: {unchecked}", stacklevel=2)
@@ -242,19 +245,36 @@ def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> di
     return differences(network, run, batches, sizes)
 
 
-def _keep(file: Path, path: Path) -> Path:
+def _keep(made: list[Path], path: Path) -> list[Path]:
+    """Put `made`, which are `path` and files next to it, in place of those of an earlier export.
+
+    An export that fails changes nothing. One that is killed while renaming leaves no `path`: it would be read with
+    files that belong to another one.
+    """
+    others = [file for file in made if file.name != path.name]
+    report = path.with_name(f"{path.name}.int8.json")
+    with ExitStack() as renamed:  # in reverse order, so `path` comes last
+        for file in (made[0].with_name(path.name), *others):
+            renamed.enter_context(_replacing(path.parent / file.name, file))
+        if path.is_dir():  # a folder cannot be renamed over another one
+            path.rename(made[0].with_name(f"{path.name}.old"))  # on the same disk; removed with the temporary folder
+        elif others:
+            Path(os.path.realpath(path)).unlink(missing_ok=True)
+        if report.name not in {file.name for file in others}:
+            report.unlink(missing_ok=True)  # it is about the earlier file
+    return [path.parent / file.name for file in made]
+
+
+@contextmanager
+def _replacing(path: Path, file: Path) -> Iterator[None]:
+    """Put a file or folder in place of `path` when the block ends without an error."""
     if file.is_dir():
-        return _keep_folder(file, path)
+        yield
+        file.rename(path)
+        return
     with open(file, "rb") as source, atomic_write(path) as target:
         shutil.copyfileobj(source, target)
-    return path
-
-
-def _keep_folder(folder: Path, path: Path) -> Path:
-    # A folder cannot be renamed over another one: the old one goes with the temporary folder, on the same disk.
-    if path.exists():
-        path.rename(folder.with_name(f"{folder.name}.old"))
-    return folder.rename(path)
+        yield
 
 
 def _size_in_bytes(path: Path) -> int:

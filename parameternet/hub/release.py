@@ -210,7 +210,8 @@ def _init_run(run: Path) -> Path | None:
 def replace_folder(folder: Path, fresh: Path) -> None:
     """Replace `folder` by `fresh`, or leave `folder` unchanged on failure."""
     old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    files.remove_leftovers(old)
+    files.remove_folder(old)
     if folder.exists():
         folder.rename(old)
     try:
@@ -218,7 +219,7 @@ def replace_folder(folder: Path, fresh: Path) -> None:
     except BaseException:
         _restore(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    files.remove_folder(old)  # whole or not at all: `_restore` must not find half of it
 
 
 def _restore(folder: Path) -> None:

@@ -81,6 +81,8 @@ def save_upcycled(
         upcycled_from=upcycled_from,
     )
     with files.lock(folder / ".lock", str(folder)):  # do not mix the weights and config of two writers
+        # Weights are not usable without a config, so a process killed in between leaves no mixture.
+        (folder / weights.CONFIG_NAME).unlink(missing_ok=True)
         weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
         files.write_json(folder / weights.CONFIG_NAME, config)
 
