@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 try:
     import fcntl
@@ -109,7 +109,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` to `path` atomically, as indented JSON with a final newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # for names that are not UTF-8: JSON's own escapes
+
+
+class CsvFile:
+    """A text file for `csv.writer` and `csv.DictWriter` that ends rows in a line feed.
+
+    Older versions of Python quote only the line breaks in `lineterminator`. Its default, carriage return and line feed,
+    covers both, so leave it and write to this file.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, row: str) -> None:
+        """Write a row, which the writer passes whole."""
+        self.file.write(row.removesuffix("\r\n") + "\n")
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -1,8 +1,10 @@
+import csv
 import errno
 import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,6 +91,36 @@ def test_json_and_digest(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- many writers of one file
+
+
+def test_json_of_a_name_that_is_not_utf8(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": "\udcff"})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"b": "\udcff"}
+
+
+@pytest.mark.parametrize("cell", ["\r", "a\rb", "\n", "\r\n", "a\r\n", '"\r\n"', ",", "\t", "\x85", "\u2028", "", " "])
+def test_cells_of_a_csv_come_back(tmp_path, cell):
+    rows = [["path", "value"], [cell, "1"], ["1", cell], [cell, cell]]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(files.CsvFile(file)).writerows(rows)
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == rows
+    assert (tmp_path / "a.csv").read_bytes().startswith(b"path,value\n")
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for folder in ("parameternet", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_every_csv_is_written_to_a_csv_file():
+    """Any other file would leave a carriage return unquoted, or end rows in one."""
+    found = [
+        (path.name, call)
+        for path in SOURCES
+        for call in re.findall(r"csv\.(?:Dict)?[wW]riter\(([^,)]*)", path.read_text())
+    ]
+    assert len(found) >= 4
+    assert not [call for call in found if "CsvFile(" not in call[1]]
 
 
 def _contents(writer: int) -> bytes:

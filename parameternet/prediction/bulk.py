@@ -1,5 +1,6 @@
 """Classify many images into a file; a killed run resumes, and torchrun processes share the work."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -127,7 +128,7 @@ def _setup(predictor: Predictor, listing: Listing, topk: int) -> dict[str, Any]:
         "model": predictor.name,
         "digest of the weights": weights.tensors_digest(predictor.model.state_dict()),
         "preprocessing": repr(predictor.transform),
-        "digest of the class names": weights.text_digest("\n".join(predictor.labels)),
+        "digest of the class names": weights.text_digest(json.dumps(predictor.labels)),
         "topk": topk,
         "number of images": len(listing),
         "digest of the images' names and sizes": listing.digest(),

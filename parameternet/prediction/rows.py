@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from parameternet.files import atomic_write
+from parameternet.files import CsvFile, atomic_write
 from parameternet.prediction.predictor import Result
 
 __all__ = ["FORMATS", "check_output", "write_errors", "write_rows"]
@@ -47,14 +47,14 @@ def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
 def write_errors(path: Path, results: Iterable[Result]) -> None:
     """Write the path and the error of results that have one, as CSV."""
     with atomic_write(path) as file, _Text(file) as text:
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(CsvFile(text))
         table.writerow(["path", "error"])
         table.writerows([_unicode(result.path), _unicode(result.error or "")] for result in results)
 
 
 def _csv(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
     with _Text(file) as text:
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(CsvFile(text))
         names = [f"{column}_{k}" for k in range(1, topk + 1) for column in ("index", "label", "probability")]
         table.writerow(["path", *names])
         for result in results:
@@ -105,5 +105,5 @@ class _Text(io.TextIOWrapper):
 
 
 def _unicode(text: str) -> str:
-    # File names may contain invalid UTF-8, which none of the formats can store.
-    return text.encode("utf-8", "backslashreplace").decode()
+    # File names may contain invalid UTF-8, which no format can store, and labels NUL, which CSV readers reject.
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -41,7 +41,7 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
         text = Path(path).read_text("utf-8")
     except OSError as error:
         raise DataError(f"cannot read class_names {path}: {error.strerror}") from error
-    lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
+    lines = [line.split("\t", 1) for line in text.split("\n") if line.strip()]
     ids = [line[0] for line in lines]
     if len(ids) != num_classes:
         raise DataError(
