@@ -53,6 +53,10 @@ class Folder:
         except OSError:
             return -1
 
+    def location(self, name: str) -> tuple[str, str]:
+        """Return where a file is, the same for every path that leads to it."""
+        return location(self.root / name)
+
     def _walk(self, below: str, above: frozenset[tuple[int, int]]) -> None:
         try:
             found = os.stat(self.root / below)
@@ -111,6 +115,10 @@ class Tar:
         place = self._place(name)
         return -1 if place is None else place.size
 
+    def location(self, name: str) -> tuple[str, str]:
+        """Return where a file is, the same for every path that leads to the tar."""
+        return os.path.realpath(self.root), name
+
     def _place(self, name: str) -> _Place | None:
         for _ in range(8):  # links may lead to links
             if name in self.places:
@@ -161,6 +169,11 @@ class Tar:
 def _plain(name: str) -> str:
     plain = posixpath.normpath(name).lstrip("/")
     return "" if plain == "." else plain
+
+
+def location(path: str | Path) -> tuple[str, str]:
+    """Return where a file is, the same for every path that leads to it; see `Folder` and `Tar`."""
+    return os.path.realpath(path), ""
 
 
 def is_tar(path: str | Path) -> bool:

@@ -55,7 +55,7 @@ def predict_to_file(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary | None:
-    """Classify every image of `sources` into `output`, one row per image, sorted by name.
+    """Classify every image of `sources` into `output`, one row per image, in the order of `Listing`.
 
     While running, predictions are kept in the folder `OUTPUT.parts`; after a kill, the same call resumes from it. The
     number of processes, batch size and device may differ then. Images that cannot be read are listed in
