@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -55,9 +56,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None  # the temporary file's name would mean nothing to a user
         raise
     _sync_folder(path.parent)
 
@@ -94,6 +97,41 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Check that a file can be written to `path`. Call it before slow work.
+
+    Raises:
+        ValueError: `path` is a folder, or its folder does not exist or accepts no files.
+        OSError: the name is too long, for example.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not path.exists() or path.is_file():  # others, such as pipes, are written in place
+        _check_accepts_files(Path(os.path.realpath(path)).parent, path)
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Check that files can be written to the folder `path`, which may not exist yet. Call it before slow work.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    path = Path(path)
+    _check_accepts_files(next(parent for parent in (path, *path.parents) if parent.exists()), path)
+
+
+def _check_accepts_files(folder: Path, path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell: a file system may be read-only
+            pass
+    except OSError as error:
+        reason = error.strerror if folder.is_dir() else "it is not a folder"
+        raise ValueError(f"cannot write {path}: {folder} accepts no files ({reason}); choose another place") from error
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -207,7 +245,11 @@ def _acquire(path: str, what: str, wait: bool) -> int | None:
         if (os.getpid(), path) in _held:
             # Closing a second handle on the file would release the lock of the first.
             return _refused(what, f"this process ({os.getpid()})", wait)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            error.filename = what  # the lock file's name would mean nothing to a user
+            raise
         try:
             if not _lock_handle(handle):
                 return _refused(what, _holder(handle), wait, handle)

@@ -16,7 +16,7 @@ from PIL import Image
 from parameternet.data import images
 from parameternet.data.errors import DataError
 from parameternet.data.sources import Folder, Tar, is_tar, location, open_files
-from parameternet.text import printable
+from parameternet.text import address_error, printable
 
 __all__ = ["Listing"]
 
@@ -111,7 +111,7 @@ class Listing:
         elif Path(source).is_file():
             yield {source: _Item(None, source)}
         else:
-            raise DataError(f"{printable(source)} does not exist. {EXPECTED}")
+            raise DataError(address_error(source) or f"{printable(source)} does not exist. {EXPECTED}")
 
     def _in_store(self, source: str) -> Iterator[_Found]:
         store = _open(source)

@@ -16,7 +16,7 @@ from timm.data.readers.reader import Reader
 
 from parameternet.data import images, labels
 from parameternet.data.errors import DataError, ImageError
-from parameternet.text import printable
+from parameternet.text import address_error, printable
 
 _STREAMS = ("wds/", "tfds/", "hfids/")
 _EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"
@@ -350,7 +350,7 @@ def _arguments(spec: str | dict, split: str) -> dict[str, Any]:
         name = f"{prefix}/" if prefix == "wds" else f"{prefix}/{root}"
         return {"name": name, "root": root if prefix == "wds" else None, "split": named or split}
     if not Path(spec).exists():
-        raise DataError(f"{spec!r} does not exist. {_EXPECTED}")
+        raise DataError(address_error(spec) or f"{spec!r} does not exist. {_EXPECTED}")
     return {"name": "", "root": spec, "search_split": False}
 
 
@@ -375,7 +375,7 @@ def _of_files(
     name: str, root: str | None = None, split: str = "train", search_split: bool = True, **kwargs: Any
 ) -> ImageDataset:
     if root is None or not Path(root).exists():
-        raise DataError(f"{root!r} does not exist")
+        raise DataError(address_error(str(root)) or f"{root!r} does not exist")
     if search_split and Path(root).is_dir():
         root = _split_folder(root, split)
     kinds = {key: kwargs.pop(key) for key in ("class_map", "input_key") if key in kwargs}

@@ -32,11 +32,11 @@ from parameternet.export.int8 import FORMATS as INT8_FORMATS
 from parameternet.export.int8 import Images, quantise
 from parameternet.export.metadata import describe, read_metadata
 from parameternet.export.plan import Plan
-from parameternet.files import atomic_write, write_json
+from parameternet.files import atomic_write, check_file, check_folder, write_json
 from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
-__all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
+__all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "check_output", "export", "read_metadata"]
 
 # Written by timmx, for one batch and one size of images (see `mobile.py`).
 FIXED = ("ncnn", "litert", "executorch", "coreml", "tensorrt")
@@ -115,13 +115,14 @@ def export(
         raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
     _check_fixed(format, batch, dynamic_size)
     _check_int8(int8, format, form, calibration_images)
+    check_output(path, format)
     network = _prepared(model)
     size = _size(network, size)
     images = None if int8 is None else Images.find(int8, network, calibration_images, size)
     facts = describe(network, size, verified=not isinstance(model, nn.Module))
     facts |= {"form": form, "batch": batch or "free", "dynamic_size": dynamic_size}
     plan = Plan(form, batch, size, dynamic_size, opset, facts, images is not None)
-    path = _path(path, facts, writer)
+    path = _default_path(facts, writer) if path is None else Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name
         _write(writer, fuse(network), written, plan)
@@ -202,17 +203,26 @@ def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, in
     return whole
 
 
-def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) -> Path:
+def check_output(path: str | Path | None, format: str) -> None:
+    """Check that `export` can write to `path`; None: to the current folder.
+
+    Raises:
+        ValueError: an unknown format, a suffix of another one, or a folder that cannot be written.
+    """
     if path is None:
-        if not facts.get("name"):
-            raise ValueError("the network has no name to call the file by: give a path")
-        path = re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX  # a config may name any folder
-    path = Path(path)
+        return check_folder(Path())
+    path, writer = Path(path), _writer(format)
     if path.suffix != writer.SUFFIX:
         raise ValueError(f"the file must end in {writer.SUFFIX}, got {path.name}")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist")
-    return path
+    if path.is_dir() and getattr(writer, "IS_FOLDER", False):
+        return check_folder(path.parent)  # an earlier export is replaced
+    check_file(path)
+
+
+def _default_path(facts: dict[str, Any], writer: ModuleType) -> Path:
+    if not facts.get("name"):
+        raise ValueError("the network has no name to call the file by: give a path")
+    return Path(re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX)  # a config may name any folder
 
 
 def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None:

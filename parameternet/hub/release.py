@@ -67,10 +67,12 @@ def release(
         CheckpointError: not a run folder, a name of another architecture, or weights beyond float16's range.
         DivergedError: the loss on `data` is NaN or infinite.
         FolderInUse: another process releases the same checkpoint.
+        ValueError: `destination` cannot be written.
     """
     run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
     recipe = _recipe(run, data_name, data_terms)
     _check_name(name, loading.read_config(run)["architecture"])
+    files.check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with claimed(folder.with_name(f".{name}.lock"), f"the checkpoint {folder}"):
         fresh = folder.with_name(f".{name}.new")  # keep the old checkpoint until the new one is complete

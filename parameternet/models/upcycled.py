@@ -40,8 +40,10 @@ def upcycle_checkpoint(
 
     Raises:
         FileExistsError: `folder` holds a checkpoint.
+        ValueError: `folder` cannot be written.
     """
     folder = Path(folder)
+    files.check_folder(folder)
     if (folder / weights.FILE_NAME).exists() and not overwrite:
         raise FileExistsError(
             f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True (--overwrite)"

@@ -42,6 +42,15 @@ class Parts:
         self.output = output
         self.folder = output.with_name(f"{output.name}.parts")
 
+    def check(self) -> None:
+        """Check that the output is not complete.
+
+        Raises:
+            ValueError: it exists.
+        """
+        if self.output.exists() and not (self.folder / SETUP).exists():
+            raise ValueError(f"{self.output} exists; delete it, or give another --output")
+
     @contextmanager
     def begin(self, setup: dict[str, Any]) -> Iterator[None]:
         """Lock the run for this process, new or resumed.
@@ -52,17 +61,16 @@ class Parts:
         """
         lock = self.output.with_name(f".{self.output.name}.lock")
         with files.lock(lock, str(self.output), timeout=self.patience):
+            self.check()
             if (self.folder / SETUP).exists():
-                self._check(setup)
-            elif self.output.exists():
-                raise ValueError(f"{self.output} exists; delete it, or give another --output")
+                self._check_setup(setup)
             else:
                 self.folder.mkdir(exist_ok=True)
                 self._remove_files()  # of a run that was killed while removing them
                 files.write_json(self.folder / SETUP, setup)
             yield
 
-    def _check(self, setup: dict[str, Any]) -> None:
+    def _check_setup(self, setup: dict[str, Any]) -> None:
         try:
             begun = json.loads((self.folder / SETUP).read_text())
         except ValueError:
