@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import gc
+import io
 import json
 import math
 import os
@@ -14,12 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor
+
+from parameternet import files
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.004  # seconds; a shorter run is repeated, so that the clock does not matter
@@ -192,20 +196,22 @@ def _commit() -> str:
 
 
 def write_csv(path: Path, head: Iterable[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows under the column names of the first one, with the header as comments."""
+    """Write rows under the column names of the first one, with the header as comments, atomically."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in head)
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in head)
+    writer = csv.DictWriter(files.CsvFile(text), list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """(header without its marks, rows)."""
-    lines = path.read_text().splitlines()
-    head = [line[2:] for line in lines if line.startswith("# ")]
-    return head, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    with path.open(newline="") as file:
+        lines = list(file)
+    head = list(takewhile(lambda line: line.startswith("# "), lines))
+    return [line[2:].rstrip("\n") for line in head], list(csv.DictReader(lines[len(head) :]))
 
 
 # runs that add up over days and machines ------------------------------------------------------------------------------

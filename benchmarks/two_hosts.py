@@ -263,7 +263,7 @@ RESUMED = "resuming from epoch"
 
 def table(rows: list[dict[str, object]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(files.CsvFile(text), rows[0])
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: ranks and communication."""
+"""One process, or several started by torchrun: ranks, devices and communication."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Place", "agree_on_life", "join", "local_rank"]
+__all__ = ["DEVICES", "Place", "agree_on_life", "choose_device", "join", "local_rank"]
+
+DEVICES = "auto, cpu, cuda, cuda:1 or mps"
 
 
 @dataclass
@@ -88,6 +90,32 @@ class Place:
 def local_rank() -> int | None:
     """Return this process's index on its host, also that of its GPU; None if there is one process."""
     return int(os.environ.get("LOCAL_RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+
+
+def choose_device(device: str | torch.device | None = None, local_rank: int | None = None) -> torch.device:
+    """Return a device that torch can use.
+
+    Args:
+        device: None or `auto`: the first CUDA device, or else Apple's (mps), or else the CPU.
+        local_rank: Index of the GPU for `cuda`; None for the current one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:  # torch's message lists dozens of types
+        raise ValueError(f"device {str(device)!r} cannot be used: it does not exist; use {DEVICES}") from error
+    if chosen.type == "cuda" and chosen.index is None and local_rank is not None:
+        chosen = torch.device("cuda", local_rank)
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = f"torch finds {torch.cuda.device_count()} CUDA devices" if chosen.type == "cuda" else "torch finds none"
+        raise ValueError(f"device {str(device)!r} cannot be used: {found}; use {DEVICES}") from error
+    return chosen
 
 
 @contextmanager

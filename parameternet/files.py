@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 try:
     import fcntl
@@ -45,7 +47,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{_stem(path)}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb", opener=None if old is None else _private) as file:
             if old is not None:
@@ -54,11 +56,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None  # the temporary file's name would mean nothing to a user
         raise
     _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{_stem(path)}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
 def _stem(path: Path) -> str:
@@ -91,6 +99,41 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def check_file(path: str | os.PathLike) -> None:
+    """Check that a file can be written to `path`. Call it before slow work.
+
+    Raises:
+        ValueError: `path` is a folder, or its folder does not exist or accepts no files.
+        OSError: the name is too long, for example.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not path.exists() or path.is_file():  # others, such as pipes, are written in place
+        _check_accepts_files(Path(os.path.realpath(path)).parent, path)
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Check that files can be written to the folder `path`, which may not exist yet. Call it before slow work.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    path = Path(path)
+    _check_accepts_files(next(parent for parent in (path, *path.parents) if parent.exists()), path)
+
+
+def _check_accepts_files(folder: Path, path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell: a file system may be read-only
+            pass
+    except OSError as error:
+        reason = error.strerror if folder.is_dir() else "it is not a folder"
+        raise ValueError(f"cannot write {path}: {folder} accepts no files ({reason}); choose another place") from error
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` atomically."""
     with atomic_write(path) as file:
@@ -104,7 +147,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` to `path` atomically, as indented JSON with a final newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # for names that are not UTF-8: JSON's own escapes
+
+
+class CsvFile:
+    """A text file for `csv.writer` and `csv.DictWriter` that ends rows in a line feed.
+
+    Older versions of Python quote only the line breaks in `lineterminator`. Its default, carriage return and line feed,
+    covers both, so leave it and write to this file.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, row: str) -> None:
+        """Write a row, which the writer passes whole."""
+        self.file.write(row.removesuffix("\r\n") + "\n")
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -121,10 +180,23 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder, if it exists. A process killed inside never leaves half of it under its name.
+
+    It leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers` deletes.
+    """
+    path = Path(path)
+    if path.exists():
+        gone = path.rename(_temporary(path))
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove temporary files that killed writers of `path` left. Call it only while nothing else writes `path`."""
+    """Remove temporary files and folders that killed processes left. Call it only while nothing else writes `path`."""
     path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(f".{escape(_stem(path))}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         with suppress(OSError):
             leftover.unlink()
 
@@ -173,7 +245,11 @@ def _acquire(path: str, what: str, wait: bool) -> int | None:
         if (os.getpid(), path) in _held:
             # Closing a second handle on the file would release the lock of the first.
             return _refused(what, f"this process ({os.getpid()})", wait)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            error.filename = what  # the lock file's name would mean nothing to a user
+            raise
         try:
             if not _lock_handle(handle):
                 return _refused(what, _holder(handle), wait, handle)

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["escape_json", "printable", "printable_lines", "without_local_paths"]
+__all__ = ["address_error", "escape_json", "printable", "printable_lines", "without_local_paths"]
 
 _JOINERS = "\u200c\u200d"  # needed by Persian and Indic scripts and by emoji
 
@@ -32,6 +32,17 @@ def escape_json(text: str) -> str:
 
 def _is_visible(c: str) -> bool:
     return c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs"
+
+
+def address_error(text: str) -> str | None:
+    """Return an error message if `text` is an address such as https://..., which is not read; None for other text.
+
+    >>> address_error("https://example.org/a.tar")
+    'https://example.org/a.tar is an address, and addresses are not read: download it and give the path'
+    """
+    if not re.match(r"(?!local-dir:)[A-Za-z][A-Za-z0-9+.-]+://?[^/]", text):  # pathlib turns // into /
+        return None
+    return f"{printable(text)} is an address, and addresses are not read: download it and give the path"
 
 
 # Prefixes of paths in timm and in this package.

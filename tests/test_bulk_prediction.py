@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from parameternet import cli, files, prediction
-from parameternet.prediction import Predictor, predict_to_file
+from parameternet.prediction import Predictor, Result, predict_to_file
+from parameternet.prediction.rows import write_errors, write_rows
 
 ROOT = Path(__file__).parent.parent
 BROKEN = {"broken.png": b"no image", "empty.jpg": b""}
@@ -68,7 +69,7 @@ def rows_of(path):
         pq = pytest.importorskip("pyarrow.parquet")
         rows = pq.read_table(path).to_pylist()
         return {row["path"]: [row["indices"], row["labels"], row["probabilities"]] for row in rows}, len(rows)
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     found = {}
     for row in rows:
@@ -124,16 +125,49 @@ def test_errors_of_a_deleted_output_do_not_stay(tmp_path, images, network):
     assert made.errors is None and not (tmp_path / "a.csv.errors.csv").exists()
 
 
-def test_names_that_are_no_utf8_or_hold_line_breaks_are_written(tmp_path, network):
-    pytest.importorskip("pyarrow")
+BREAKS = ["\n", "\r", "\r\n", "\t", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"]
+BREAKS += [",", ";", '"', '""', "'", "#", "=", " ", "|", "\\"]
+NAMES = [f"{odd}{middle}{odd}" for odd in BREAKS for middle in ("", "a")] + ["\udcff"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_file_name_comes_back(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    output = tmp_path / f"results{suffix}"
+    results = [Result(name, [f"{name}{name}"] * 3, [0.5, 0.3, 0.2], [0, 1, 2]) for name in NAMES]
+    write_rows(output, results, topk=3)
+    rows, number = rows_of(output)
+    assert number == len(NAMES)
+    assert rows == {
+        plain: [[0, 1, 2], [plain * 2] * 3, pytest.approx([0.5, 0.3, 0.2])]
+        for plain in (name.replace("\udcff", "\\udcff") for name in NAMES)
+    }
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_labels_with_nul_are_written(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    write_rows(tmp_path / f"a{suffix}", [Result("a.png", ["b\0"] * 3, [0.5, 0.3, 0.2], [0, 1, 2])], topk=3)
+    assert rows_of(tmp_path / f"a{suffix}")[0]["a.png"][1] == ["b\\x00"] * 3
+
+
+def test_names_and_reasons_of_unreadable_images_come_back(tmp_path):
+    write_errors(tmp_path / "errors.csv", [Result(name, error=f"x{name}") for name in NAMES])
+    with open(tmp_path / "errors.csv", newline="", encoding="utf-8") as file:
+        rows = [(row["path"], row["error"]) for row in csv.DictReader(file)]
+    plain = [name.replace("\udcff", "\\udcff") for name in NAMES]
+    assert rows == [(name, f"x{name}") for name in plain]
+
+
+def test_files_with_odd_names_are_predicted(tmp_path, network):
     (tmp_path / "images").mkdir()
-    for name in (b"\xff.png", b'a,\n"b.png'):
+    for name in (b"\xff.png", b'a,\n"b.png', b"c\rd.png"):
         Path(os.fsdecode(bytes(tmp_path / "images") + b"/" + name)).write_bytes(png(0))
-    for suffix in (".csv", ".jsonl", ".parquet"):
-        output = tmp_path / f"results{suffix}"
-        predict_to_file(network, [tmp_path / "images"], output, topk=3, workers=0, device="cpu")
-        names = sorted(path.rpartition("images/")[2] for path in rows_of(output)[0])
-        assert names == ["\\udcff.png", 'a,\n"b.png']
+    predict_to_file(network, [tmp_path / "images"], tmp_path / "results.csv", topk=3, workers=0, device="cpu")
+    names = sorted(path.rpartition("images/")[2] for path in rows_of(tmp_path / "results.csv")[0])
+    assert names == ["\\udcff.png", 'a,\n"b.png', "c\rd.png"]
 
 
 def test_folders_tars_and_shards_give_the_same_answers(tmp_path, network):
@@ -215,7 +249,7 @@ def test_answers_that_two_processes_gave_count_once(tmp_path, images, network):
     with pytest.raises(Killed):
         start(network, images, output, progress=killed_at(4))
     (part,) = (tmp_path / "results.csv.parts").glob("*.jsonl")
-    part.with_name("other.jsonl").write_bytes(part.read_bytes())
+    part.with_name(f"{'0' * 16}.jsonl").write_bytes(part.read_bytes())
     start(network, images, output)
     assert rows_of(output)[1] == len(rows_of(output)[0]) == 7
 
@@ -229,6 +263,51 @@ def test_run_killed_after_the_rename_writes_the_file_again(tmp_path, images, net
     assert output.exists()
     assert start(network, images, output).resumed == 9
     assert rows_of(output)[1] == 7
+
+
+@pytest.mark.parametrize("removed", range(3))
+def test_parts_of_a_run_killed_while_removing_them_are_not_read(tmp_path, images, network, monkeypatch, removed):
+    """Killed after `removed` files; by then the output is complete, and the user deletes it to use another network."""
+    output, unlink, done = tmp_path / "results.csv", Path.unlink, []
+
+    def unlink_some(self, missing_ok=False):
+        if self.parent.name == "results.csv.parts":
+            killed_at(removed)(len(done), 0)
+            done.append(self)
+        unlink(self, missing_ok)
+
+    with pytest.raises(Killed):
+        start(network, images, output, progress=killed_at(4))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", unlink_some)
+        start(network, images, output)
+    output.unlink()
+    other = checkpoints.write(tmp_path / "other" / checkpoints.NAME, checkpoints.network(seed=1))
+    if not removed:
+        with pytest.raises(ValueError, match="holds a run started with another digest of the weights"):
+            start(other, images, output)
+        return
+    assert start(other, images, output).resumed == 0
+    start(other, images, tmp_path / "new.csv")
+    assert output.read_bytes() == (tmp_path / "new.csv").read_bytes()
+    assert not (tmp_path / "results.csv.parts").exists()
+
+
+def test_parts_without_a_setup_are_not_read(tmp_path, images, network):
+    output, parts = tmp_path / "results.csv", tmp_path / "results.csv.parts"
+    with pytest.raises(Killed):
+        start(network, images, output, progress=killed_at(4))
+    (parts / "setup.json").unlink()
+    assert start(network, images, output).resumed == 0
+
+
+def test_other_files_in_a_folder_of_that_name_stay_and_are_not_read(tmp_path, images, network):
+    (tmp_path / "results.csv.parts").mkdir()
+    mine = {"mine.jsonl": "[0, [1, 2, 3], [0.5, 0.3, 0.2], null]\n", "notes.txt": "to keep"}
+    for name, text in mine.items():
+        (tmp_path / "results.csv.parts" / name).write_text(text)
+    assert start(network, images, tmp_path / "results.csv").resumed == 0
+    assert {path.name: path.read_text() for path in (tmp_path / "results.csv.parts").iterdir()} == mine
 
 
 CHANGES = {

@@ -1,5 +1,7 @@
 """README and docs: snippets run, commands parse, links lead somewhere, tables are up to date."""
 
+import ast
+import builtins
 import re
 import shlex
 import subprocess
@@ -25,14 +27,38 @@ def named(pages, language):
     return [page for page in pages if blocks(page, language)]
 
 
-@pytest.mark.parametrize("page", named(PAGES, "python"), ids=lambda page: page.name)
-def test_snippets_run_in_order(page, monkeypatch):
-    """Those that need other environments run in tests/yolo, tests/clients and tests/app."""
+SNIPPETS = [
+    pytest.param(body, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, body in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.mark.parametrize("body", SNIPPETS)
+def test_each_snippet_runs_on_its_own(body, monkeypatch):
+    """Readers copy one. Those that need other environments run in tests/yolo, tests/clients and tests/app."""
+    assert not undefined(body)
+    if "parameternet_" in body or "dynamic_" in body:
+        assert re.search(r"^(import|from) parameternet|torch\.hub", body, re.MULTILINE), "registers the networks"
     monkeypatch.chdir(ROOT)
-    names = {}
-    for body in blocks(page, "python"):
-        if not any(word in body for word in OTHER_RUNS):
-            exec(compile(body.replace("path/to/parameternet", str(ROOT)), page.name, "exec"), names)
+    if not any(word in body for word in OTHER_RUNS):
+        exec(compile(body.replace("path/to/parameternet", str(ROOT)), "snippet", "exec"), {})
+
+
+def undefined(body):
+    """Return names that a snippet reads but nowhere defines."""
+    nodes = list(ast.walk(ast.parse(body)))
+    imported = {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return read - imported - defined - arguments - stored - set(dir(builtins))
 
 
 @pytest.mark.parametrize("page", named(PAGES, "bash"), ids=lambda page: page.name)

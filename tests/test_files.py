@@ -1,8 +1,11 @@
+import csv
 import errno
 import fcntl
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,6 +71,18 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.12.tmp", "a"]
 
 
+def test_a_kill_while_removing_a_folder_leaves_nothing_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("b")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        files.remove_folder(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    files.remove_leftovers(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    files.remove_folder(tmp_path / "a")  # there is none
+
+
 def test_json_and_digest(tmp_path):
     files.write_json(tmp_path / "a.json", {"b": "é"})
     assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "b": "é"\n}\n'
@@ -76,6 +91,36 @@ def test_json_and_digest(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- many writers of one file
+
+
+def test_json_of_a_name_that_is_not_utf8(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": "\udcff"})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"b": "\udcff"}
+
+
+@pytest.mark.parametrize("cell", ["\r", "a\rb", "\n", "\r\n", "a\r\n", '"\r\n"', ",", "\t", "\x85", "\u2028", "", " "])
+def test_cells_of_a_csv_come_back(tmp_path, cell):
+    rows = [["path", "value"], [cell, "1"], ["1", cell], [cell, cell]]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(files.CsvFile(file)).writerows(rows)
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == rows
+    assert (tmp_path / "a.csv").read_bytes().startswith(b"path,value\n")
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for folder in ("parameternet", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_every_csv_is_written_to_a_csv_file():
+    """Any other file would leave a carriage return unquoted, or end rows in one."""
+    found = [
+        (path.name, call)
+        for path in SOURCES
+        for call in re.findall(r"csv\.(?:Dict)?[wW]riter\(([^,)]*)", path.read_text())
+    ]
+    assert len(found) >= 4
+    assert not [call for call in found if "CsvFile(" not in call[1]]
 
 
 def _contents(writer: int) -> bytes:

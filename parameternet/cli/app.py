@@ -7,24 +7,21 @@ from typing import Any
 import click
 
 from parameternet.app import build
+from parameternet.cli.options import InputPath, device_option
 from parameternet.cli.output import echo
 from parameternet.prediction import DEFAULT_MODEL
 
 
 @click.command()
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--detector", type=click.Path(exists=True, path_type=Path), help="A YOLO checkpoint, whose detections are shown."
-)
-@click.option("--examples", type=click.Path(exists=True), help="Folder of images to try.  [default: three photos]")
+@click.option("--detector", type=InputPath(), help="A YOLO checkpoint, whose detections are shown.")
+@click.option("--examples", type=InputPath(), help="Folder of images to try.  [default: three photos]")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to serve on; 0.0.0.0 accepts other machines."
 )
 @click.option("--port", type=click.IntRange(min=1, max=65535), help="[default: the first free one from 7860]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
-def app(
-    model: str, detector: Path | None, examples: str | None, host: str, port: int | None, device: str | None
-) -> None:
+@device_option
+def app(model: str, detector: Path | None, examples: Path | None, host: str, port: int | None, device: str) -> None:
     """Serve a web page that classifies images with MODEL and shows which experts they use.
 
     It compares two images, and the network with its static baseline. MODEL is a checkpoint, a folder or run folder, a

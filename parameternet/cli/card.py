@@ -5,15 +5,14 @@ from pathlib import Path
 import click
 
 from parameternet import files
+from parameternet.cli.options import OutputFile
 from parameternet.cli.output import echo
 from parameternet.hub import write_card
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File.  [default: print the card]"
-)
+@click.option("-o", "--output", type=OutputFile(), help="File.  [default: print the card]")
 def card(checkpoint: str, output: Path | None) -> None:
     """Write the card of CHECKPOINT (a name, folder, file or hf-hub:ORG/NAME) from its config and measured results.
 

@@ -7,9 +7,10 @@ import click
 import timm
 from torch import nn
 
+from parameternet.cli.options import InputPath
 from parameternet.cli.output import echo, print_table
 from parameternet.cli.progress import working
-from parameternet.export import FORMATS, FORMS, Exported
+from parameternet.export import FORMATS, FORMS, Exported, check_output
 from parameternet.export import export as write
 from parameternet.models import catalogue
 from parameternet.models.summary import registered
@@ -34,7 +35,7 @@ from parameternet.text import printable
 @click.option("--opset", type=int, help="ONNX opset.  [default: 18]")
 @click.option(
     "--int8",
-    type=click.Path(exists=True, path_type=Path),
+    type=InputPath(),
     help="Write 8-bit weights, calibrated on the images of this folder or .tar (at least 200); for onnx and openvino.",
 )
 @click.option(
@@ -62,6 +63,7 @@ def export(
     is checked before quantisation, and the cost of 8 bits is printed and written to FILE.int8.json. Core ML and
     TensorRT files are not checked; a warning says so.
     """
+    check_output(output, format_)
     with working(f"exporting {printable(name)}"):
         made = write(
             _untrained(name) if untrained else _trained(name),

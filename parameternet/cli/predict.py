@@ -9,6 +9,7 @@ from typing import Any
 import click
 from PIL import Image
 
+from parameternet.cli.options import OutputFile, device_option
 from parameternet.cli.output import echo, print_json
 from parameternet.cli.progress import Bar
 from parameternet.files import write_bytes
@@ -16,11 +17,9 @@ from parameternet.prediction import DEFAULT_MODEL, Predictor, Result, draw, pred
 from parameternet.text import printable
 
 
-def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+def _image_format(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
     if path and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise click.BadParameter(f"unsupported image format {path}; use .png, .jpg or .webp")
-    if path and not path.parent.is_dir():
-        raise click.BadParameter(f"the folder {path.parent} does not exist")
     return path
 
 
@@ -36,8 +35,8 @@ def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Pat
 @click.option("--topk", default=5, show_default=True, type=click.IntRange(min=1), help="Classes per image.")
 @click.option(
     "--save",
-    type=click.Path(path_type=Path),
-    callback=_image_path,
+    type=OutputFile(),
+    callback=_image_format,
     help="Save a figure of the images with their classes.",
 )
 @click.option(
@@ -50,7 +49,7 @@ def _image_path(_: click.Context, __: click.Parameter, path: Path | None) -> Pat
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Data loading workers.  [default: one fewer than the cores]"
 )
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     images: tuple[str, ...],
@@ -60,7 +59,7 @@ def predict(
     output: Path | None,
     batch_size: int,
     workers: int | None,
-    device: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Classify each IMAGE: a file, a folder, or an http(s) URL.
@@ -96,7 +95,7 @@ def _bulk(
     output: Path,
     batch_size: int,
     workers: int | None,
-    device: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))

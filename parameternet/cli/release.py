@@ -4,21 +4,22 @@ from pathlib import Path
 
 import click
 
+from parameternet.cli.options import InputPath, OutputFolder, device_option
 from parameternet.cli.output import echo
 from parameternet.cli.terminal import Terminal, handle_errors
 from parameternet.hub import release as make
 
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=InputPath(file_okay=False))
 @click.argument("name")
 @click.option("--data", required=True, help="Validation images, for the figures on the card.")
-@click.option("--destination", type=click.Path(file_okay=False, path_type=Path), help="[default: weights/]")
+@click.option("--destination", type=OutputFolder(), help="[default: weights/]")
 @click.option("--data-name", help="Name of the data set, for the card.  [default: the recipe's]")
 @click.option("--data-terms", help="Terms of its images, for the card.  [default: the recipe's]")
 @click.option("--batch-size", default=128, show_default=True, help="Images per step.")
 @click.option("--workers", default=2, show_default=True, help="Data loading workers.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@device_option
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @handle_errors
 def release(run: Path, name: str, data: str, **options) -> None:

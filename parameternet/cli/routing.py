@@ -6,24 +6,19 @@ from typing import Any
 
 import click
 
+from parameternet.cli.options import OutputFile, device_option
 from parameternet.cli.output import echo, print_json, print_table
 from parameternet.cli.progress import Bar, working
 from parameternet.cli.terminal import Terminal
+from parameternet.files import check_file
 from parameternet.layers.recording import dynamic_layers
 from parameternet.prediction import Predictor
 from parameternet.routing import Ablated, LayerRouting, Routing, ablate, draw, find_images, measure
 from parameternet.text import printable
 
+HEAT_MAP = "routing.png"
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp")
 HEADERS = ("layer", "experts", "image entropy", "overall entropy", "experts in use", "active")
-
-
-def _plot_path(_: click.Context, __: click.Parameter, path: Path) -> Path:
-    if path.suffix.lower() not in FORMATS:
-        raise click.BadParameter(f"unsupported image format {path}; use {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"the folder {path.parent} does not exist")
-    return path
 
 
 @click.command()
@@ -32,23 +27,21 @@ def _plot_path(_: click.Context, __: click.Parameter, path: Path) -> Path:
 @click.option("--per-class", default=10, show_default=True, type=click.IntRange(min=1), help="Images per class.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
-    default="routing.png",
-    show_default=True,
-    callback=_plot_path,
+    type=OutputFile(FORMATS),
+    show_default=HEAT_MAP,
     help="File of the heat map.",
 )
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Images per step.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.  [default: a CUDA device if there is one]")
+@device_option
 @click.option("--ablate", "ablating", is_flag=True, help="Measure top-1 with parts of the routing replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def routing(
     name: str,
     images: tuple[str, ...],
     per_class: int,
-    output: Path,
+    output: Path | None,
     batch_size: int,
-    device: str | None,
+    device: str,
     ablating: bool,
     as_json: bool,
 ) -> None:
@@ -70,6 +63,8 @@ def routing(
     """
     if ablating:
         return _ablate(name, images, batch_size, device, as_json)
+    output = output or Path(HEAT_MAP)
+    check_file(output)
     predictor = Predictor(name, device)
     dynamic_layers(predictor.model)  # fail before the search for images, which may take long
     with Bar("routing") as bar:
@@ -84,12 +79,12 @@ def routing(
         sys.exit(1)
 
 
-def _ablate(name: str, images: tuple[str, ...], batch_size: int, device: str | None, as_json: bool) -> None:
+def _ablate(name: str, images: tuple[str, ...], batch_size: int, device: str, as_json: bool) -> None:
     if len(images) != 1:
         raise click.UsageError(f"--ablate takes one data set of labelled images, got {len(images)}")
     terminal = Terminal()
     try:
-        rows = ablate(name, images[0], batch_size=batch_size, device=device or "auto", reporter=terminal)
+        rows = ablate(name, images[0], batch_size=batch_size, device=device, reporter=terminal)
     finally:
         terminal.close()
     if as_json:

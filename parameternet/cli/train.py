@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from parameternet import training
+from parameternet.cli.options import InputPath, OutputFolder
 from parameternet.cli.output import echo
 from parameternet.cli.terminal import Terminal, handle_errors
 from parameternet.training.recipe import allowed
@@ -19,7 +20,7 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("recipe", type=InputPath(exists=False, dir_okay=False))
 @click.option(
     "--set",
     "overrides",
@@ -27,7 +28,7 @@ def _fields(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     multiple=True,
     help="Override a field, e.g. lr=0.1; the last override of a field wins.",
 )
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
+@click.option("--output", type=OutputFolder(), help="Run folder.  [default: runs/RECIPE]")
 @click.option(
     "--fields",
     is_flag=True,

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 from torch import nn
 
+from parameternet.cli.options import OutputFolder
 from parameternet.cli.output import count, echo, print_table
 from parameternet.cli.progress import working
 from parameternet.models.upcycled import upcycle_checkpoint
@@ -16,7 +17,7 @@ from parameternet.text import printable
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR")
+@click.option("-o", "--output", required=True, type=OutputFolder(), metavar="DIR")
 @click.option("--experts", default=4, show_default=True, type=click.IntRange(min=1), help="Kernels per layer.")
 @click.option(
     "--include",

@@ -5,6 +5,7 @@ import sys
 import click
 
 from parameternet import training
+from parameternet.cli.options import device_option
 from parameternet.cli.output import echo, print_json
 from parameternet.cli.terminal import Terminal, handle_errors
 
@@ -14,7 +15,7 @@ from parameternet.cli.terminal import Terminal, handle_errors
 @click.option("--data", required=True, help="Labelled images: a folder, a .tar, hfds/NAME, wds/FOLDER:shards.")
 @click.option("--batch-size", default=128, show_default=True, help="Images per step.")
 @click.option("--workers", default=2, show_default=True, help="Data loading workers.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@device_option
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @click.option("--amp", type=click.Choice(["float16", "bfloat16"]), help="Mixed precision.")
 @click.option("--channels-last", is_flag=True, help="Use the channels_last memory format.")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from parameternet.data import images
 from parameternet.data.errors import DataError
-from parameternet.data.sources import Folder, Tar, is_tar, open_files
-from parameternet.text import printable
+from parameternet.data.sources import Folder, Tar, is_tar, location, open_files
+from parameternet.text import address_error, printable
 
 __all__ = ["Listing"]
 
@@ -29,14 +29,22 @@ class _Item(NamedTuple):
     store: Folder | Tar | None  # None: a file by itself
     name: str  # in its store, or the file's path
 
+    @property
+    def location(self) -> tuple[str, str]:
+        return self.store.location(self.name) if self.store else location(self.name)
+
+
+_Found = dict[str, _Item]  # by path
+
 
 class Listing:
-    """Every image of `given`, once, in the same order on every run.
+    """The images of `given`: sources in the given order, and the images of a source sorted by name.
 
     Folders are searched recursively; the .tar files of a folder without images are its shards. Files in a tar that are
-    not images are ignored.
+    not images are ignored. An image that several sources or shards contain, also under other paths or through links, is
+    listed once, under its first path. Links within a folder or tar are images of their own.
 
-    names: The path of each image; in a tar, the tar's path followed by the path inside it.
+    names: The path of each image, as given; in a tar, the tar's path followed by the path inside it.
     notes: Sentences about skipped files.
 
     Args:
@@ -50,11 +58,14 @@ class Listing:
     def __init__(self, given: Iterable[str | Path]):
         self.notes: list[str] = []
         self._items: dict[str, _Item] = {}
+        known: set[tuple[str, str]] = set()
         for source in map(str, given):
-            found = dict(self._found(source))
-            if not found:
+            found = [*self._found(source)]
+            if not any(found):
                 raise DataError(f"no images in {printable(source)}. {EXPECTED}")
-            self._items |= found
+            again = sum(len(part) - self._add(part, known) for part in found)
+            if again:
+                self.notes.append(f"{printable(source)}: images already listed under another path or source: {again:,}")
         self.names = [*self._items]
 
     def __len__(self) -> int:
@@ -81,7 +92,15 @@ class Listing:
             digest.update(f"{path}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def _found(self, source: str) -> Iterator[tuple[str, _Item]]:
+    def _add(self, found: _Found, known: set[tuple[str, str]]) -> int:
+        """Add images whose locations are not known yet; return their number."""
+        locations = {path: item.location for path, item in found.items()}
+        new = {path: item for path, item in found.items() if locations[path] not in known}
+        self._items |= new
+        known.update(locations.values())
+        return len(new)
+
+    def _found(self, source: str) -> Iterator[_Found]:
         if source.startswith("wds/"):
             for shard in _shards(source):
                 yield from self._in_store(str(shard))
@@ -90,19 +109,18 @@ class Listing:
         elif source.lower().endswith(_COMPRESSED):
             raise DataError(f"{printable(source)} is compressed, and its images cannot be read one by one: unpack it")
         elif Path(source).is_file():
-            yield source, _Item(None, source)
+            yield {source: _Item(None, source)}
         else:
-            raise DataError(f"{printable(source)} does not exist. {EXPECTED}")
+            raise DataError(address_error(source) or f"{printable(source)} does not exist. {EXPECTED}")
 
-    def _in_store(self, source: str) -> Iterator[tuple[str, _Item]]:
+    def _in_store(self, source: str) -> Iterator[_Found]:
         store = _open(source)
         names = sorted(name for name in store.names if images.is_image_name(name))
         tars = sorted(name for name in store.names if isinstance(store, Folder) and name.lower().endswith(".tar"))
         self.notes += [f"{printable(source)}: {note}" for note in store.notes]
         if names and tars:
             self.notes.append(f"{printable(source)}: {len(tars)} .tar files next to images are not read; name them too")
-        for name in names:
-            yield f"{Path(source)}/{name}", _Item(store, name)
+        yield {f"{Path(source)}/{name}": _Item(store, name) for name in names}
         for name in [] if names else tars:
             yield from self._in_store(f"{Path(source)}/{name}")
 

@@ -16,7 +16,7 @@ from timm.data.readers.reader import Reader
 
 from parameternet.data import images, labels
 from parameternet.data.errors import DataError, ImageError
-from parameternet.text import printable
+from parameternet.text import address_error, printable
 
 _STREAMS = ("wds/", "tfds/", "hfids/")
 _EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"
@@ -52,6 +52,10 @@ class Folder:
             return (self.root / name).stat().st_size
         except OSError:
             return -1
+
+    def location(self, name: str) -> tuple[str, str]:
+        """Return where a file is, the same for every path that leads to it."""
+        return location(self.root / name)
 
     def _walk(self, below: str, above: frozenset[tuple[int, int]]) -> None:
         try:
@@ -111,6 +115,10 @@ class Tar:
         place = self._place(name)
         return -1 if place is None else place.size
 
+    def location(self, name: str) -> tuple[str, str]:
+        """Return where a file is, the same for every path that leads to the tar."""
+        return os.path.realpath(self.root), name
+
     def _place(self, name: str) -> _Place | None:
         for _ in range(8):  # links may lead to links
             if name in self.places:
@@ -161,6 +169,11 @@ class Tar:
 def _plain(name: str) -> str:
     plain = posixpath.normpath(name).lstrip("/")
     return "" if plain == "." else plain
+
+
+def location(path: str | Path) -> tuple[str, str]:
+    """Return where a file is, the same for every path that leads to it; see `Folder` and `Tar`."""
+    return os.path.realpath(path), ""
 
 
 def is_tar(path: str | Path) -> bool:
@@ -337,7 +350,7 @@ def _arguments(spec: str | dict, split: str) -> dict[str, Any]:
         name = f"{prefix}/" if prefix == "wds" else f"{prefix}/{root}"
         return {"name": name, "root": root if prefix == "wds" else None, "split": named or split}
     if not Path(spec).exists():
-        raise DataError(f"{spec!r} does not exist. {_EXPECTED}")
+        raise DataError(address_error(spec) or f"{spec!r} does not exist. {_EXPECTED}")
     return {"name": "", "root": spec, "search_split": False}
 
 
@@ -362,7 +375,7 @@ def _of_files(
     name: str, root: str | None = None, split: str = "train", search_split: bool = True, **kwargs: Any
 ) -> ImageDataset:
     if root is None or not Path(root).exists():
-        raise DataError(f"{root!r} does not exist")
+        raise DataError(address_error(str(root)) or f"{root!r} does not exist")
     if search_split and Path(root).is_dir():
         root = _split_folder(root, split)
     kinds = {key: kwargs.pop(key) for key in ("class_map", "input_key") if key in kwargs}

@@ -11,10 +11,13 @@ so skip an empty batch before you run such a file.
 
 import importlib
 import inspect
+import os
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +27,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from parameternet.data.errors import DataError
-from parameternet.export.checking import BATCHES, ExportError, check_outputs, differences
+from parameternet.export.checking import BATCHES, ExportError, check_tensors, differences
 from parameternet.export.forms import FORMS
 from parameternet.export.int8 import FORMATS as INT8_FORMATS
 from parameternet.export.int8 import Images, quantise
 from parameternet.export.metadata import config_of, describe, input_channels, read_metadata
 from parameternet.export.plan import Plan
-from parameternet.files import atomic_write, write_json
+from parameternet.files import atomic_write, check_file, check_folder, write_json
 from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
-__all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "export", "read_metadata"]
+__all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "check_output", "export", "read_metadata"]
 
 # Written by timmx, for one batch and one size of images (see `mobile.py`).
 FIXED = ("ncnn", "litert", "executorch", "coreml", "tensorrt")
@@ -114,15 +117,16 @@ def export(
     _check_opset(format, opset)
     _check_fixed(format, batch, dynamic_size)
     _check_int8(int8, format, form, calibration_images)
+    check_output(path, format)
     network = _prepared(model)
     size = _size(network, size)
-    check_outputs(network, size)
+    check_tensors(network, size)
     images = None if int8 is None else Images.find(int8, network, calibration_images, size)
     facts = describe(network, size, verified=not isinstance(model, nn.Module))
     facts |= {"form": form, "batch": batch or "free", "dynamic_size": dynamic_size}
     facts["precision"] = "float32" if images is None else "int8"
     plan = Plan(form, batch, size, dynamic_size, opset, facts, images is not None)
-    path = _path(path, facts, writer)
+    path = _default_path(facts, writer) if path is None else Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder) / path.name
         _write(writer, fuse(network), written, plan)
@@ -130,9 +134,7 @@ def export(
         report = None
         if images is not None:
             report = _quantise(writer, written, plan, images)
-        files = [_keep(file, path.parent / file.name) for file in sorted(Path(folder).iterdir())]
-    if report is None:
-        _report_path(path).unlink(missing_ok=True)  # of the 8-bit file that was replaced
+        files = _keep(sorted(Path(folder).iterdir()), path)
     unchecked = getattr(writer, "UNCHECKED", None)
     if unchecked:
         warnings.warn(f"{path.name} was not compared with the network: {unchecked}", stacklevel=2)
@@ -232,17 +234,26 @@ def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, in
     return given if len(given) == 3 else (input_channels(model, *given), *given)
 
 
-def _path(path: str | Path | None, facts: dict[str, Any], writer: ModuleType) -> Path:
+def check_output(path: str | Path | None, format: str) -> None:
+    """Check that `export` can write to `path`; None: to the current folder.
+
+    Raises:
+        ValueError: an unknown format, a suffix of another one, or a folder that cannot be written.
+    """
     if path is None:
-        if not facts.get("name"):
-            raise ValueError("the network has no name to call the file by: give a path")
-        path = re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX  # a config may name any folder
-    path = Path(path)
+        return check_folder(Path())
+    path, writer = Path(path), _writer(format)
     if path.suffix != writer.SUFFIX:
         raise ValueError(f"the file must end in {writer.SUFFIX}, got {path.name}")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist")
-    return path
+    if path.is_dir() and getattr(writer, "IS_FOLDER", False):
+        return check_folder(path.parent)  # an earlier export is replaced
+    check_file(path)
+
+
+def _default_path(facts: dict[str, Any], writer: ModuleType) -> Path:
+    if not facts.get("name"):
+        raise ValueError("the network has no name to call the file by: give a path")
+    return Path(re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX)  # a config may name any folder
 
 
 def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None:
@@ -275,19 +286,36 @@ def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> di
     return differences(network, run, batches, sizes)
 
 
-def _keep(file: Path, path: Path) -> Path:
+def _keep(made: list[Path], path: Path) -> list[Path]:
+    """Put `made`, which are `path` and files next to it, in place of those of an earlier export.
+
+    An export that fails changes nothing. One that is killed while renaming leaves no `path`: it would be read with
+    files that belong to another one.
+    """
+    others = [file for file in made if file.name != path.name]
+    report = _report_path(path)
+    with ExitStack() as renamed:  # in reverse order, so `path` comes last
+        for file in (made[0].with_name(path.name), *others):
+            renamed.enter_context(_replacing(path.parent / file.name, file))
+        if path.is_dir():  # a folder cannot be renamed over another one
+            path.rename(made[0].with_name(f"{path.name}.old"))  # on the same disk; removed with the temporary folder
+        elif others:
+            Path(os.path.realpath(path)).unlink(missing_ok=True)
+        if report.name not in {file.name for file in others}:
+            report.unlink(missing_ok=True)  # it is about the earlier file
+    return [path.parent / file.name for file in made]
+
+
+@contextmanager
+def _replacing(path: Path, file: Path) -> Iterator[None]:
+    """Put a file or folder in place of `path` when the block ends without an error."""
     if file.is_dir():
-        return _keep_folder(file, path)
+        yield
+        file.rename(path)
+        return
     with open(file, "rb") as source, atomic_write(path) as target:
         shutil.copyfileobj(source, target)
-    return path
-
-
-def _keep_folder(folder: Path, path: Path) -> Path:
-    # A folder cannot be renamed over another one: the old one goes with the temporary folder, on the same disk.
-    if path.exists():
-        path.rename(folder.with_name(f"{folder.name}.old"))
-    return folder.rename(path)
+        yield
 
 
 def _size_in_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["BATCHES", "TOLERANCE", "ExportError", "as_list", "check_outputs", "difference", "differences"]
+__all__ = ["BATCHES", "TOLERANCE", "ExportError", "as_list", "check_tensors", "difference", "differences"]
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ def as_list(outputs: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> None:
+def check_tensors(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> None:
     """Run the network once, and check that a file can have its outputs.
 
     Raises:

@@ -11,9 +11,10 @@ from parameternet.export import mobile
 from parameternet.export.mobile import read
 from parameternet.export.plan import Plan
 
-__all__ = ["SUFFIX", "UNCHECKED", "read", "write"]
+__all__ = ["IS_FOLDER", "SUFFIX", "UNCHECKED", "read", "write"]
 
 SUFFIX = ".mlpackage"
+IS_FOLDER = True
 UNCHECKED = "Core ML runs on Apple's systems only; there timmx has compared it roughly"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def _runs(folder: Path | None) -> tuple[Run, ...]:
 
 def _run(folder: Path | None, prefix: str = "") -> Run | None:
     recipe, path = _recipe(folder, prefix), folder and folder / f"{prefix}history.csv"
-    rows = list(csv.DictReader(path.read_text("utf-8").splitlines())) if path and path.is_file() else []
+    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path and path.is_file() else []
     if not recipe or not rows:
         return None
     return Run(recipe, len(rows), int(rows[-1]["updates"]), sum(float(row["seconds"]) for row in rows) / 3600)

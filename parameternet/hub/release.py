@@ -67,10 +67,12 @@ def release(
         CheckpointError: not a run folder, a name of another architecture, or weights beyond float16's range.
         DivergedError: the loss on `data` is NaN or infinite.
         FolderInUse: another process releases the same checkpoint.
+        ValueError: `destination` cannot be written.
     """
     run, folder = Path(run), Path(destination or weights.shipped("weights")) / name
     recipe = _recipe(run, data_name, data_terms)
     _check_name(name, loading.read_config(run)["architecture"])
+    files.check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with claimed(folder.with_name(f".{name}.lock"), f"the checkpoint {folder}"):
         fresh = folder.with_name(f".{name}.new")  # keep the old checkpoint until the new one is complete
@@ -210,7 +212,8 @@ def _init_run(run: Path) -> Path | None:
 def replace_folder(folder: Path, fresh: Path) -> None:
     """Replace `folder` by `fresh`, or leave `folder` unchanged on failure."""
     old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    files.remove_leftovers(old)
+    files.remove_folder(old)
     if folder.exists():
         folder.rename(old)
     try:
@@ -218,7 +221,7 @@ def replace_folder(folder: Path, fresh: Path) -> None:
     except BaseException:
         _restore(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    files.remove_folder(old)  # whole or not at all: `_restore` must not find half of it
 
 
 def _restore(folder: Path) -> None:

@@ -19,7 +19,7 @@ import timm
 from torch import Tensor, nn
 
 from .. import weights
-from ..text import printable
+from ..text import address_error, printable
 from . import catalogue, dynamic_timm
 from .builder import build_from_config, buildable
 
@@ -147,6 +147,8 @@ def _place(text: str, path: Path) -> Source:
 
 def _nowhere(text: str, path: Path) -> weights.WeightsNotFound:
     shown = printable(text)
+    if address := address_error(text):
+        return weights.WeightsNotFound(f"{address}; a repository of the Hub is hf-hub:ORG/NAME")
     if text.startswith("local-dir:") or path.name != text or path.suffix == ".safetensors":
         what = "file" if path.suffix == ".safetensors" else "folder or file"
         return weights.WeightsNotFound(

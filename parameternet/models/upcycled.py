@@ -40,8 +40,10 @@ def upcycle_checkpoint(
 
     Raises:
         FileExistsError: `folder` holds a checkpoint.
+        ValueError: `folder` cannot be written.
     """
     folder = Path(folder)
+    files.check_folder(folder)
     if (folder / weights.FILE_NAME).exists() and not overwrite:
         raise FileExistsError(
             f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True (--overwrite)"
@@ -81,6 +83,8 @@ def save_upcycled(
         upcycled_from=upcycled_from,
     )
     with files.lock(folder / ".lock", str(folder)):  # do not mix the weights and config of two writers
+        # Weights are not usable without a config, so a process killed in between leaves no mixture.
+        (folder / weights.CONFIG_NAME).unlink(missing_ok=True)
         weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
         files.write_json(folder / weights.CONFIG_NAME, config)
 

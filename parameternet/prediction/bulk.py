@@ -1,5 +1,6 @@
 """Classify many images into a file; a killed run resumes, and torchrun processes share the work."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from parameternet import weights
 from parameternet.data.errors import ImageError
 from parameternet.data.listing import Listing
-from parameternet.distributed import join, local_rank
+from parameternet.distributed import choose_device, join, local_rank
 from parameternet.files import remove_leftovers
 from parameternet.prediction.parts import Answer, Parts
 from parameternet.prediction.predictor import Predictor, Preprocess, Result
-from parameternet.prediction.rows import check_output, write_errors, write_rows
+from parameternet.prediction.rows import check_output, errors_of, write_errors, write_rows
 
 __all__ = ["Summary", "predict_to_file"]
 
@@ -54,7 +55,7 @@ def predict_to_file(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary | None:
-    """Classify every image of `sources` into `output`, one row per image, sorted by name.
+    """Classify every image of `sources` into `output`, one row per image, in the order of `Listing`.
 
     While running, predictions are kept in the folder `OUTPUT.parts`; after a kill, the same call resumes from it. The
     number of processes, batch size and device may differ then. Images that cannot be read are listed in
@@ -73,8 +74,9 @@ def predict_to_file(
         A summary of the files written; None in all torchrun processes but the first.
 
     Raises:
-        ValueError: the output cannot be written or belongs to another setup, there are no images, or processes see
-        different images. ModuleNotFoundError: the format needs a package that is not installed.
+        ValueError: the output cannot be written or belongs to another setup, there is no such device, there are no
+            images, or processes see different images.
+        ModuleNotFoundError: the format needs a package that is not installed.
         Locked: another process writes the output.
         WeightsError: the weights are missing or invalid.
     """
@@ -82,10 +84,12 @@ def predict_to_file(
         raise ValueError(f"topk and batch_size must be at least 1, got {topk} and {batch_size}")
     output = Path(output)
     check_output(output)
-    with join(_device(device), patience=PATIENCE) as here, ExitStack() as held:
+    parts = Parts(output)
+    parts.check()
+    with join(choose_device(device, local_rank()), patience=PATIENCE) as here, ExitStack() as held:
         predictor = Predictor(model, here.device)
         topk = min(topk, len(predictor.labels))
-        listing, parts = Listing(sources), Parts(output)
+        listing = Listing(sources)
         setup = _setup(predictor, listing, topk)
         if any(other != setup for other in here.gather(setup)):
             raise ValueError("the processes see different images or models; give all hosts the same ones")
@@ -106,14 +110,6 @@ def predict_to_file(
         return _finish(predictor, listing, parts, topk, len(known)) if here.first else None
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    number = local_rank()
-    if chosen.type == "cuda" and chosen.index is None and number is not None:
-        return torch.device("cuda", number)
-    return chosen
-
-
 def _workers(given: int | None) -> int:
     if given is not None:
         return given
@@ -127,7 +123,7 @@ def _setup(predictor: Predictor, listing: Listing, topk: int) -> dict[str, Any]:
         "model": predictor.name,
         "digest of the weights": weights.tensors_digest(predictor.model.state_dict()),
         "preprocessing": repr(predictor.transform),
-        "digest of the class names": weights.text_digest("\n".join(predictor.labels)),
+        "digest of the class names": weights.text_digest(json.dumps(predictor.labels)),
         "topk": topk,
         "number of images": len(listing),
         "digest of the images' names and sizes": listing.digest(),
@@ -211,7 +207,7 @@ def _ignore_interrupt(worker: int) -> None:
 def _finish(predictor: Predictor, listing: Listing, parts: Parts, topk: int, resumed: int) -> Summary:
     """Write the errors, then the rows, then remove the parts, so that a run killed in between can resume."""
     output = parts.output
-    errors = output.with_name(f"{output.name}.errors.csv")
+    errors = errors_of(output)
     remove_leftovers(output)
     remove_leftovers(errors)
     failed = [Result(listing.names[found.index], error=found.error) for found in parts.merged() if found.error]

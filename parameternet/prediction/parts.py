@@ -4,10 +4,9 @@ import heapq
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from parameternet.text import printable
 __all__ = ["Answer", "Parts"]
 
 SETUP = "setup.json"
-SUFFIX = ".jsonl"
+NAME_BYTES = 8  # of the random name of a part
+PART = "[0-9a-f]" * (2 * NAME_BYTES) + ".jsonl"  # matches no file of anyone else
 
 
 class Answer(NamedTuple):
@@ -32,7 +32,8 @@ class Answer(NamedTuple):
 class Parts:
     """The folder `OUTPUT.parts`: the setup, and a file of predictions per process and start of the run.
 
-    A start never changes files of earlier ones, so a line truncated by a kill stays the last of its file.
+    A start never changes files of earlier ones, so a line truncated by a kill stays the last of its file. The setup is
+    the first file of a run and the first to go, so parts without it are of no run. Other files in the folder stay.
     """
 
     patience = 15.0  # seconds: a killed run's processes may need a moment to notice
@@ -40,6 +41,15 @@ class Parts:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(f"{output.name}.parts")
+
+    def check(self) -> None:
+        """Check that the output is not complete.
+
+        Raises:
+            ValueError: it exists.
+        """
+        if self.output.exists() and not (self.folder / SETUP).exists():
+            raise ValueError(f"{self.output} exists; delete it, or give another --output")
 
     @contextmanager
     def begin(self, setup: dict[str, Any]) -> Iterator[None]:
@@ -51,16 +61,16 @@ class Parts:
         """
         lock = self.output.with_name(f".{self.output.name}.lock")
         with files.lock(lock, str(self.output), timeout=self.patience):
+            self.check()
             if (self.folder / SETUP).exists():
-                self._check(setup)
-            elif self.output.exists():
-                raise ValueError(f"{self.output} exists; delete it, or give another --output")
+                self._check_setup(setup)
             else:
                 self.folder.mkdir(exist_ok=True)
+                self._remove_files()  # of a run that was killed while removing them
                 files.write_json(self.folder / SETUP, setup)
             yield
 
-    def _check(self, setup: dict[str, Any]) -> None:
+    def _check_setup(self, setup: dict[str, Any]) -> None:
         try:
             begun = json.loads((self.folder / SETUP).read_text())
         except ValueError:
@@ -88,7 +98,7 @@ class Parts:
     @contextmanager
     def append(self) -> Iterator["Writer"]:
         """Open this process's file for further predictions."""
-        with open(self.folder / f"{secrets.token_hex(8)}{SUFFIX}", "xb") as file:
+        with open(self.folder / f"{secrets.token_hex(NAME_BYTES)}.jsonl", "xb") as file:
             yield Writer(file)
             os.fsync(file.fileno())
 
@@ -105,11 +115,19 @@ class Parts:
             last = answer.index
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the run's files, and the folder if nothing else is in it."""
+        with suppress(OSError):
+            (self.folder / SETUP).unlink(missing_ok=True)
+            self._remove_files()
+            self.folder.rmdir()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*{SUFFIX}"))
+        return sorted(self.folder.glob(PART))
+
+    def _remove_files(self) -> None:
+        files.remove_leftovers(self.folder / SETUP)
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
 
 class Writer:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parameternet.data import images, sources
 from parameternet.data.errors import ImageError
+from parameternet.distributed import choose_device
 from parameternet.models import loading
 
 __all__ = ["DEFAULT_MODEL", "ImageLike", "Predictor", "Preprocess", "Result", "load"]
@@ -91,14 +92,15 @@ class Predictor:
 
     Args:
         model: As for `load`, or a network that has a `pretrained_cfg`.
-        device: None: the first CUDA device if there is one, else the CPU.
+        device: auto, cpu, cuda, cuda:1 or mps. None is auto: the first accelerator, or the CPU.
 
     Raises:
+        ValueError: there is no such device.
         WeightsError: no such weights, or not the right ones.
     """
 
     def __init__(self, model: str | Path | nn.Module | None = None, device: str | torch.device | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         network = model if isinstance(model, nn.Module) else load(model)
         self.model = network.eval().to(self.device)
         cfg = self.model.pretrained_cfg

@@ -9,29 +9,32 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from parameternet.files import atomic_write
+from parameternet.files import CsvFile, atomic_write, check_file
 from parameternet.prediction.predictor import Result
 
-__all__ = ["FORMATS", "check_output", "write_errors", "write_rows"]
+__all__ = ["FORMATS", "check_output", "errors_of", "write_errors", "write_rows"]
 
 ROW_GROUP = 10_000  # rows of a Parquet file in memory at once
 
 
 def check_output(path: Path) -> None:
-    """Check that a file of predictions can be written to `path`.
+    """Check that a file of predictions can be written to `path`, and that of errors next to it.
 
     Raises:
-        ValueError: the suffix is not a supported format, or the folder does not exist.
+        ValueError: the suffix is not a supported format, or the folder cannot be written.
         ModuleNotFoundError: its format needs a package that is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"unsupported format {path.name}; use {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
+    check_file(path)
+    check_file(errors_of(path))
     if path.suffix.lower() == ".parquet":
         importlib.import_module("pyarrow.parquet")
+
+
+def errors_of(path: Path) -> Path:
+    """Return the file that lists the images without a row in `path`."""
+    return path.with_name(f"{path.name}.errors.csv")
 
 
 def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
@@ -47,14 +50,14 @@ def write_rows(path: Path, results: Iterable[Result], topk: int) -> None:
 def write_errors(path: Path, results: Iterable[Result]) -> None:
     """Write the path and the error of results that have one, as CSV."""
     with atomic_write(path) as file, _Text(file) as text:
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(CsvFile(text))
         table.writerow(["path", "error"])
         table.writerows([_unicode(result.path), _unicode(result.error or "")] for result in results)
 
 
 def _csv(file: BinaryIO, results: Iterable[Result], topk: int) -> None:
     with _Text(file) as text:
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(CsvFile(text))
         names = [f"{column}_{k}" for k in range(1, topk + 1) for column in ("index", "label", "probability")]
         table.writerow(["path", *names])
         for result in results:
@@ -105,5 +108,5 @@ class _Text(io.TextIOWrapper):
 
 
 def _unicode(text: str) -> str:
-    # File names may contain invalid UTF-8, which none of the formats can store.
-    return text.encode("utf-8", "backslashreplace").decode()
+    # File names may contain invalid UTF-8, which no format can store, and labels NUL, which CSV readers reject.
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

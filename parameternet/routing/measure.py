@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parameternet.data import images
 from parameternet.data.errors import DataError, ImageError
-from parameternet.data.sources import Folder, Tar, Unreadable, arrange, is_tar, open_files
+from parameternet.data.sources import Folder, Tar, Unreadable, arrange, is_tar, location, open_files
 from parameternet.deprecation import renamed, renamed_arguments
 from parameternet.layers.recording import dynamic_layers, record_routing_weights
 from parameternet.prediction import ImageLike, Predictor
@@ -112,7 +112,7 @@ class Sample(NamedTuple):
 
 
 def find_images(given: Iterable[str | Path], per_class: int = 10) -> list[Sample]:
-    """Find the images of files, folders and tars.
+    """Find the images of files, folders and tars. Images that several of them contain, under any path, are found once.
 
     Args:
         given: Image files, http(s) URLs, folders, .tar files. Sub-folders of a folder or tar are classes.
@@ -123,16 +123,19 @@ def find_images(given: Iterable[str | Path], per_class: int = 10) -> list[Sample
     """
     singles: list[Sample] = []
     classes: dict[str, list[Sample]] = defaultdict(list)
+    known: set[tuple[str, str]] = set()
     for item in given:
-        for sample in _found(item):
+        found = [(place, sample) for place, sample in _found(item) if place not in known]
+        known.update(place for place, _ in found)
+        for _, sample in found:
             (singles if sample.group is None else classes[sample.group]).append(sample)
     return singles + [sample for members in classes.values() for sample in _some(members, per_class)]
 
 
-def _found(given: str | Path) -> Iterator[Sample]:
-    """Return the images of a folder or tar, or `given` itself if it is neither."""
+def _found(given: str | Path) -> Iterator[tuple[tuple[str, str], Sample]]:
+    """Return the images of a folder or tar, or `given` itself if it is neither, each with its location."""
     if not is_tar(given) and not Path(given).is_dir():
-        yield Sample(str(given), None, lambda: given)
+        yield location(given), Sample(str(given), None, lambda: given)
         return
     try:
         store = open_files(given)
@@ -142,10 +145,11 @@ def _found(given: str | Path) -> Iterator[Sample]:
     if not listing.samples and not listing.outside:
         if isinstance(store, Tar):
             raise DataError(f"no images in {given}. Expected a folder or a .tar of images")
-        yield Sample(str(given), None, lambda: given)
+        yield location(given), Sample(str(given), None, lambda: given)
     classes = list(listing.class_to_idx)
     for name, group in [(n, None) for n in listing.outside] + [(n, classes[label]) for n, label in listing.samples]:
-        yield Sample(f"{Path(given)}/{name}", group, lambda name=name: _get(store, name))
+        sample = Sample(f"{Path(given)}/{name}", group, lambda name=name: _get(store, name))
+        yield store.location(name), sample
 
 
 def _get(store: Folder | Tar, name: str) -> ImageLike | Unreadable:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from parameternet import distributed
 from parameternet.distributed import Place, agree_on_life, join, local_rank
 from parameternet.training.errors import RecipeError
 
@@ -22,21 +23,15 @@ def place(device: str = "auto") -> Iterator[Place]:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return a device, for CUDA with its index; `auto` is the first accelerator, or the CPU.
-
-    Args:
-        local_rank: index of the GPU for `cuda`; None for the current one.
+    """Return a device like `parameternet.distributed.choose_device`; one of CUDA has its index and becomes the current.
 
     Raises:
         RecipeError: torch cannot use the device.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu") from error
+        device = distributed.choose_device(name, local_rank)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if device.type != "cuda":
         return device
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -31,7 +31,7 @@ COLUMNS = (
 def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write all epochs to history.csv; missing values are empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(files.CsvFile(text), COLUMNS)
     writer.writeheader()
     writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
     files.write_text(folder / "history.csv", text.getvalue())

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from parameternet.text import printable
+from parameternet.text import address_error, printable
 from parameternet.training.errors import DataError
 from parameternet.training.recipe import Recipe
 
@@ -40,8 +40,8 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     try:
         text = Path(path).read_text("utf-8")
     except OSError as error:
-        raise DataError(f"cannot read class_names {path}: {error.strerror}") from error
-    lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
+        raise DataError(f"class_names: {address_error(path) or f'cannot read {path}: {error.strerror}'}") from error
+    lines = [line.split("\t", 1) for line in text.split("\n") if line.strip()]
     ids = [line[0] for line in lines]
     if len(ids) != num_classes:
         raise DataError(

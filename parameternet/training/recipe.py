@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from parameternet.deprecation import moved
+from parameternet.text import address_error
 from parameternet.training.conditions import check_together
 from parameternet.training.errors import RecipeError, nearest
 from parameternet.training.fields import (
@@ -248,13 +249,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, a duplicate key, an unknown key (the message suggests the closest one), a
             value of the wrong type or out of range.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
     try:
         values = parse_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not valid YAML: it is not UTF-8 text ({error})") from error
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}; examples are in configs/train") from error
+        why = address_error(given) or f"cannot read the recipe {path}: {error.strerror}"
+        raise RecipeError(f"{why}; examples are in configs/train") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     values = {} if values is None else values

@@ -42,17 +42,16 @@ class RunFolder:
         """Read `last.ckpt`; None for a new run.
 
         Raises:
-            CheckpointError: the file is damaged, or of a run with another recipe.
+            CheckpointError: the file is damaged, or the folder is of a run with another recipe.
             DivergedError: the network diverged, and an earlier version saved it.
         """
         if not (self.path / checkpoint.LAST).exists():
+            # Killed before the first checkpoint, or last.ckpt was deleted: the best weights must not get a new recipe.
+            if (self.path / checkpoint.BEST).exists() and (self.path / RECIPE).exists():
+                self._check_recipe((self.path / RECIPE).read_text("utf-8"), recipe)
             return None
         state = checkpoint.load_last(self.path)
-        if changed := saved_recipe(state["recipe"]).differences(recipe):
-            raise CheckpointError(
-                f"{self} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or resume with "
-                f"its own recipe, {self.path / RECIPE}"
-            )
+        self._check_recipe(state["recipe"], recipe)
         rows = json.loads(state["progress"])["rows"]
         bad = next((row for row in rows if not is_finite(row["train_loss"], row["val_loss"])), None)
         if bad or first_not_finite(state["model"].items()):
@@ -61,6 +60,13 @@ class RunFolder:
                 f"{self} holds a run that diverged {what} and cannot be resumed. {ADVICE}, in another folder"
             )
         return state
+
+    def _check_recipe(self, text: str, recipe: Recipe) -> None:
+        if changed := saved_recipe(text).differences(recipe):
+            raise CheckpointError(
+                f"{self} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or resume with "
+                f"its own recipe, {self.path / RECIPE}"
+            )
 
     def prepare(self, recipe: Recipe) -> None:
         """Remove files left by a killed run, and write the recipe.

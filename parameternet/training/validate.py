@@ -51,7 +51,7 @@ def validate(
         data: as a recipe's `val`: a folder, a tar, `hfds/...`, `wds/...`.
         batch_size: images per step and process.
         workers: data loading workers per process.
-        device: auto, cpu, cuda, ...
+        device: auto (the first accelerator, or the CPU), cpu, cuda, cuda:1 or mps.
         threads: CPU threads per process; None: torch's default.
         amp: mixed precision: None, float16 or bfloat16.
         channels_last: memory format of images and weights.

@@ -12,6 +12,7 @@ from PIL import Image
 
 from parameternet.data.errors import DataError, ImageError
 from parameternet.data.listing import Listing
+from parameternet.routing import find_images
 
 
 def png(shade):
@@ -88,6 +89,68 @@ def test_images_named_twice_are_listed_once(tmp_path):
     write(tmp_path, {"1.png": png(1), "2.png": png(2)})
     found = Listing([tmp_path / "2.png", tmp_path])
     assert sorted(shades(found)) == [1, 2]
+
+
+def twice(tmp_path):
+    """Ways to name images of the folder `images` or of the tar `all.tar` twice."""
+    write(tmp_path / "images", {"a.png": png(1), "sub/b.png": png(2)})
+    write_tar(tmp_path / "all.tar", {"a.png": png(1), "b.png": png(2)})
+    (tmp_path / "link").symlink_to("images")
+    (tmp_path / "link.png").symlink_to("images/a.png")
+    (tmp_path / "link.tar").symlink_to("all.tar")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "given, listed",
+    [
+        ("images images", "images/a.png images/sub/b.png"),
+        ("images ./images", "images/a.png images/sub/b.png"),
+        ("./images images", "images/a.png images/sub/b.png"),
+        ("images images/../images", "images/a.png images/sub/b.png"),
+        ("images link", "images/a.png images/sub/b.png"),
+        ("link images", "link/a.png link/sub/b.png"),
+        ("images {}/images", "images/a.png images/sub/b.png"),
+        ("images images/sub", "images/a.png images/sub/b.png"),
+        ("images/sub images", "images/sub/b.png images/a.png"),
+        ("images/a.png ./images/a.png images", "images/a.png images/sub/b.png"),
+        ("link.png images", "link.png images/sub/b.png"),
+        ("images link.png", "images/a.png images/sub/b.png"),
+        ("all.tar all.tar", "all.tar/a.png all.tar/b.png"),
+        ("all.tar {}/all.tar", "all.tar/a.png all.tar/b.png"),
+        ("link.tar all.tar", "link.tar/a.png link.tar/b.png"),
+        ("wds/.:all.tar::link.tar", "all.tar/a.png all.tar/b.png"),
+        ("wds/.:all.tar ./all.tar", "all.tar/a.png all.tar/b.png"),
+        ("all.tar images", "all.tar/a.png all.tar/b.png images/a.png images/sub/b.png"),
+    ],
+)
+def test_images_named_in_two_ways_are_listed_once_under_the_first(tmp_path, monkeypatch, given, listed):
+    monkeypatch.chdir(twice(tmp_path))
+    sources = given.format(tmp_path).split()
+    found = Listing(sources)
+    assert found.names == listed.split()
+    assert set(shades(found)) == {1, 2}
+    assert bool(found.notes) == (len(found) == 2)
+    assert all("images already listed under another path or source" in note for note in found.notes)
+    if not any(source.startswith("wds/") for source in sources):
+        assert [sample.name for sample in find_images(sources)] == found.names
+
+
+def test_links_within_a_folder_are_images_of_their_own(tmp_path):
+    """A folder of links, such as a snapshot of the Hub's cache, has one name per image, whatever the links lead to."""
+    write(tmp_path, {"stored": png(1)})
+    (tmp_path / "snapshot").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "snapshot" / name).symlink_to("../stored")
+    found = Listing([tmp_path / "snapshot"])
+    assert found.names == [f"{tmp_path}/snapshot/{name}" for name in ("a.png", "b.png")]
+    assert not found.notes
+
+
+def test_sources_keep_their_order_and_their_images_are_sorted(tmp_path):
+    write(tmp_path, {f"{folder}/{name}.png": png(0) for folder in "ab" for name in "yx"})
+    found = Listing([tmp_path / "b", tmp_path / "a"])
+    assert found.names == [f"{tmp_path}/{folder}/{name}.png" for folder in "ba" for name in "xy"]
 
 
 def test_tars_next_to_images_are_named_and_left_out(tmp_path):

@@ -3,6 +3,9 @@
 import copy
 import importlib
 import itertools
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,6 +351,64 @@ def test_a_file_that_does_not_run_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"the file does not run for an input of \(1, 3, 40, 56\): broken inside"):
         export(network(), tmp_path / "net.torchscript", "torchscript")
     assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+@pytest.mark.parametrize("stage", ["full disk", "killed at the first rename", "killed at the second rename"])
+def test_files_of_two_exports_are_never_mixed(tmp_path, monkeypatch, stage):
+    """A format of two files: either both are of the same export, or the main one is missing."""
+    from parameternet.export import torchscript
+
+    write, replace, renamed = torchscript.write, os.replace, []
+
+    def write_two(model, path, plan):
+        write(model, path, plan)
+        path.with_suffix(".bin").write_text(plan.facts["export"])
+        path.write_bytes(path.read_bytes() + plan.facts["export"].encode())
+
+    def replace_some(source, target):
+        renamed.extend([target] if Path(target).parent == tmp_path else [])
+        if len(renamed) == (1 if "first" in stage else 2):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(torchscript, "write", write_two)
+    monkeypatch.setattr(torchscript, "UNCHECKED", "it is not one file", raising=False)
+    package, number = importlib.import_module("parameternet.export"), iter("ABC")
+    describe = package.describe
+    monkeypatch.setattr(package, "describe", lambda *a, **k: describe(*a, **k) | {"export": next(number)})
+
+    def two_files():
+        with pytest.warns(UserWarning, match="not compared"):
+            export(network(), tmp_path / "net.torchscript", "torchscript")
+
+    def content():
+        return {path.suffix: path.read_bytes()[-1:] for path in tmp_path.iterdir() if path.is_file()}
+
+    two_files()
+    assert content() == {".torchscript": b"A", ".bin": b"A"}
+    with monkeypatch.context() as patch:
+        if stage == "full disk":
+            patch.setattr(shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        else:
+            patch.setattr(os, "replace", replace_some)
+        with pytest.raises((Killed, OSError)):
+            export(network(), tmp_path / "net.torchscript", "torchscript")
+    if stage == "full disk":
+        assert content() == {".torchscript": b"A", ".bin": b"A"}
+    else:
+        assert ".torchscript" not in content()
+    two_files()
+    assert content() == {".torchscript": b"C", ".bin": b"C"}
+
+
+def test_a_report_in_8_bits_does_not_outlive_its_file(tmp_path):
+    (tmp_path / "net.torchscript.int8.json").write_text("{}")
+    export(network(), tmp_path / "net.torchscript", "torchscript")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.torchscript"]
 
 
 def test_a_strategy_that_freezes_the_batch_is_not_written(tmp_path):

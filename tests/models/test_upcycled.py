@@ -53,6 +53,24 @@ def test_upcycled_file_has_the_same_outputs_in_a_new_process(dense, file, tmp_pa
     assert Predictor(folder, "cpu").model.num_classes == 7
 
 
+def test_kill_while_replacing_a_checkpoint_leaves_no_mixture(file, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, value):
+        raise Killed
+
+    arguments = (str(file), tmp_path / "dynamic", "mobilenetv3_small_050")
+    upcycle_checkpoint(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files, "write_json", killed)  # new weights, and the config of the old ones
+        upcycle_checkpoint(*arguments, overwrite=True, seed=1)
+    with pytest.raises(weights.WeightsNotFound, match=r"config\.json must be next to it"):
+        load(tmp_path / "dynamic")
+    upcycle_checkpoint(*arguments, overwrite=True, seed=1)
+    assert load(tmp_path / "dynamic").model.num_classes == 7
+
+
 def test_a_folder_is_a_source_and_keeps_names_and_preprocessing(dense, tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -109,7 +109,7 @@ def test_all_processes_raise_what_the_first_one_raises(tmp_path, still):
 def test_devices():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(TrainingError, match="try device=cpu"):
+    with pytest.raises(TrainingError, match="use auto, cpu, cuda, cuda:1 or mps"):
         choose_device("abacus")
 
 

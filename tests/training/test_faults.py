@@ -18,7 +18,7 @@ from test_run import load_rows, same_state
 
 from parameternet import files, weights
 from parameternet.hub import release
-from parameternet.hub.release import record
+from parameternet.hub.release import record, replace_folder
 from parameternet.training import (
     CheckpointError,
     DataError,
@@ -167,6 +167,33 @@ def test_a_release_interrupted_while_replacing_the_old_checkpoint_keeps_it(tmp_p
             release(*arguments, destination=shelf, workers=0)
     assert refused
     assert {path.name: path.read_bytes() for path in (shelf / name).iterdir()} == before
+
+
+def test_kill_while_removing_the_replaced_checkpoint_leaves_nothing_to_restore(tmp_path, monkeypatch):
+    folder, fresh = tmp_path / "net.x", tmp_path / ".net.x.new"
+    for path in (folder, fresh):
+        path.mkdir()
+        (path / "config.json").write_text(path.name)
+
+    def killed(path, **_):
+        if Path(path).exists():
+            (Path(path) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        replace_folder(folder, fresh)
+    assert not (tmp_path / ".net.x.old").exists()  # or the next release might take it for the checkpoint
+
+
+def test_best_weights_without_last_do_not_get_another_recipe(tmp_path, recipe):
+    run(recipe(epochs=1), tmp_path)
+    (tmp_path / "last.ckpt").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"holds a run of another recipe \(lr: 0.003 -> 0.1\)"):
+        run(recipe(epochs=1, lr=0.1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    run(recipe(epochs=1), tmp_path)  # a run killed between its first best weights and its first checkpoint
 
 
 # --------------------------------------------------------------------------------------------------- not a number

@@ -9,6 +9,7 @@ from parameternet import files, training, weights
 from parameternet.hub import release
 from parameternet.hub.release import half, record
 from parameternet.training import CheckpointError, load_recipe, run, validate
+from parameternet.training.hub_config import class_labels
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,12 @@ def test_the_cards_figures_are_those_of_the_written_file(released, pictures):
     assert "## Data\n\nFree." in card
     assert "15 validation images" in card
     assert "mixup 0.2" in card
+
+
+@pytest.mark.parametrize("odd", ["\x0b", "\x1c", "\x85", "\u2028"])
+def test_only_line_breaks_end_a_class_name(tmp_path, odd):
+    (tmp_path / "names.txt").write_text(f"a{odd}b\nc\n", "utf-8")
+    assert class_labels(str(tmp_path / "names.txt"), None, 2)["label_names"] == [f"a{odd}b", "c"]
 
 
 def test_the_record_is_of_the_file(released):
