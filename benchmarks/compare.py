@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="only these, with every seed")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="only these, with every seed"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="a change of the recipe for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -145,7 +147,7 @@ def main() -> None:
 
 
 def wanted(plan: Plan, seeds: list[int], variants: list[str] | None) -> list[Run]:
-    """Return the runs of named variants with every seed; without names, those of every seed, then those of the first."""
+    """Return `variants` with every seed; without them the plan: runs of every seed, then those of the first."""
     if variants:
         return [Run(variant, seed) for seed in seeds for variant in variants]
     always = [Run(variant, seed) for seed in seeds for variant in plan.always]
