@@ -21,7 +21,7 @@ from torch import nn
 from parameternet.export import forms
 from parameternet.export.checking import ExportError, Run, as_list
 from parameternet.export.metadata import pack, unpack
-from parameternet.export.plan import Plan, quiet
+from parameternet.export.plan import Plan, quiet, simple_padding
 from parameternet.layers import Router
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") ->
     names = [OUTPUT] if outputs == 1 else [f"{OUTPUT}_{index}" for index in range(outputs)]
     dims = plan.dynamic_dims(batch)
     opset = plan.opset or DEFAULT_OPSET
-    with quiet():
+    with quiet(), simple_padding():
         program = torch.onnx.export(
             model,
             (x,),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Plan", "quiet"]
+from parameternet.layers.dynamic_conv import same_padding
+
+__all__ = ["Plan", "quiet", "simple_padding"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,23 @@ class Plan:
         if self.dynamic_size:
             dims |= {2: torch.export.Dim("height", min=1), 3: torch.export.Dim("width", min=1)}
         return dims
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def simple_padding() -> Iterator[None]:
+    """Let timm's layers with SAME padding compute it by our `same_padding`, which torch.export can follow."""
+    from timm.layers import padding
+
+    with _one_at_a_time:
+        original = padding.get_same_padding
+        padding.get_same_padding = same_padding
+        try:
+            yield
+        finally:
+            padding.get_same_padding = original
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 from parameternet.export import forms
 from parameternet.export.checking import Run, as_list
 from parameternet.export.metadata import FILE_NAME
-from parameternet.export.plan import Plan, quiet
+from parameternet.export.plan import Plan, quiet, simple_padding
 
 __all__ = ["SUFFIX", "read", "runner", "write"]
 
@@ -27,7 +27,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
     if plan.dynamic_size and hasattr(torch.export.Dim, "DYNAMIC"):
         # Kernels without padding need a smallest size, which torch works out only for dimensions without a name.
         dims |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with quiet():
+    with quiet(), simple_padding():
         program = torch.export.export(
             model,
             (x,),

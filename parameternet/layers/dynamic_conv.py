@@ -201,10 +201,17 @@ def _resolve_padding(
 
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """Pad x with zeros so that a convolution has ceil(size / stride) positions; an odd zero comes last."""
-    height = _same_total(x.shape[2], kernel_size[0], stride[0], dilation[0])
-    width = _same_total(x.shape[3], kernel_size[1], stride[1], dilation[1])
+    height = same_padding(x.shape[2], kernel_size[0], stride[0], dilation[0])
+    width = same_padding(x.shape[3], kernel_size[1], stride[1], dilation[1])
     return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
 
 
-def _same_total(size: int, kernel: int, stride: int, dilation: int) -> int:
-    return max(((size + stride - 1) // stride - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """Return the zeros that a dimension of `size` needs for ceil(size / stride) positions.
+
+    torch.export takes minutes for a few layers of the usual formula, max((ceil(size / stride) - 1) * stride + span -
+    size, 0), where the size is free: each layer has the size of the one before three times, in a maximum.
+    """
+    span = dilation * (kernel - 1) + 1
+    total = -size % stride + span - stride
+    return total if span >= stride else max(total, 0)

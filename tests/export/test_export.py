@@ -5,6 +5,7 @@ import importlib
 import itertools
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from small import FREE, PAIRS, SIZE, needs, network
+from timm.layers import Conv2dSame
 from torch import nn
 
 from parameternet.export import FORMS, ExportError, checking, export, metadata, read_metadata
@@ -306,6 +308,16 @@ def test_sizes_can_be_free_without_padding(format, kernel, tmp_path):
     writer = importlib.import_module(f"parameternet.export.{format}")
     model = nn.Sequential(DynamicConv(3, 4, 3, padding="valid", **kernel), nn.ReLU()).eval()
     export(model, tmp_path / f"a{writer.SUFFIX}", format, size=24, dynamic_size=True)
+
+
+@pytest.mark.parametrize("layer", [Conv2dSame, partial(DynamicConv, padding="same")], ids=["timm", "dynamic"])
+def test_same_padding_of_free_sizes_has_no_maximum(layer, tmp_path):
+    # torch.export takes minutes for a few layers with one.
+    path = tmp_path / "a.pt2"
+    rows = [nn.Sequential(layer(3, 3, 3, stride=2), nn.ReLU()) for _ in range(2)]
+    export(nn.Sequential(*rows).eval(), path, "torch_export", size=32, dynamic_size=True)
+    maxima = [node.args for node in torch.export.load(path).graph.nodes if node.target is torch.sym_max]
+    assert all(0 not in args for args in maxima)
 
 
 def test_a_network_without_dynamic_convolutions(tmp_path):

@@ -1,6 +1,8 @@
 """The layer: its routers, its attributes, and everything that torch does to modules."""
 
 import copy
+import itertools
+import math
 import pickle
 import warnings
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from parameternet import DynamicConv, Router, set_temperature
 from parameternet.layers import STRATEGIES
-from parameternet.layers.dynamic_conv import pad_same
+from parameternet.layers.dynamic_conv import pad_same, same_padding
 
 KINDS = {
     "pointwise": {"in_channels": 8, "out_channels": 12},
@@ -308,3 +310,12 @@ def test_routers_pickled_by_0_1_0_load(routing, hidden):
 def test_wrong_input_is_shown():
     with pytest.raises(ValueError, match=r"expected x of shape \(batch, 8, height, width\), got \(2, 7, 5, 5\)"):
         DynamicConv(8, 6)(torch.randn(2, 7, 5, 5))
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_same_padding_is_tensorflows(scripted):
+    compute = torch.jit.script(same_padding) if scripted else same_padding
+    for size, kernel, stride, dilation in itertools.product(range(1, 30), (1, 2, 3, 5), (1, 2, 3, 5), (1, 3)):
+        span = (kernel - 1) * dilation + 1
+        expected = max((math.ceil(size / stride) - 1) * stride + span - size, 0)
+        assert compute(size, kernel, stride, dilation) == expected, (size, kernel, stride, dilation)
