@@ -75,16 +75,14 @@ def test_only_what_the_recipe_trains_gets_gradients():
     assert got == owned(model, (Router, nn.BatchNorm2d, nn.Linear))
 
 
-def test_the_examples_of_the_docs_run():
-    first, second = re.findall(r"^```python\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(("number", "expected"), [(0, ([], 1e-3)), (1, ([1e-4], 1e-3))], ids=["frozen", "slower"])
+def test_the_examples_of_the_docs_run(number, expected):
+    snippet = re.findall(r"^```python\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)[number]
     left = {}
-    exec(compile(first, str(DOCS), "exec"), left)
-    experts = {id(weight) for weight in left["experts"]}
+    exec(compile(snippet, str(DOCS), "exec"), left)
     assert {weight.ndim for weight in left["experts"]} == {4}
-    frozen, others = rates_of(left["optimizer"], experts)
-    assert not frozen and others[-1] == 1e-3
-    exec(compile(second, str(DOCS), "exec"), left)
-    assert rates_of(left["optimizer"], experts) == ([1e-4], [1e-3])
+    experts, others = rates_of(left["optimizer"], {id(weight) for weight in left["experts"]})
+    assert (experts, others[-1]) == expected
 
 
 def rates_of(optimizer, experts):
