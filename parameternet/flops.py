@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layers import DynamicConv, Router
+from .layers.compact import CompactConv
 from .layers.static import DepthwiseConv, PooledConv
 
 __all__ = ["Flops", "count_flops", "register_thop"]
@@ -108,7 +109,7 @@ def _count(model: nn.Module, x: Tensor) -> Flops:
     counter = _Counter()
     routers = {id(getattr(module, "routing_fn", None)) for module in model.modules()}  # timm's blocks call them
     for module in model.modules():
-        if isinstance(module, DynamicConv | CondConv2d):
+        if isinstance(module, DynamicConv | CompactConv | CondConv2d):
             _enter(module, counter.scopes, None)
             module.register_forward_hook(counter.mixed_convolution)
         elif isinstance(module, Router) or id(module) in routers:
@@ -164,16 +165,16 @@ class _Counter(TorchDispatchMode):
             self.not_counted[_name(func)] += 1
         return result
 
-    def mixed_convolution(self, layer: DynamicConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
+    def mixed_convolution(self, layer: DynamicConv | CompactConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
         convolution, mixing = _mixed_convolution(layer, output)
         self.counts["convolution"] += convolution
         self.counts["mixing"] += mixing
 
 
-def _mixed_convolution(layer: DynamicConv | CondConv2d, output: Tensor) -> tuple[int, int]:
+def _mixed_convolution(layer: DynamicConv | CompactConv | CondConv2d, output: Tensor) -> tuple[int, int]:
     """Return (convolution, mixing) of a layer with this `output` and a kernel per sample."""
-    numbers = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-    kernel = layer.weight.numel() // (layer.num_experts * layer.out_channels)
+    kernel = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    numbers = layer.num_experts * layer.out_channels * (kernel + (layer.bias is not None))
     return output.numel() * kernel, output.shape[0] * numbers
 
 
@@ -276,7 +277,7 @@ def _thop_convolution(layer: nn.Conv2d, inputs: tuple, output: Tensor) -> None:
     layer.total_ops += output.numel() * layer.weight[0].numel()
 
 
-def _thop_mixed_convolution(layer: DynamicConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
+def _thop_mixed_convolution(layer: DynamicConv | CompactConv | CondConv2d, inputs: tuple, output: Tensor) -> None:
     layer.total_ops += sum(_mixed_convolution(layer, output))
     # Some versions add the counts of children to those of a layer with a rule, others do not. So the router's count is
     # moved to its layer, where both count it once.

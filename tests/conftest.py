@@ -1,5 +1,11 @@
 """Routers start by routing every image alike, which would hide faults from most tests: here their weights are drawn."""
 
+import os
+
+# Processes of pytest-xdist share the cores; read when torch is imported, also by the programs that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from torch import nn
 

@@ -34,6 +34,7 @@ from parameternet.export.int8 import Images, quantise
 from parameternet.export.metadata import config_of, describe, input_channels, read_metadata
 from parameternet.export.plan import Plan
 from parameternet.files import atomic_write, check_file, check_folder, write_json
+from parameternet.layers.compact import CompactConv
 from parameternet.models.loading import load
 from parameternet.surgery import fuse
 
@@ -203,6 +204,12 @@ def _prepared(model: nn.Module | str | Path) -> nn.Module:
     network = network.eval().cpu().float()
     if hasattr(network, "merge_and_unload"):  # a network with adapters of peft
         network = network.merge_and_unload()
+    compact = next((module for module in network.modules() if isinstance(module, CompactConv)), None)
+    if compact is not None:
+        raise ValueError(
+            f"the experts of this network are stored in {compact.expert_dtype}, which no file format holds: export the "
+            "network without `fuse(expert_dtype=...)`; for a small file, give `int8` images to calibrate with"
+        )
     takes = inspect.signature(network.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes):
         network = _OneInput(network).eval()

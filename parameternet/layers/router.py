@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
+from .compiled import records_a_graph
 
 __all__ = ["Router", "match_routers", "set_temperature"]
 
@@ -145,13 +146,37 @@ class Router(_Affine):
         if torch.jit.is_scripting():
             return self._route(x)
         if autocast_dtype(x.device.type) is None:
-            return self._route(x)
+            return self._route(x) if records_a_graph() else self._route_eagerly(x)
         return self._route_outside_autocast(x)
 
     @torch.jit.unused
     def _route_outside_autocast(self, x: Tensor) -> Tensor:
         with without_autocast(x.device.type):
-            return self._route(x)
+            return self._route(x) if records_a_graph() else self._route_eagerly(x)
+
+    @torch.jit.unused
+    def _route_eagerly(self, x: Tensor) -> Tensor:
+        """Compute `_route` in fewer operations; each costs as much as its arithmetic at batch 1.
+
+        A graph must divide by the size of its actual input, not of the example that it was recorded with.
+        """
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        hidden, temperature, last_bias = self.hidden, self.temperature, self.bias
+        first = self if hidden is None else hidden
+        weight, bias = _cast(first.weight, dtype), _cast(last_bias if hidden is None else hidden.bias, dtype)
+        positions = x.shape[2] * x.shape[3]
+        pooled = x.sum((2, 3), dtype=dtype)
+        if last_bias.ndim == 1:
+            logits = torch.addmm(bias, pooled, weight.t(), alpha=1 / positions)
+        else:
+            width = pooled.shape[1]
+            pooled = F.layer_norm(pooled, [width], eps=1e-6 * positions**2)
+            logits = torch.addmm(bias, pooled, weight.t(), alpha=width**-0.5)
+        if hidden is not None:
+            logits = torch.addmm(_cast(last_bias, dtype), F.relu(logits), _cast(self.weight, dtype).t())
+        if temperature is not None:
+            return torch.softmax(logits / temperature.to(dtype), dim=1)
+        return torch.sigmoid(logits)
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -160,7 +185,7 @@ class Router(_Affine):
         if hidden is not None:
             weight, bias, width = _cast(hidden.weight, dtype), _cast(hidden.bias, dtype), hidden.in_features
         if self.bias.ndim == 1:
-            logits = _linear_of_mean(x, weight, bias, dtype)
+            logits = F.linear(_mean(x, dtype), weight, bias)
         else:
             # Not addmm with alpha, one node less: pnnx converts it to something else.
             pooled = F.layer_norm(_mean(x, dtype), [width], eps=1e-6) * width**-0.5
@@ -186,14 +211,6 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _mean(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x.mean((2, 3), dtype=dtype)`; litert-torch cannot convert a mean with a dtype."""
     return x.mean((2, 3)) if x.dtype == dtype else x.mean((2, 3), dtype=dtype)
-
-
-def _linear_of_mean(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `weight @ x.mean((2, 3)) + bias` in `dtype`, (B, in, H, W) -> (B, out)."""
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # A graph must divide by the size of its actual input, not of the example that it was recorded with.
-        return F.linear(_mean(x, dtype), weight, bias)
-    return torch.addmm(bias, x.sum((2, 3), dtype=dtype), weight.t(), alpha=1 / (x.shape[2] * x.shape[3]))
 
 
 def _check_temperature(temperature: float) -> None:

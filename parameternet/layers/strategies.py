@@ -17,6 +17,7 @@ __all__ = [
     "ConvParams",
     "batched_matmul",
     "batched_matmul_in_parts",
+    "convolve_each",
     "gated_inputs",
     "grouped",
     "grouped_in_parts",
@@ -83,6 +84,13 @@ def grouped(
     batch, experts = routing_weights.shape
     out = weight.shape[0] // experts
     kernels = mix(weight, routing_weights).reshape(batch * out, weight.shape[1], weight.shape[2], weight.shape[3])
+    return _grouped_product(x, kernels, output_bias, conv_params)
+
+
+def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, conv_params: ConvParams) -> Tensor:
+    """Convolve each sample with its own kernel, (B * out, in / groups, kh, kw)."""
+    batch = x.shape[0]
+    out = kernels.shape[0] // batch
     stride, padding, dilation, groups = conv_params
     if batch == 1:
         return F.conv2d(x, kernels, output_bias, stride, padding, dilation, groups)
@@ -145,8 +153,13 @@ def batched_matmul_in_parts(
 
 def _mixed_product(columns: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None) -> Tensor:
     """Multiply (B, in, positions) by each sample's kernel -> (B, out, positions)."""
-    batch, channels, positions = columns.shape
-    kernels = mix(weight, routing_weights).view(batch, -1, channels)
+    batch, channels, _ = columns.shape
+    return _columns_product(columns, mix(weight, routing_weights).view(batch, -1, channels), output_bias)
+
+
+def _columns_product(columns: Tensor, kernels: Tensor, output_bias: Tensor | None) -> Tensor:
+    """Multiply (B, in, positions) by kernels (B, out, in) -> (B, out, positions)."""
+    batch, _, positions = columns.shape
     # Vectors run along the last axis of a product. A few positions, as the 49 of 7 x 7, do not fill them; channels do:
     # 0.85 to 0.95 of the time at batch 8 and 32, two cores. From 64 positions on, or for one sample, it is the other
     # way round.
@@ -159,6 +172,18 @@ def _mixed_product(columns: Tensor, weight: Tensor, routing_weights: Tensor, out
 def _add_(y: Tensor, output_bias: Tensor | None) -> Tensor:
     # baddbmm would first copy the bias to every position: 3 % of parameternet_600m's time at batch 8.
     return y if output_bias is None else y.add_(output_bias)
+
+
+def convolve_each(x: Tensor, kernels: Tensor, output_bias: Tensor | None, conv_params: ConvParams) -> Tensor:
+    """Convolve each sample with its own kernel, (B, out, in / groups, kh, kw), where no gradients are needed."""
+    batch, out, channels = kernels.shape[:3]
+    kernels = kernels.flatten(0, 1)
+    if not is_pointwise(kernels, conv_params.padding, conv_params.groups):
+        return _grouped_product(x, kernels, output_bias, conv_params)
+    x = _subsample(x, conv_params.stride)
+    height, width = x.shape[2], x.shape[3]
+    columns = x.reshape(batch, channels, height * width)
+    return _columns_product(columns, kernels.view(batch, out, channels), output_bias).view(batch, out, height, width)
 
 
 def gated_inputs(

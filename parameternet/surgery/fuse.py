@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import DynamicConv, Router
+from ..layers.altered import alteration
+from ..layers.compact import EXPERT_DTYPES, SHORTEST_ROW, CompactConv
 from ..layers.folding import fold_batch_norm, why_not
 from ..layers.replacing import replace_layer
 from .inspection import refuse_distributed, tied
@@ -55,7 +57,12 @@ class Fusing:
         return tuple(layer for layer in self.layers if layer.left is not None)
 
 
-def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    inplace: bool = False,
+    probe: Tensor | tuple[Any, ...] | None = None,
+    expert_dtype: str | None = None,
+) -> nn.Module:
     """Fold batch normalisation into the preceding dynamic and static convolutions; the outputs stay the same.
 
     A pair is folded if torch.fx shows that the convolution's output is used only by the norm, and nothing else reads
@@ -69,13 +76,19 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
         probe: An input of the network, or a tuple of its arguments. Default: an image of the size in
             `model.pretrained_cfg`, or of 224 pixels. A network with data-dependent control flow needs a probe, and is
             observed on the path that the probe takes.
+        expert_dtype: Store experts in 'float16', 'bfloat16' or 'int8', in place of `DynamicConv` a `CompactConv`. This
+            takes less memory and time (docs/benchmarks.md), changes the outputs slightly, and is for inference only:
+            such layers have no gradients and cannot be exported. Depthwise kernels, which are small, stay as they are.
 
     Returns:
         The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
 
     Raises:
-        ValueError: The network is in training mode, or wrapped in DistributedDataParallel.
+        ValueError: The network is in training mode, or wrapped in DistributedDataParallel; an unknown expert_dtype, or
+            experts that do not fit it.
     """
+    if expert_dtype is not None and expert_dtype not in EXPERT_DTYPES:
+        raise ValueError(f"expert_dtype must be None or one of {', '.join(EXPERT_DTYPES)}, got {expert_dtype!r}")
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(
@@ -92,9 +105,30 @@ def fuse(model: nn.Module, inplace: bool = False, probe: Tensor | tuple[Any, ...
         if layer.left is None and layer.conv is not None:
             conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
             replace_layer(model, layer.norm, fold_batch_norm(conv, norm))
+    if expert_dtype is not None:
+        model = _compact(model, expert_dtype)
     fused: Any = model
     fused.fusing = Fusing(layers)
     return model
+
+
+def _compact(model: nn.Module, expert_dtype: str) -> nn.Module:
+    """Replace every DynamicConv with large kernels; freeze what remains, since no gradient passes these layers."""
+    convs = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicConv) and module.weight[0].numel() >= SHORTEST_ROW
+    }
+    for name, conv in convs.items():
+        altered = alteration(conv) or (None if type(conv).forward is DynamicConv.forward else "another forward")
+        if altered:
+            raise ValueError(f"expert_dtype={expert_dtype!r} is not possible for {name or 'this layer'}: {altered}")
+    new = {name: CompactConv(conv, expert_dtype) for name, conv in convs.items()}
+    for name, compact in new.items():
+        if not name:
+            return compact.requires_grad_(False)
+        replace_layer(model, name, compact)
+    return model.requires_grad_(False)
 
 
 def _candidates(model: nn.Module, norms: set[str], seen: Observation | None, probed: bool) -> Iterator[Folding]:

@@ -1,0 +1,154 @@
+"""CompactConv: a dynamic convolution for inference whose experts take fewer bytes."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autocast import autocast_dtype, without_autocast
+from .dynamic_conv import DynamicConv, pad_same
+from .router import Router
+from .strategies import CACHED_BYTES, FEWEST_SAMPLES, ConvParams, convolve_each
+
+__all__ = ["EXPERT_DTYPES", "SHORTEST_ROW", "CompactConv"]
+
+EXPERT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+# Shorter rows, as of depthwise kernels, take longer to mix from 8 bits than from 32, and are a small part of a network.
+SHORTEST_ROW = 32
+# After the numbers of a row in 8 bits come the row's scale and offset, two 32-bit floats.
+SCALE_BYTES = 8
+MIX_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+
+
+class CompactConv(nn.Module):
+    """The convolution of a `DynamicConv` with its experts in 16 or 8 bits; input and output are the same.
+
+    `weight` is a buffer with a row per output channel of each expert, expert-major: (E * out_channels, in_channels /
+    groups * kh * kw) in 16 bits; in 8 bits, 8 bytes longer for the row's scale and offset. Kernels are mixed in one
+    pass over it: to float32 from 8 bits, to the same 16 bits from 16. The convolution has the input's dtype.
+
+    Args:
+        conv: The convolution to convert; its router and biases are shared with it.
+        expert_dtype: 'float16', 'bfloat16' or 'int8'.
+
+    Raises:
+        ValueError: An unknown dtype, or experts that are not finite numbers in it.
+        RuntimeError: A forward pass from which gradients are expected; there are none.
+    """
+
+    if TYPE_CHECKING:
+        routing: Router | None
+        weight: Tensor
+        bias: Tensor | None
+        output_bias: Tensor | None
+        rows: Tensor
+        bags: Tensor
+
+    def __init__(self, conv: DynamicConv, expert_dtype: str) -> None:
+        super().__init__()
+        if expert_dtype not in EXPERT_DTYPES:
+            raise ValueError(f"expert_dtype must be one of {', '.join(EXPERT_DTYPES)}, got {expert_dtype!r}")
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.pad_same, self.num_experts, self.expert_dtype = conv.pad_same, conv.num_experts, expert_dtype
+        self.routing = conv.routing
+        self.register_buffer("weight", _rows(conv.weight.detach(), expert_dtype))
+        for name in ("bias", "output_bias"):
+            value = getattr(conv, name)
+            self.register_buffer(name, None if value is None else value.detach())
+        rows = torch.arange(conv.weight.shape[0], dtype=torch.int32, device=conv.weight.device)
+        # For each kernel of a sample, the rows of all experts, and where they begin.
+        self.register_buffer("rows", rows.view(self.num_experts, -1).t().flatten(), persistent=False)
+        self.register_buffer("bags", rows[:: self.num_experts].clone(), persistent=False)
+        self.train(conv.training)
+
+    def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        DynamicConv._check(cast(DynamicConv, self), x, routing_weights)
+        if routing_weights is None:
+            if self.routing is None:
+                raise ValueError("this convolution has no router: pass routing_weights (batch, experts) with x")
+            routing_weights = self.routing(x)
+        if torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad):
+            raise RuntimeError(
+                f"experts in {self.expert_dtype} have no gradients: run the network in torch.inference_mode(), or use "
+                "the network without expert_dtype"
+            )
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None:
+            return self._convolve(x, routing_weights)
+        with without_autocast(x.device.type):
+            return self._convolve(x.to(dtype), routing_weights)
+
+    def _convolve(self, x: Tensor, routing_weights: Tensor) -> Tensor:
+        if self.pad_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        conv_params = ConvParams(self.stride, self.padding, self.dilation, self.groups)
+        output_bias = None if self.output_bias is None else self.output_bias.to(x.dtype)
+        if x.shape[0] == 0:
+            kernel = self._numbers()[: self.out_channels].view(self.out_channels, -1, *self.kernel_size)
+            return F.conv2d(x, kernel.to(x.dtype), None, *conv_params)
+        step = self._samples_at_a_time(x)
+        if x.shape[0] <= step:
+            y = convolve_each(x, self.kernels(routing_weights).to(x.dtype), output_bias, conv_params)
+        else:
+            parts = zip(x.split(step), routing_weights.split(step), strict=True)
+            y = torch.cat([convolve_each(p, self.kernels(r).to(x.dtype), output_bias, conv_params) for p, r in parts])
+        if self.bias is None:
+            return y
+        biases = torch.mm(routing_weights.to(x.dtype), self.bias.view(self.num_experts, -1).to(x.dtype))
+        return y + biases[:, :, None, None]
+
+    def _samples_at_a_time(self, x: Tensor) -> int:
+        kernel = self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
+        fits = max(CACHED_BYTES // (kernel * x.element_size()), FEWEST_SAMPLES)
+        return fits if x.device.type == "cpu" else x.shape[0]
+
+    def kernels(self, routing_weights: Tensor) -> Tensor:
+        """Mix experts by routing weights (B, E) -> kernels (B, out_channels, in_channels / groups, kh, kw)."""
+        shape = (-1, self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        batch, experts = routing_weights.shape
+        if self.weight.device.type != "cpu" or torch.compiler.is_compiling():
+            experts_in_full = self._numbers().view(experts, -1)
+            return torch.mm(routing_weights.to(experts_in_full.dtype), experts_in_full).view(shape)
+        # A kernel of a sample is a bag of rows, one of each expert, weighted by the routing weights.
+        rows, bags = self.rows, self.bags
+        if batch > 1:
+            rows, bags = rows.repeat(batch), torch.arange(0, batch * rows.numel(), experts, dtype=torch.int32)
+        # The operator reads memory in order. `repeat` would take longer than mixing a small kernel.
+        weights = routing_weights[:, None].expand(batch, self.out_channels, experts).contiguous().view(-1)
+        if self.weight.dtype == torch.uint8:
+            mixed = MIX_BYTES(self.weight, rows, bags, per_sample_weights=weights.float())
+        else:
+            mixed = F.embedding_bag(
+                rows, self.weight, bags, mode="sum", per_sample_weights=weights.to(self.weight.dtype)
+            )
+        return mixed.view(shape)
+
+    def _numbers(self) -> Tensor:
+        """Return the experts' rows as floats."""
+        if self.weight.dtype != torch.uint8:
+            return self.weight
+        # A copy: the scales' place in memory need not be a multiple of 4 bytes.
+        scales = self.weight[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+        return self.weight[:, :-SCALE_BYTES].float() * scales[:, :1] + scales[:, 1:]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={chr(39) + 'same' + chr(39) if self.pad_same else self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, num_experts={self.num_experts}, expert_dtype={self.expert_dtype!r}"
+        )
+
+
+def _rows(weight: Tensor, expert_dtype: str) -> Tensor:
+    """Convert experts (E * out, in / groups, kh, kw) to a row per output channel."""
+    rows = weight.flatten(1)
+    if expert_dtype == "int8":
+        if not rows.isfinite().all():
+            raise ValueError("experts have numbers that are not finite, which do not fit int8")
+        return torch.ops.quantized.embedding_bag_byte_prepack(rows.float().cpu()).to(weight.device)
+    rows = rows.to(EXPERT_DTYPES[expert_dtype])
+    if not rows.isfinite().all():
+        raise ValueError(f"experts have numbers that do not fit {expert_dtype}: choose another expert_dtype")
+    return rows
