@@ -238,6 +238,16 @@ def peers() -> list[str]:
     return rows
 
 
+def expert_dtypes() -> list[str]:
+    """A row per network and dtype of its experts: size, times of float32, and agreement with float32."""
+    path = ROOT / "benchmarks" / "results" / "expert_dtypes.csv"
+    columns = ("MB", "to float32, batch 1", "to float32, batch 8", "top1", "same class", "logit difference")
+    rows = []
+    for row in read_csv(path)[1] if path.exists() else []:
+        rows.append(f"| `{row['network']}`, {row['experts']} | {' | '.join(row[name] or '-' for name in columns)} |")
+    return rows
+
+
 def _exported(network: str, runtime: str, found: dict[str, Row]) -> str:
     static, forms = found["static"], [row for form, row in found.items() if form != "static"]
     worst = max(float(row[f"difference at batch {b}"] or 0) for row in found.values() for b in (1, 3, 8))
@@ -292,6 +302,10 @@ TABLES = {
         int8_detectors,
     ),
     "peers": Table("layer | batch | mode | static | ours | CondConv2d | ODConv | KernelWarehouse", peers),
+    "expert-dtypes": Table(
+        "network, experts | MB | time, batch 1 | time, batch 8 | top-1 | same class as float32, % | logit difference",
+        expert_dtypes,
+    ),
     "bulk": Table("network | images | network alone, images/s | prediction, images/s | kept", bulk),
     "mobile": Table("network, format | MB, computed / constant | difference | ms | result", mobile),
     "claim-50m": Table(None, partial(compared, "claim", "parameternet_50m_claim")),
