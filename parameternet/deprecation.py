@@ -10,7 +10,7 @@ __all__ = ["moved", "renamed", "renamed_arguments"]
 
 
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for a module whose names moved.
+    """Return a `__getattr__` for a module whose names have moved.
 
     Args:
         module: The module's `__name__`.

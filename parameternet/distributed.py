@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: ranks, devices and communication."""
+"""Run in one process or in several started by torchrun: ranks, devices and communication."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Place:
 
 
 def local_rank() -> int | None:
-    """Return this process's index on its host, also that of its GPU; None if there is one process."""
+    """Return this process's index on its host, which is also the index of its GPU; None for a single process."""
     return int(os.environ.get("LOCAL_RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 
@@ -96,11 +96,11 @@ def choose_device(device: str | torch.device | None = None, local_rank: int | No
     """Return a device that torch can use.
 
     Args:
-        device: None or `auto`: the first CUDA device, or else Apple's (mps), or else the CPU.
+        device: A device that torch knows; None or `auto`: the first CUDA device, else Apple's (mps), else the CPU.
         local_rank: Index of the GPU for `cuda`; None for the current one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: torch cannot use the device.
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -120,11 +120,11 @@ def choose_device(device: str | torch.device | None = None, local_rank: int | No
 
 @contextmanager
 def join(device: torch.device, backend: str = "gloo", patience: timedelta | None = None) -> Iterator[Place]:
-    """Yield this process's place, and join the others if torchrun has set RANK and WORLD_SIZE.
+    """Yield this process's `Place`, after joining the other processes if torchrun has set RANK and WORLD_SIZE.
 
     Args:
-        backend: For the default group, which communicates tensors.
-        patience: How long a process waits for others; None: torch's default, 30 minutes.
+        backend: Backend of the default group, which communicates tensors.
+        patience: Time that a process waits for others; None: torch's default, 30 minutes.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
@@ -151,7 +151,7 @@ def _join(backend: str) -> None:
 
 
 def agree_on_life(store: dist.Store, rank: int, world: int) -> str:
-    """Agree on a name shared by exactly the running processes, whatever earlier ones left in the store.
+    """Agree on a name shared by exactly the running processes, whatever earlier processes left in the store.
 
     torchrun's restart count cannot serve as this name: each host has its own, and a host that rejoins starts at 0. The
     first process proposes a random name, every other process answers with a random text, and a process accepts the name

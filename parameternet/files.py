@@ -1,4 +1,4 @@
-"""Write files atomically: to a temporary file next to the old one, flushed to disk, then renamed over it."""
+"""Write files atomically: write a temporary file next to the old one, flush it to disk, then rename it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ except ImportError:  # Windows
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes; the old file stays until the new one is complete and on the disk.
+    """Open `path` for writing bytes; the old file stays until the new one is complete and on disk.
 
     Leaving the block flushes, fsyncs and renames; an exception (a full disk, no permission, Ctrl-C) removes the
-    unfinished file and leaves the old one as it was. Any number of threads and processes may write one path: each
-    writes a file of its own, and the last rename wins as a whole. The old file's mode is kept. If `path` is a symbolic
-    link, its target is replaced. A process killed inside leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers`
+    unfinished file and leaves the old one unchanged. Any number of threads and processes may write the same path: each
+    writes its own temporary file, and the last rename wins. The old file's mode is kept. If `path` is a symbolic link,
+    its target is replaced. A process killed while writing leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers`
     deletes. Special files (a pipe, /dev/stdout) are written in place.
 
     Raises:
@@ -103,8 +103,8 @@ def check_file(path: str | os.PathLike) -> None:
     """Check that a file can be written to `path`. Call it before slow work.
 
     Raises:
-        ValueError: `path` is a folder, or its folder does not exist or accepts no files.
-        OSError: the name is too long, for example.
+        ValueError: `path` is a folder, or its folder does not exist or is not writable.
+        OSError: for example, the name is too long.
     """
     path = Path(path)
     if path.is_dir():
@@ -127,11 +127,11 @@ def check_folder(path: str | os.PathLike) -> None:
 
 def _check_accepts_files(folder: Path, path: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell: a file system may be read-only
+        with tempfile.TemporaryFile(dir=folder):  # checking permissions would miss read-only file systems
             pass
     except OSError as error:
         reason = error.strerror if folder.is_dir() else "it is not a folder"
-        raise ValueError(f"cannot write {path}: {folder} accepts no files ({reason}); choose another place") from error
+        raise ValueError(f"cannot write {path}: {folder} is not writable ({reason}); choose another folder") from error
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -152,7 +152,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 class CsvFile:
-    """A text file for `csv.writer` and `csv.DictWriter` that ends rows in a line feed.
+    """A text file for `csv.writer` and `csv.DictWriter` that ends rows with a line feed.
 
     Older versions of Python quote only the line breaks in `lineterminator`. Its default, carriage return and line feed,
     covers both, so leave it and write to this file.
@@ -162,7 +162,7 @@ class CsvFile:
         self.file = file
 
     def write(self, row: str) -> None:
-        """Write a row, which the writer passes whole."""
+        """Write a row, which the csv writer passes in one call."""
         self.file.write(row.removesuffix("\r\n") + "\n")
 
 
@@ -181,9 +181,9 @@ def _digest(file: BinaryIO) -> str:
 
 
 def remove_folder(path: str | os.PathLike) -> None:
-    """Remove a folder, if it exists. A process killed inside never leaves half of it under its name.
+    """Remove a folder, if it exists, without ever leaving a partial folder under its name.
 
-    It leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers` deletes.
+    A process killed while removing leaves `.<name>.<pid>.<random>.tmp`, which `remove_leftovers` deletes.
     """
     path = Path(path)
     if path.exists():
@@ -192,7 +192,7 @@ def remove_folder(path: str | os.PathLike) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove temporary files and folders that killed processes left. Call it only while nothing else writes `path`."""
+    """Remove temporary files and folders left by killed processes. Call it only while nothing else writes `path`."""
     path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(f".{escape(_stem(path))}.*.tmp"):
         if leftover.is_dir():
@@ -211,7 +211,7 @@ _guard = threading.Lock()
 
 @contextmanager
 def lock(path: str | os.PathLike, what: str, *, timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; excludes other processes and threads.
+    """Hold the lock file `path` while the block runs, excluding other processes and threads.
 
     The system releases the lock of a killed process, so a leftover lock file does not block anyone. The file names the
     holder and is removed at the end. Windows has no such locks: there, only threads of one process exclude each other.
@@ -222,7 +222,7 @@ def lock(path: str | os.PathLike, what: str, *, timeout: float = 0.0) -> Iterato
         timeout: seconds to wait for another holder to finish.
 
     Raises:
-        Locked: someone else holds it, with process, host and time.
+        Locked: another process or thread holds it; the message has its process, host and start time.
         OSError: the lock file cannot be created.
     """
     path = os.path.realpath(path)

@@ -62,9 +62,9 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), bat
     `FlopCounterMode` agrees; 'wide' and 'gated_inputs' convolve with every expert instead, and 'shifted' multiplies
     elementwise, which `FlopCounterMode` does not count.
 
-    Among other counters, ptflops with `backend="aten"` and thop agree exactly, and fvcore, which counts a trace, to a
-    few percent (tests/clients/test_counters.py). torchinfo, calflops and ptflops with its default backend count by
-    layer type or by function, and miss most of a dynamic convolution.
+    Among other counters, ptflops with `backend="aten"` and thop agree exactly, and fvcore, which counts a trace, agrees
+    to within a few percent (tests/clients/test_counters.py). torchinfo, calflops and ptflops with its default backend
+    count by layer type or by function, and miss most of a dynamic convolution.
 
     Args:
         model: Any network that takes one batch of tensors; it is not changed. Its hooks run.
@@ -86,8 +86,8 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), bat
         except Exception as error:
             last = error
     raise ValueError(
-        f"{type(model).__name__} did not take an input of shape {shape} ({type(last).__name__}: {last}): give "
-        "input_size as the shape of one sample that it takes"
+        f"{type(model).__name__} did not accept an input of shape {shape} ({type(last).__name__}: {last}): set "
+        "input_size to the shape of one sample that it accepts"
     ) from last
 
 
@@ -226,7 +226,7 @@ def _kind_of_product(name: str) -> str:
 
 
 def register_thop() -> None:
-    """Let `thop.profile` count our layers, and timm's CondConv2d networks: no `custom_ops` are needed.
+    """Let `thop.profile` count our layers and timm's CondConv2d networks without `custom_ops`.
 
     `import parameternet` calls this. Both packages look up layers by type in a table and count unknown layers as zero.
     Our rules are added now if thop is loaded, otherwise when it is imported. thop is not imported here and need not be

@@ -1,4 +1,4 @@
-"""How the process gets and returns memory."""
+"""Configure how the process allocates and frees memory."""
 
 import ctypes
 import sys
@@ -11,11 +11,11 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Make the process reuse freed memory instead of returning it to the system. Return whether it can.
+    """Make the process reuse freed memory instead of returning it to the system; return whether that is supported.
 
-    glibc returns every tensor above 32 MiB when it is freed, so each layer of a large batch asks for fresh pages. On
-    some virtual machines that takes longer than the computation. The commands of the command line do this; a script
-    can, too. With other C libraries than glibc nothing is changed.
+    glibc returns every tensor above 32 MiB when it is freed, so each layer of a large batch requests new pages. On some
+    virtual machines that takes longer than the computation. The commands of the CLI call this function; scripts can
+    call it too. It has no effect with C libraries other than glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

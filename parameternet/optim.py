@@ -19,15 +19,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of a network for any optimizer of torch or timm.
 
-    `torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.05))`. As in timm, biases, norms and parameters in
-    the model's `no_weight_decay()` are not decayed. Routers without normalisation are trained at lr /
+    Example: `torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.05))`. As in timm, biases, norms and
+    parameters in the model's `no_weight_decay()` get no weight decay. Routers without normalisation are trained at lr /
     sqrt(in_channels), because one step of Adam changes their logits by up to the learning rate times the sum of their
     inputs. Normalised routers, the default, need no separate group.
 
     Args:
-        model: Any network, with dynamic convolutions or without.
+        model: Any network, with or without dynamic convolutions.
         lr: Learning rate of all other parameters.
-        weight_decay: For kernels and matrices.
+        weight_decay: Weight decay of kernels and matrices.
         layer_decay: Factor of the learning rate from each stage to the one below, as `lr_scale` of the groups, which
             timm's schedulers apply; None: no decay.
         scale_router_lr: False trains every router at `lr`.

@@ -1,4 +1,4 @@
-"""Untrusted text: escape it for terminals, and remove local paths from what is published."""
+"""Escape untrusted text for terminals, and remove local paths from published text."""
 
 import json
 import re
@@ -35,14 +35,14 @@ def _is_visible(c: str) -> bool:
 
 
 def address_error(text: str) -> str | None:
-    """Return an error message if `text` is an address such as https://..., which is not read; None for other text.
+    """Return an error message if `text` is a URL such as https://..., which is not supported; None for other text.
 
     >>> address_error("https://example.org/a.tar")
-    'https://example.org/a.tar is an address, and addresses are not read: download it and give the path'
+    'https://example.org/a.tar is a URL, and URLs are not supported: download it and give the path'
     """
     if not re.match(r"(?!local-dir:)[A-Za-z][A-Za-z0-9+.-]+://?[^/]", text):  # pathlib turns // into /
         return None
-    return f"{printable(text)} is an address, and addresses are not read: download it and give the path"
+    return f"{printable(text)} is a URL, and URLs are not supported: download it and give the path"
 
 
 # Prefixes of paths in timm and in this package.

@@ -159,7 +159,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_errors_say_what_to_give():
-    with pytest.raises(ValueError, match=r"DynamicConv did not take an input of shape \(1, 4, 8, 8\) .* input_size"):
+    with pytest.raises(ValueError, match=r"DynamicConv did not accept an input of shape \(1, 4, 8, 8\) .* input_size"):
         count_flops(DynamicConv(3, 8), (4, 8, 8))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         count_flops(DynamicConv(3, 8), batch_size=0)

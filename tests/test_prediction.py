@@ -116,7 +116,7 @@ def test_unrecorded_weights_are_rejected(monkeypatch, tmp_path):
     own = checkpoints.write(tmp_path / checkpoints.NAME)
     checkpoints.record(monkeypatch, own)
     checkpoints.write(own, checkpoints.network(seed=1))
-    with pytest.raises(weights.WeightsDamaged, match="is not the recorded one"):
+    with pytest.raises(weights.WeightsDamaged, match="is not the recorded file"):
         Predictor(checkpoints.NAME)
 
 
@@ -138,7 +138,7 @@ def test_unknown_names(folder, monkeypatch, name, error, message):
     ("changes", "error", "message"),
     [
         ({"label_names": ["a", "b"]}, ValueError, "names 2 classes, but the network has 5"),
-        ({"architecture": "resnet18"}, ValueError, "resnet18 is no network of this package"),
+        ({"architecture": "resnet18"}, ValueError, "resnet18 is not a network of this package"),
         ({"pretrained_cfg": None, "architecture": None}, None, ""),
     ],
 )

@@ -147,7 +147,7 @@ def test_nested_state_dict_is_refused_by_name(tmp_path):
 
 def test_file_of_another_tool_is_read_with_a_warning(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match="carries no digest"):
+    with pytest.warns(UserWarning, match="has no digest"):
         assert_same(weights.read(tmp_path / "a.safetensors"), {"a": torch.ones(2)})
 
 
@@ -155,7 +155,7 @@ def test_file_of_ours_that_lost_its_digest_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     weights.save(tensors(), path)
     path.write_bytes(path.read_bytes().replace(b"tensors_sha256", b"tensors_sha255"))
-    with pytest.raises(weights.WeightsDamaged, match="it is gone"):
+    with pytest.raises(weights.WeightsDamaged, match="which is now missing"):
         weights.read(path)
 
 
@@ -201,7 +201,7 @@ def test_weights_folder_takes_precedence_and_is_verified(checkout, monkeypatch, 
     own = put(tmp_path / "own")
     assert weights.find(NAME) == own
     put(tmp_path / "own", {"a": torch.ones(1)})  # whole, with a digest that fits, and not ours
-    with pytest.raises(weights.WeightsDamaged, match="is not the recorded one: expected SHA-256") as caught:
+    with pytest.raises(weights.WeightsDamaged, match="is not the recorded file: expected SHA-256") as caught:
         weights.resolve(CFG)
     assert str(own) in str(caught.value)
 
@@ -224,7 +224,7 @@ def test_nowhere_lists_every_place_and_what_to_do(checkout, monkeypatch, tmp_pat
     for part in (
         str(tmp_path / "own" / NAME / "model.safetensors: no such folder"),
         str(checkout) + ": no such file",
-        f"{CLOSED}/mirror/{NAME}/resolve/main/model.safetensors: the Hub gave no answer",
+        f"{CLOSED}/mirror/{NAME}/resolve/main/model.safetensors: the Hub did not respond",
         "PARAMETERNET_WEIGHTS=FOLDER",
         "HF_HUB_OFFLINE",
     ):
@@ -244,10 +244,10 @@ def test_given_tensors_pass_through():
 def test_config_next_to_the_weights_is_required(checkout):
     beside = checkout.with_name("config.json")
     beside.write_text("{")
-    with pytest.raises(weights.WeightsDamaged, match="is not JSON"):
+    with pytest.raises(weights.WeightsDamaged, match="is not valid JSON"):
         weights.config(NAME)
     beside.unlink()
-    with pytest.raises(weights.WeightsNotFound, match="Copy the whole folder"):
+    with pytest.raises(weights.WeightsNotFound, match="Copy the whole checkpoint folder"):
         weights.config(NAME)
 
 
@@ -343,9 +343,9 @@ def test_a_config_cannot_have_other_weights_loaded(network, tmp_path, argument):
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_args"][argument] = str(tmp_path / "x.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(weights.WeightsDamaged, match=f"config.json asks for {argument} in model_args"):
+    with pytest.raises(weights.WeightsDamaged, match=f"config.json sets {argument} in model_args"):
         build_from_config(weights.config(f"local-dir:{tmp_path}"), source="local-dir", file=str(tmp_path))
-    with pytest.raises(weights.WeightsDamaged, match=f"config.json asks for {argument} in model_args"):
+    with pytest.raises(weights.WeightsDamaged, match=f"config.json sets {argument} in model_args"):
         Predictor(str(tmp_path))
 
 

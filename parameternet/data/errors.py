@@ -12,7 +12,7 @@ class DataError(TrainingError, ValueError):
 
 
 class ImageError(DataError):
-    """An image cannot be read; has its `name` and the `reason` in words."""
+    """An image cannot be read; `name` identifies it, `reason` says why."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)

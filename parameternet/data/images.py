@@ -97,7 +97,7 @@ def _reason(error: Exception) -> str:
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
-    image.load()  # some formats have their EXIF after the pixels
+    image.load()  # some formats store EXIF after the pixels
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
     image = _upright(image)
@@ -120,12 +120,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits to 8; Pillow's own conversion clips everything above 255 to white."""
+    """Scale 16-bit images to 8 bits; Pillow's own conversion clips everything above 255 to white."""
     shades = image.convert("F")
     high = shades.getextrema()[1]
     white = 65535 if high > 255 else 255 if high > 1 else 1
     grey = shades.point(lambda shade: shade * (255 / white) + 0).convert("L")
-    clear = grey.info.pop("transparency", None)  # one of the 16-bit shades
+    clear = grey.info.pop("transparency", None)  # the transparent 16-bit shade
     if clear is not None:
         grey.paste(255, mask=Image.fromarray(np.asarray(shades) == clear))
     return grey

@@ -1,4 +1,4 @@
-"""Classes: which folders are classes, how they are numbered, and what changed in the data since."""
+"""Label images by class folder, number the classes, and describe how the data changed."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def arrange(
     """Label images by their top-level folder.
 
     Args:
-        names: files relative to the root, with slashes; hidden ones are left out already.
+        names: files relative to the root, with slashes, without hidden ones.
         folders: the same for folders; needed to find classes without images.
         hidden: hidden files and folders, for the notes.
-        own_name: the name of the root. A single folder of this name, or of a split's, that holds all the class
+        own_name: the name of the root. A single folder with this name, or that of a split, that contains all class
             folders is skipped: `train.tar` may contain `train/cat/1.jpg`.
         class_map: labels by class; images of other classes are left out.
-        is_image: whether a file name is that of an image.
+        is_image: returns whether a file name is that of an image.
 
     Raises:
         DataError: a class name that is not UTF-8, or a class map with gaps.
@@ -129,7 +129,7 @@ def _check_names(classes: Sequence[str]) -> None:
 
 
 def _checked(class_map: Mapping[str, int]) -> dict[str, int]:
-    table = {name: label for name, label in class_map.items() if name != ""}  # a blank line is no class
+    table = {name: label for name, label in class_map.items() if name != ""}  # a blank line is not a class
     if sorted(table.values()) != list(range(len(table))):
         raise DataError(
             f"class_map must number its {len(table)} classes from 0 to {len(table) - 1}: remove repeated or blank lines"
@@ -142,7 +142,7 @@ def _note(what: str, names: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What changed
+# Changes in the data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +167,7 @@ def digest(samples: Iterable[tuple[str, int]], classes: Sequence[str] | None) ->
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Describe the difference of two digests by class; empty if they are equal."""
+    """Describe the difference between two digests by class; empty if they are equal."""
     if old["sha256"] == new["sha256"]:
         return ""
     before, after = old["classes"], new["classes"]
@@ -178,4 +178,4 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
             found.append(f"{printable(name)} has {now} images instead of {was}")
         elif was_names != now_names:
             found.append(f"{printable(name)} has other images")
-    return few(found) if found else "the images have other labels or another order"
+    return few(found) if found else "the images have different labels or a different order"

@@ -22,11 +22,11 @@ __all__ = ["Listing"]
 
 EXPECTED = "Expected an image, a folder or a .tar of images, or wds/FOLDER:shards-{000..009}.tar"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-_INFO = ("_info.json", "info.json")  # timm's name of the file that lists a webdataset's splits
+_INFO = ("_info.json", "info.json")  # timm's names for the file that lists a webdataset's splits
 
 
 class _Item(NamedTuple):
-    store: Folder | Tar | None  # None: a file by itself
+    store: Folder | Tar | None  # None: a single file
     name: str  # in its store, or the file's path
 
     @property
@@ -42,7 +42,7 @@ class Listing:
 
     Folders are searched recursively; the .tar files of a folder without images are its shards. Files in a tar that are
     not images are ignored. An image that several sources or shards contain, also under other paths or through links, is
-    listed once, under its first path. Links within a folder or tar are images of their own.
+    listed once, under its first path. Links within a folder or tar count as separate images.
 
     names: The path of each image, as given; in a tar, the tar's path followed by the path inside it.
     notes: Sentences about skipped files.
@@ -161,8 +161,8 @@ def _of_split(folder: Path, split: str) -> list[str]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / name} names no files of a split {split!r}: {error}") from error
-    raise DataError(f"{folder} has no {_INFO[0]} that names the files of a split {split!r}. {EXPECTED}")
+            raise DataError(f"{folder / name} does not list the files of split {split!r}: {error}") from error
+    raise DataError(f"{folder} has no {_INFO[0]} that lists the files of split {split!r}. {EXPECTED}")
 
 
 def _expanded(folder: Path, pattern: str) -> list[Path]:
@@ -173,7 +173,7 @@ def _expanded(folder: Path, pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Expand `a{0..2}{x,y}` like a shell; numbers are as wide as the first one."""
+    """Expand `a{0..2}{x,y}` like a shell; numbers are zero-padded to the width of the first one."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not found:
         return [pattern]

@@ -19,7 +19,7 @@ from parameternet.data.errors import DataError, ImageError
 from parameternet.text import address_error, printable
 
 _STREAMS = ("wds/", "tfds/", "hfids/")
-_EXPECTED = "Expected a folder or a .tar with one sub-folder of images a class, or hfds/NAME, or wds/FOLDER:shards"
+_EXPECTED = "Expected a folder or a .tar with one sub-folder of images per class, or hfds/NAME, or wds/FOLDER:shards"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class Folder:
         self._walk("", frozenset())
 
     def data(self, name: str) -> bytes:
-        """The content of a file."""
+        """Return the content of a file."""
         return (self.root / name).read_bytes()
 
     def size(self, name: str) -> int:
@@ -102,7 +102,7 @@ class Tar:
         self.names = [*self.places, *(name for name in self.links if name not in self.places)]
 
     def data(self, name: str) -> bytes:
-        """The content of a file."""
+        """Return the content of a file."""
         place = self._place(name)
         if place is None:
             raise ImageError(name, "a link to a file that is not in the tar")
@@ -147,7 +147,7 @@ class Tar:
         elif member.isfile() and name.lower().endswith(".tar"):
             self._scan(tar.extractfile(member), f"{name[:-4]}/", base + member.offset_data)
         elif member.isfile():
-            self.places[name] = _Place(base + member.offset_data, member.size)  # of equal names, tar keeps the last
+            self.places[name] = _Place(base + member.offset_data, member.size)  # of duplicate names, tar keeps the last
 
     def _hide(self, name: str) -> None:
         parts = name.split("/")
@@ -157,13 +157,13 @@ class Tar:
             self.hidden.append(top)
 
     def _check_end(self, file: Any, offset: int) -> None:
-        # tarfile takes a damaged header for the end of the archive and silently drops the rest
+        # tarfile treats a damaged header as the end of the archive and silently drops the rest
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
             raise DataError(f"{self.root} is damaged: no header at byte {offset:,}, so the rest cannot be listed")
         if not block:
-            self.notes.append("the tar has no end mark: it may be cut short")
+            self.notes.append("the tar has no end marker: it may be truncated")
 
 
 def _plain(name: str) -> str:
@@ -185,7 +185,7 @@ def open_files(path: str | Path) -> Folder | Tar:
     """List the files below a folder or in a tar.
 
     Raises:
-        DataError: a tar that is damaged.
+        DataError: the tar is damaged.
         OSError, tarfile.TarError: it cannot be opened.
     """
     return Tar(Path(path)) if is_tar(path) else Folder(Path(path))
@@ -207,7 +207,7 @@ class FileReader(Reader):
         input_key: extensions, separated by `;`; None: every format that can be decoded.
 
     Raises:
-        DataError: no images, splits where classes should be, or a folder that cannot be looked into.
+        DataError: no images, splits where classes should be, or a folder that cannot be read.
     """
 
     def __init__(self, root: str | Path, class_map: Any = None, input_key: str | None = None):
@@ -315,11 +315,11 @@ def is_stream(spec: str | dict) -> bool:
 
 
 def open_dataset(spec: str | dict, split: str, **kwargs: Any) -> Any:
-    """Open timm's dataset for a recipe's `train` or `val`.
+    """Open the timm dataset of a recipe's `train` or `val`.
 
     Args:
-        spec: a folder, a tar, `hfds/NAME[:split]`, `wds/FOLDER:split`, another prefix of timm's, or a dictionary of
-            arguments of `timm.data.create_dataset`.
+        spec: a folder, a tar, `hfds/NAME[:split]`, `wds/FOLDER:split`, a name with another timm prefix, or a
+            dictionary of arguments for `timm.data.create_dataset`.
         split: used if the spec names none.
         kwargs: passed on to streams (batch size, seed, whether training).
 
@@ -366,7 +366,7 @@ def _open(name: str, **kwargs: Any) -> Any:
     dataset = create_dataset(name, **kwargs)
     if prefix in ("wds", "hfids"):
         dataset.reader = _AsSeen(dataset.reader, name)
-    if hasattr(dataset, "loader"):  # of torchvision's folders
+    if hasattr(dataset, "loader"):  # torchvision's folder datasets
         dataset.loader = images.read
     return dataset
 

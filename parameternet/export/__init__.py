@@ -1,12 +1,12 @@
-"""Networks as files for other runtimes, checked by running the file.
+"""Export networks to other runtimes, and check each file by running it.
 
 >>> export("parameternet_50m.tin200", "net.onnx").differences
 {'batch 1, 64 x 64': 3e-07, 'batch 3, 64 x 64': 4e-07, 'batch 8, 64 x 64': 5e-07}
 >>> read_metadata("net.onnx")["mean"]
 [0.4802, 0.4481, 0.3978]
 
-A batch of no images runs in every file but those of form 'looped': onnxruntime and OpenVINO refuse a loop of no turns,
-so skip an empty batch before you run such a file.
+Files accept an empty batch, except those of form 'looped': onnxruntime and OpenVINO reject a loop with no iterations.
+Skip empty batches before running such a file.
 """
 
 import importlib
@@ -40,7 +40,7 @@ from parameternet.surgery import fuse
 
 __all__ = ["FIXED", "FORMATS", "FORMS", "ExportError", "Exported", "check_output", "export", "read_metadata"]
 
-# Written by timmx, for one batch and one size of images (see `mobile.py`).
+# Written by timmx, for a fixed batch size and a fixed image size (see `mobile.py`).
 FIXED = ("ncnn", "litert", "executorch", "coreml", "tensorrt")
 FORMATS = ("onnx", "torchscript", "torch_export", "openvino", *FIXED)
 LOOPED = ("onnx", "openvino")
@@ -48,10 +48,11 @@ LOOPED = ("onnx", "openvino")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `files` (OpenVINO has two), their size in `bytes`, the largest relative difference by input.
+    """The result of an export: the `files` (two for OpenVINO), their size in `bytes`, and the outcome of the check.
 
-    With 8 bits the differences are those of the file in floats that was quantised, and `int8` is the report. If the
-    file was not run, `differences` is empty, and `unchecked` says why.
+    `differences` holds the largest relative difference from the network for each input. For int8 exports, it describes
+    the float32 file before quantisation, and `int8` is the report. If the file was not run, `differences` is empty and
+    `unchecked` gives the reason.
     """
 
     path: Path
@@ -79,32 +80,36 @@ def export(
     int8: str | Path | None = None,
     calibration_images: int = 300,
 ) -> Exported:
-    """Write a network as a file for another runtime, and keep it only if it computes what the network does.
+    """Export a network to another runtime, and keep the file only if its outputs match the network's.
 
-    The network itself stays as it is: a copy is fused (`parameternet.surgery.fuse`) and written in 32-bit floats. The
-    file is run at batches 1, 3 and 8, or the fixed one, and with `dynamic_size` at another size too, and held against
-    the network. Core ML and TensorRT files are not run; a warning says so.
+    The network itself is not modified: a copy is fused (`parameternet.surgery.fuse`) and written in float32. The file
+    is run at batch sizes 1, 3 and 8, or at the fixed one, and with `dynamic_size` also at a second image size. Its
+    outputs are compared with the network's. Core ML and TensorRT files are not run; a warning says so.
 
     Args:
-        model: As for `parameternet.models.loading.parse_source`, or any network, also one that was upcycled.
-        path: The file; None: the network's name with the format's ending, in the current folder. Its folder must exist.
-        format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin; ncnn NAME.param and NAME.bin;
-            coreml a folder. Formats in `FIXED` need a `batch`, and have their metadata in a file next to them.
-        form: 'computed' kernels, 'constant' ones for runtimes that take no others, like TensorRT, or 'looped', for ONNX
-            and OpenVINO only (see `forms.py`).
-        batch: Images at once, for ncnn 1; None: any number, but at least 1 in files of form 'looped'.
-        size: Height and width of the input (a number: both), or with the channels before; None: what the network is
-            evaluated at.
-        dynamic_size: Leave height and width free; `size` is then the one that the file is tuned for.
-        opset: Version of ONNX's operators, for ONNX and OpenVINO; None: 18.
-        int8: A folder or tar of at least 200 images like those that the network will see, one folder a class if they
-            are labelled: the file is written in 8 bits (ONNX and OpenVINO; see `int8.py`), compared with the one in
-            floats on images that were not used for calibration, and the report written next to it as FILE.int8.json.
-        calibration_images: How many of them calibrate, at most three quarters; up to 1,000 others are for the report.
+        model: Anything that `parameternet.models.loading.parse_source` accepts, or any network, also an upcycled one.
+        path: The output file, in an existing folder. None: the network's name with the format's suffix, in the current
+            folder.
+        format: A name in `FORMATS`. openvino writes two files, NAME.xml and NAME.bin; ncnn writes NAME.param and
+            NAME.bin; coreml writes a folder. Formats in `FIXED` require `batch`, and store their metadata in a separate
+            file next to the output.
+        form: How kernels are written (see `forms.py`): 'computed'; 'constant', for runtimes that accept only constant
+            kernels, such as TensorRT; or 'looped', for ONNX and OpenVINO only.
+        batch: Batch size; must be 1 for ncnn. None: any batch size, but at least 1 in files of form 'looped'.
+        size: Input size: one number for height and width, (height, width), or (channels, height, width). None: the size
+            at which the network is evaluated.
+        dynamic_size: Allow any height and width; the file is then tuned for `size`.
+        opset: ONNX opset, for ONNX and OpenVINO; None: 18.
+        int8: A folder or tar of at least 200 images like those that the network will see, with one folder per class if
+            they are labelled. The file is quantised to int8 (ONNX and OpenVINO; see `int8.py`) and compared with the
+            float32 file on images that were not used for calibration; the report is written next to it as
+            FILE.int8.json.
+        calibration_images: Number of images to calibrate with, at most three quarters of all; up to 1,000 others are
+            used for the report.
 
     Raises:
-        ExportError: it cannot be written, or the file differs by more than 1e-4; `path` is not changed.
-        ValueError: a format, form, batch or size that there is not, or outputs that no file can have.
+        ExportError: the export fails, or the file differs by more than 1e-4; `path` is left unchanged.
+        ValueError: an unsupported format, form, batch or size, or outputs that a file cannot represent.
         DataError: too few images for `int8`.
         ModuleNotFoundError: a package is missing; `pip install 'parameternet[export]'`, or `[mobile]` for `FIXED`.
     """
@@ -112,7 +117,7 @@ def export(
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; there are {', '.join(FORMS)}")
     if form == "looped" and format not in LOOPED:
-        raise ValueError(f"form 'looped' is for {' and '.join(LOOPED)}, got format {format!r}; use form 'computed'")
+        raise ValueError(f"form 'looped' requires format {' or '.join(LOOPED)}, got {format!r}; use form 'computed'")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be None (free) or at least 1, got {batch}")
     _check_opset(format, opset)
@@ -145,7 +150,7 @@ def export(
 
 def _check_opset(format: str, opset: int | None) -> None:
     if opset is not None and format not in LOOPED:
-        raise ValueError(f"opset is for {' and '.join(LOOPED)}, got opset {opset} with format {format!r}")
+        raise ValueError(f"opset requires format {' or '.join(LOOPED)}, got opset {opset} with format {format!r}")
 
 
 def _check_fixed(format: str, batch: int | None, dynamic_size: bool) -> None:
@@ -154,9 +159,9 @@ def _check_fixed(format: str, batch: int | None, dynamic_size: bool) -> None:
     if format == "ncnn" and batch != 1:
         raise ValueError(f"ncnn takes one image at a time, got batch {batch or 'any'}; give batch 1")
     if batch is None:
-        raise ValueError(f"files of format {format!r} take one batch size only: give batch, for example 1")
+        raise ValueError(f"format {format!r} requires a fixed batch size: set batch, for example to 1")
     if dynamic_size:
-        raise ValueError(f"files of format {format!r} take one size of images only: leave dynamic_size out")
+        raise ValueError(f"format {format!r} requires a fixed image size: remove dynamic_size")
 
 
 def _check_int8(images: str | Path | None, format: str, form: str, number: int) -> None:
@@ -164,7 +169,7 @@ def _check_int8(images: str | Path | None, format: str, form: str, number: int) 
         return
     if format not in INT8_FORMATS or form == "looped":
         raise ValueError(
-            f"int8 is for the formats {' and '.join(INT8_FORMATS)} and the forms computed and constant, got format "
+            f"int8 requires format {' or '.join(INT8_FORMATS)} and form 'computed' or 'constant', got format "
             f"{format!r} and form {form!r}"
         )
     if number < 1:
@@ -172,7 +177,7 @@ def _check_int8(images: str | Path | None, format: str, form: str, number: int) 
 
 
 def _quantise(writer: ModuleType, path: Path, plan: Plan, images: Images) -> dict[str, Any]:
-    """Put the file in 8 bits in the place of the one in floats, with its report."""
+    """Replace the float32 file with its int8 version, and write the report next to it."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder) / path.name
         try:
@@ -180,7 +185,7 @@ def _quantise(writer: ModuleType, path: Path, plan: Plan, images: Images) -> dic
             report |= quantise(writer, path, target, images, plan.batch)
         except (ModuleNotFoundError, DataError, OSError):
             raise
-        except Exception as error:  # every quantiser has its own kinds
+        except Exception as error:  # every quantiser raises its own exception types
             raise ExportError(f"the quantiser failed with {type(error).__name__}: {str(error).strip()}") from error
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
@@ -199,16 +204,16 @@ def _writer(format: str) -> ModuleType:
 
 
 def _prepared(model: nn.Module | str | Path) -> nn.Module:
-    """A copy for inference on the CPU in 32-bit floats, with adapters merged."""
+    """Return a copy for inference, on the CPU in float32, with adapters merged."""
     network = deepcopy(model) if isinstance(model, nn.Module) else load(model).model
     network = network.eval().cpu().float()
-    if hasattr(network, "merge_and_unload"):  # a network with adapters of peft
+    if hasattr(network, "merge_and_unload"):  # a network with PEFT adapters
         network = network.merge_and_unload()
     compact = next((module for module in network.modules() if isinstance(module, CompactConv)), None)
     if compact is not None:
         raise ValueError(
-            f"the experts of this network are stored in {compact.expert_dtype}, which no file format holds: export the "
-            "network without `fuse(expert_dtype=...)`; for a small file, give `int8` images to calibrate with"
+            f"the experts of this network are stored as {compact.expert_dtype}, which no export format supports: "
+            "export the network without `fuse(expert_dtype=...)`; for a small file, pass calibration images as `int8`"
         )
     takes = inspect.signature(network.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes):
@@ -217,7 +222,7 @@ def _prepared(model: nn.Module | str | Path) -> nn.Module:
 
 
 class _OneInput(nn.Module):
-    """A network whose `forward(*args)` does not say how many inputs it takes, which exporters want to know."""
+    """A wrapper with one input, for a network whose `forward(*args)` does not tell exporters how many it takes."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -234,7 +239,9 @@ def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, in
     cfg = config_of(model)
     usual = tuple(cfg.get("test_input_size") or cfg.get("input_size") or ())
     if size is None and not usual:
-        raise ValueError("the network does not say which size it reads: give size, (height, width) or with channels")
+        raise ValueError(
+            "the network does not specify its input size: give size as (height, width) or (channels, height, width)"
+        )
     given = (size, size) if isinstance(size, int) else tuple(size or usual[1:])
     if len(given) not in (2, 3) or min(given) < 1:
         raise ValueError(f"size must be a number, (height, width) or (channels, height, width), got {size}")
@@ -242,10 +249,10 @@ def _size(model: nn.Module, size: int | tuple[int, ...] | None) -> tuple[int, in
 
 
 def check_output(path: str | Path | None, format: str) -> None:
-    """Check that `export` can write to `path`; None: to the current folder.
+    """Check that `export` can write to `path`, or to the current folder if it is None.
 
     Raises:
-        ValueError: an unknown format, a suffix of another one, or a folder that cannot be written.
+        ValueError: an unknown format, a suffix of another format, or a folder that is not writable.
     """
     if path is None:
         return check_folder(Path())
@@ -259,8 +266,8 @@ def check_output(path: str | Path | None, format: str) -> None:
 
 def _default_path(facts: dict[str, Any], writer: ModuleType) -> Path:
     if not facts.get("name"):
-        raise ValueError("the network has no name to call the file by: give a path")
-    return Path(re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX)  # a config may name any folder
+        raise ValueError("the network has no name to derive the file name from: give a path")
+    return Path(re.sub(r"[^\w.-]", "_", facts["name"]) + writer.SUFFIX)  # a name in a config may contain a path
 
 
 def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None:
@@ -268,10 +275,10 @@ def _write(writer: ModuleType, model: nn.Module, path: Path, plan: Plan) -> None
         writer.write(model, path, plan)
     except (ModuleNotFoundError, OSError, ExportError):
         raise
-    except Exception as error:  # every exporter has its own kinds
+    except Exception as error:  # every exporter raises its own exception types
         free = [words for words, yes in (("batch", plan.batch is None), ("size", plan.dynamic_size)) if yes]
         hint = f"; try a fixed {' and '.join(free)}" if free else ""
-        reason = str(error).strip().partition("\n")[0]  # the rest is a listing of the program
+        reason = str(error).strip().partition("\n")[0]  # the other lines print the program
         raise ExportError(f"the exporter failed with {type(error).__name__}: {reason}{hint}") from error
 
 
@@ -288,16 +295,16 @@ def _check(network: nn.Module, writer: ModuleType, path: Path, plan: Plan) -> di
         run = writer.runner(path)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # every runtime has its own kinds
+    except Exception as error:  # every runtime raises its own exception types
         raise ExportError(f"the file cannot be read by its runtime: {error}") from error
     return differences(network, run, batches, sizes)
 
 
 def _keep(made: list[Path], path: Path) -> list[Path]:
-    """Put `made`, which are `path` and files next to it, in place of those of an earlier export.
+    """Move `made` (`path` and the files next to it) over the files of an earlier export.
 
-    An export that fails changes nothing. One that is killed while renaming leaves no `path`: it would be read with
-    files that belong to another one.
+    If the export fails, nothing changes. If it is killed while renaming, `path` is missing rather than combined with
+    files of another export.
     """
     others = [file for file in made if file.name != path.name]
     report = _report_path(path)
@@ -309,13 +316,13 @@ def _keep(made: list[Path], path: Path) -> list[Path]:
         elif others:
             Path(os.path.realpath(path)).unlink(missing_ok=True)
         if report.name not in {file.name for file in others}:
-            report.unlink(missing_ok=True)  # it is about the earlier file
+            report.unlink(missing_ok=True)  # it describes the earlier file
     return [path.parent / file.name for file in made]
 
 
 @contextmanager
 def _replacing(path: Path, file: Path) -> Iterator[None]:
-    """Put a file or folder in place of `path` when the block ends without an error."""
+    """Replace `path` with a file or folder when the block ends without an error."""
     if file.is_dir():
         yield
         file.rename(path)

@@ -1,4 +1,4 @@
-"""Is the file the network? It is run, at several batch sizes, and held against the network it came from."""
+"""Check an exported file: run it at several batch sizes, and compare its outputs with the network's."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,36 +17,36 @@ Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 class ExportError(RuntimeError):
-    """The network could not be written, or the file does not compute what the network does."""
+    """The network could not be exported, or the file does not reproduce its outputs."""
 
 
 def as_list(outputs: Any) -> list[Tensor]:
-    """What a network returns, a tensor or any nesting of tuples, lists and dictionaries of them, as a list."""
+    """Flatten a network's outputs, a tensor or nested tuples, lists and dictionaries of tensors, into a list."""
     return tree_leaves(outputs)
 
 
 @torch.no_grad()
 def check_tensors(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> None:
-    """Run the network once, and check that a file can have its outputs.
+    """Run the network once, and check that a file can represent its outputs.
 
     Raises:
-        ValueError: something that is not a tensor, or a tensor without an entry per image.
+        ValueError: an output that is not a tensor, or a tensor without one entry per image.
     """
     for output in as_list(model(torch.zeros(batch, *size))):
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"the network returns {output!r} among its outputs; files can only have tensors: wrap it in a module "
+                f"the network returns {output!r} among its outputs; files support only tensors: wrap it in a module "
                 "that returns tensors"
             )
         if output.ndim == 0 or len(output) != batch:
             raise ValueError(
                 f"the network returns a tensor of shape {tuple(output.shape)} for {batch} images; every output needs "
-                "an entry per image: wrap it in a module that returns such tensors"
+                "one entry per image: wrap it in a module that returns such tensors"
             )
 
 
 def noise_images(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """(B, C, H, W): noise whose mean and contrast differ per image, so that routing differs too."""
+    """Return noise (B, C, H, W) whose mean and contrast differ per image, so that routing differs too."""
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = size
     noise = torch.randn(batch, channels, height, width, generator=generator)
@@ -56,25 +56,27 @@ def noise_images(batch: int, size: tuple[int, int, int], seed: int = 0) -> Tenso
 
 @torch.no_grad()
 def difference(model: nn.Module, run: Run, x: Tensor) -> float:
-    """Largest |file - network| relative to the largest |network|, per image and output.
+    """Return the largest |file - network| relative to the largest |network| of the same image and output.
 
     Raises:
-        ExportError: the file does not run, or gives another number or other shapes of outputs.
+        ExportError: the file does not run, or the number or shapes of its outputs differ.
     """
     expected = as_list(model(x))
     try:
         got = run(x.numpy())
-    except Exception as error:  # every runtime has its own kinds
+    except Exception as error:  # every runtime raises its own exception types
         raise ExportError(f"the file does not run for an input of {tuple(x.shape)}: {error}") from error
     shapes = [tuple(e.shape) for e in expected], [tuple(g.shape) for g in got]
     if shapes[0] != shapes[1]:
-        raise ExportError(f"for an input of {tuple(x.shape)} the network gives {shapes[0]}, the file {shapes[1]}")
+        raise ExportError(
+            f"for an input of {tuple(x.shape)} the network returns shapes {shapes[0]}, but the file {shapes[1]}"
+        )
     worst = 0.0
     for e, g in zip(expected, got, strict=True):
         e = e.double().reshape(len(x), -1)
         g = torch.from_numpy(np.asarray(g)).double().reshape(len(x), -1)
         scale = e.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        # A NaN must not pass for a small number.
+        # NaN counts as an infinite difference, not a small one.
         worst = max(worst, float(torch.nan_to_num((e - g).abs() / scale, nan=float("inf")).max()))
     return worst
 
@@ -82,10 +84,10 @@ def difference(model: nn.Module, run: Run, x: Tensor) -> float:
 def differences(
     model: nn.Module, run: Run, batches: Iterable[int], sizes: Iterable[tuple[int, int, int]]
 ) -> dict[str, float]:
-    """`difference` for every batch and size: {"batch 3, 224 x 224": 2e-7}.
+    """Return `difference` for every batch and size, such as {"batch 3, 224 x 224": 2e-7}.
 
     Raises:
-        ExportError: one of them is above `TOLERANCE`.
+        ExportError: a difference exceeds `TOLERANCE`.
     """
     found = {}
     for size in sizes:
@@ -96,6 +98,6 @@ def differences(
         words = "; ".join(f"{value:.1e} at {where}" for where, value in wrong.items())
         raise ExportError(
             f"the file differs from the network by {words} (relative to its largest output; at most {TOLERANCE:.0e} "
-            "is allowed), so it was not kept. Try the other form or another batch, and please report this"
+            "is allowed), so it was not kept. Try another form or batch size, and please report this"
         )
     return found

@@ -1,6 +1,6 @@
-"""Core ML, for Apple's systems: the folder NAME.mlpackage, an ML program in 32-bit floats. Written by timmx.
+"""Export to Core ML, for Apple platforms: the folder NAME.mlpackage, an ML program in float32, written by timmx.
 
-Core ML runs on Apple's systems only, so we do not run the file. On macOS timmx runs it, and compares it roughly.
+Core ML runs on Apple platforms only, so we do not run the file. On macOS, timmx runs it and compares it roughly.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ __all__ = ["IS_FOLDER", "SUFFIX", "UNCHECKED", "read", "write"]
 
 SUFFIX = ".mlpackage"
 IS_FOLDER = True
-UNCHECKED = "Core ML runs on Apple's systems only; there timmx has compared it roughly"
+UNCHECKED = "Core ML runs on Apple platforms only; on macOS, timmx compares it roughly"
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, for Core ML."""
+    """Write `model` for Core ML, modifying `model` in place."""
     mobile.need("timmx", "coremltools")
     mobile.convert("coreml", model, path, plan, compute_precision="float32")
     mobile.describe(path, plan)

@@ -1,4 +1,4 @@
-"""ExecuTorch, PyTorch's runtime for phones: NAME.pte, in 32-bit floats, for XNNPACK on CPUs. Written by timmx."""
+"""Export to ExecuTorch, PyTorch's runtime for phones: NAME.pte in float32, for XNNPACK on CPUs, written by timmx."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ SUFFIX = ".pte"
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, for ExecuTorch."""
+    """Write `model` for ExecuTorch, modifying `model` in place."""
     mobile.need("timmx", "executorch")
     mobile.convert("executorch", model, path, plan, verify=False)
     mobile.describe(path, plan)
 
 
 def runner(path: Path) -> Run:
-    """The file as a function of arrays, run by ExecuTorch on the CPU, with as many threads as it likes."""
+    """Return a function that runs the file with ExecuTorch on the CPU; ExecuTorch chooses the number of threads."""
     with mobile.silent():  # it logs the processor
         from executorch.runtime import Runtime
 

@@ -1,18 +1,19 @@
-"""DynamicConv as a file holds it: the same sum, written down so that runtimes make the best of it.
+"""Rewrite DynamicConv for exported files: the same sum, in operators that runtimes execute efficiently.
 
 ========  ===============================================  ============================================================
-form      the kernels in the file                          for
+form      kernels in the file                              for
 ========  ===============================================  ============================================================
-computed  mixed for each image, then applied once where    onnxruntime, OpenVINO, PyTorch, mobile runtimes. A plain
-          that is possible                                 graph: with batch 1 every kernel is mixed, with a free batch
-                                                           depthwise ones are not, and dense ones are applied to columns
-looped    mixed for each image in a loop over the images   onnxruntime and OpenVINO on CPUs: less work than the former
-                                                           for several large images; other runtimes may not loop
-constant  every expert's convolves with the image times    TensorRT and others that take only constant kernels; E times
-          that expert's weight; the results are added      the products
+computed  mixed per image, then applied once where         onnxruntime, OpenVINO, PyTorch, mobile runtimes. A graph
+          possible                                         without loops: with batch 1 every kernel is mixed; with a
+                                                           free batch depthwise kernels are not, and dense ones are
+                                                           applied to columns (im2col)
+looped    mixed per image, in a loop over the images       onnxruntime and OpenVINO on CPUs: less work than 'computed'
+                                                           for several large images; other runtimes may lack loops
+constant  one per expert, each applied to the image times  TensorRT and others that accept only constant kernels; E
+          its routing weight; the results are added        times the multiplications
 ========  ===============================================  ============================================================
 
-A convolution of one kernel an image exists in no file format. A product of one matrix an image does.
+No file format has a convolution with one kernel per image, but matrix products with one matrix per image exist.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,19 +31,19 @@ from parameternet.layers.replacing import replace_layer
 __all__ = ["FORMS", "has_dynamic_convolutions", "write_computed", "write_constant", "write_for_torch"]
 
 FORMS = ("computed", "constant", "looped")
-# onnxruntime convolves depthwise several times faster in its blocked layout, which wants constant kernels and whole
-# blocks of 8 channels. On small maps four such convolutions cost less than one with a computed kernel: half as much at
-# 7 x 7, as much again at 28 x 28 (onnxruntime 1.32, AVX2, one thread).
+# onnxruntime runs depthwise convolutions several times faster in its blocked layout, which requires constant kernels
+# and whole blocks of 8 channels. On small feature maps, four such convolutions cost less than one with a computed
+# kernel: half as much at 7 x 7, but twice as much at 28 x 28 (onnxruntime 1.32, AVX2, one thread).
 GATED_POSITIONS = 256
 BLOCK = 8
-# A convolution of fewer input channels is faster with every expert by itself than by columns.
+# With fewer input channels, convolving with each expert separately is faster than using columns.
 COLUMN_CHANNELS = 16
 
 Form = Callable[[DynamicConv], nn.Module]
 
 
 class _Written(nn.Module):
-    """What the forms of a DynamicConv have in common. Input and output are that layer's."""
+    """Base class of the forms of DynamicConv, with the same inputs and output as that layer."""
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class _Written(nn.Module):
             routing_weights = self.routing(x)
         if self.pad_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        if routing_weights.dtype != x.dtype:  # routers answer in at least 32 bits
+        if routing_weights.dtype != x.dtype:  # routers return at least 32 bits
             routing_weights = routing_weights.to(x.dtype)
         y = self._convolve(x, routing_weights)
         if self.bias is not None:
@@ -69,11 +70,11 @@ class _Written(nn.Module):
 
 
 class _OneImage(_Written):
-    """The kernel of one image, mixed in the graph: batch 1 only.
+    """A convolution whose kernel is mixed in the graph, for batch 1 only.
 
-    With `mix_by_conv` the experts are the input that a 1 x 1 convolution mixes. onnxruntime repacks the constant side
-    of a matrix product into panels, which for a single row takes 1.7 times as long as reading it in place.
-    OpenVINO is the other way round: its convolution with a computed kernel is slow for such a wide input.
+    With `mix_by_conv`, a 1 x 1 convolution mixes the experts, which are its input. onnxruntime repacks the constant
+    operand of a matrix product into panels, which for a single row takes 1.7 times as long as reading it in place. In
+    OpenVINO it is the opposite: a convolution with a computed kernel is slow for such a wide input.
     """
 
     def __init__(self, conv: DynamicConv, mix_by_conv: bool) -> None:
@@ -93,9 +94,11 @@ class _OneImage(_Written):
 
 
 class _GatedSum(_Written):
-    """sum_e W_e * (alpha_e x) or, with `gate_outputs`, sum_e alpha_e (W_e * x): constant kernels, any batch, E times
-    the products. The side with fewer numbers is the cheaper one to gate; outputs suit 8 bits better, where the input
-    is then quantised once for all experts.
+    """A sum of E convolutions with constant kernels, for any batch; it costs E times the multiplications.
+
+    It computes sum_e W_e * (alpha_e x) or, with `gate_outputs`, sum_e alpha_e (W_e * x). It is cheaper to gate
+    the smaller of input and output. Gated outputs suit int8 better, because the input is then quantised once for all
+    experts.
     """
 
     def __init__(self, conv: DynamicConv, gate_outputs: bool = False) -> None:
@@ -133,7 +136,7 @@ class _GatedSum(_Written):
 
 
 class _MixedProduct(_Written):
-    """The kernels of all images, mixed in one product and applied in another: pointwise, any batch."""
+    """A pointwise convolution for any batch: one product mixes the kernels of all images, another applies them."""
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__(conv)
@@ -152,11 +155,11 @@ class _MixedProduct(_Written):
 
 
 class _MixedColumns(_Written):
-    """The same for larger kernels: the shifted copies of x that the taps read, stacked, times the mixed kernels."""
+    """Like `_MixedProduct`, for larger kernels: mixed kernels times columns (stacked shifted copies of x, im2col)."""
 
     def __init__(self, conv: DynamicConv) -> None:
         super().__init__(conv)
-        # Experts (E, out, taps * in): a copy of x for each tap, its channels together.
+        # Experts (E, out, taps * in): sorted by tap and then by channel, as the copies of x are.
         experts = conv.weight.detach().flatten(2).transpose(1, 2).reshape(conv.num_experts, -1)
         self.weight = nn.Parameter(experts.contiguous(), requires_grad=False)
 
@@ -178,8 +181,8 @@ class _MixedColumns(_Written):
 
 
 def _seen(tap: int, taps: int, dilation: int, stride: int) -> slice:
-    """The rows or columns that one of the `taps` of a kernel reads."""
-    # Counted from the end, so that no size is computed in the graph.
+    """Return the rows or columns that one of the `taps` of a kernel reads."""
+    # Counting from the end avoids computing sizes in the graph.
     return slice(tap * dilation, (tap + 1 - taps) * dilation or None, stride)
 
 
@@ -192,18 +195,18 @@ def has_dynamic_convolutions(model: nn.Module) -> bool:
 
 
 def write_constant(model: nn.Module, gate_outputs: bool = False) -> nn.Module:
-    """Put the constant form in the place of every DynamicConv, in `model` itself. Any batch, height and width."""
+    """Replace every DynamicConv in `model` with its constant form, in place; for any batch, height and width."""
     return _replace(model, {name: partial(_GatedSum, gate_outputs=gate_outputs) for name in _dynamic(model)})
 
 
 def write_computed(model: nn.Module, size: tuple[int, int, int], mix_by_conv: bool) -> nn.Module:
-    """Put the computed form of one image in the place of every DynamicConv, in `model` itself.
+    """Replace every DynamicConv in `model` with its computed form for batch 1, in place.
 
     Args:
         model: A network in evaluation mode.
-        size: Channels, height and width of its input; kernels are mixed where that is the faster way at this size.
-        mix_by_conv: How kernels are mixed and small depthwise maps convolved: as onnxruntime likes it best, or as
-            OpenVINO does.
+        size: Channels, height and width of its input; kernels are mixed where that is faster at this size.
+        mix_by_conv: Mix kernels and convolve small depthwise maps in the way that is fastest in onnxruntime (True) or
+            in OpenVINO (False).
     """
     one_image = partial(_OneImage, mix_by_conv=mix_by_conv)
     positions = _positions(model, size) if mix_by_conv else {}
@@ -216,9 +219,9 @@ def write_computed(model: nn.Module, size: tuple[int, int, int], mix_by_conv: bo
 
 
 def write_batched(model: nn.Module, gate_outputs: bool = False) -> nn.Module:
-    """Put the computed form of any batch in the place of every DynamicConv, in `model` itself: a graph without a loop.
+    """Replace every DynamicConv in `model` with its computed form for any batch, in place; the graph has no loops.
 
-    The way of each kind of layer is the fastest of those measured that need no loop, in ms for 1 and 8 images:
+    Each kind of layer is computed in the fastest way measured that needs no loop, in ms for 1 and 8 images:
 
     ==================  ========================  ===============================================================
     layer               onnxruntime               OpenVINO
@@ -236,7 +239,7 @@ def write_batched(model: nn.Module, gate_outputs: bool = False) -> nn.Module:
     ==================  ========================  ===============================================================
 
     (benchmarks/export_layers.py; onnxruntime 1.32, OpenVINO 2026.4.1, AVX-512, one thread of a busy machine, so
-    differences below a fifth mean nothing.) `gate_outputs` is for 8 bits, see `_GatedSum`.
+    differences below a fifth are noise.) `gate_outputs` is for int8, see `_GatedSum`.
     """
     return _replace(model, {name: _batched(conv, gate_outputs) for name, conv in _dynamic(model).items()})
 
@@ -256,16 +259,16 @@ def _is_depthwise(conv: DynamicConv) -> bool:
 
 
 def write_for_torch(model: nn.Module, plan: Plan) -> nn.Module:
-    """Put the form that `plan` asks for in the place of every DynamicConv, for runtimes of PyTorch.
+    """Replace every DynamicConv with the form that `plan` asks for, for PyTorch's runtimes.
 
-    They take every strategy of the layer, which chooses one without the batch in it while it is recorded.
+    These support every strategy of the layer. While it is traced, the layer chooses one that does not fix the batch.
     """
     if plan.form == "constant":
         return write_constant(model)
     if plan.batch == 1:
         return write_computed(model, plan.size, mix_by_conv=False)
     for conv in _dynamic(model).values():
-        conv.strategy = None  # one that was set may write the batch down
+        conv.strategy = None  # a strategy that was set may fix the batch
     return model
 
 
@@ -284,7 +287,7 @@ def _replace(model: nn.Module, forms: dict[str, Form]) -> nn.Module:
 
 @torch.no_grad()
 def _positions(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
-    """How many positions the output of each DynamicConv has."""
+    """Return the number of output positions of each DynamicConv."""
     seen: dict[str, int] = {}
     hooks = [
         conv.register_forward_hook(lambda conv, x, y, name=name: seen.__setitem__(name, y.shape[2] * y.shape[3]))

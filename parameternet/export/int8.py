@@ -1,8 +1,8 @@
-"""8-bit files: static calibration by the quantiser of each runtime, and a report of what it costs.
+"""Quantise files to int8 with each runtime's static quantiser, and report the cost.
 
-Convolutions and products by constant kernels get 8-bit weights and inputs; the experts of mixed kernels are stored in
-8 bits and mixed in 32. Routers, pooling, activations, depthwise convolutions (few weights, and ranges that differ by
-channel) and the products by mixed kernels stay in 32-bit floats.
+Convolutions and products with constant kernels get 8-bit weights and inputs; the experts of mixed kernels are stored as
+int8 and mixed in float32. Routers, pooling, activations, depthwise convolutions (few weights, and ranges that differ by
+channel) and products with mixed kernels stay in float32.
 
 >>> export("parameternet_50m.tin200", "net.onnx", int8="images.tar").int8["agreement"]  # doctest: +SKIP
 97.1
@@ -34,15 +34,15 @@ __all__ = ["FEWEST_IMAGES", "FORMATS", "Images", "quantise"]
 FORMATS = ("onnx", "openvino")
 FEWEST_IMAGES = 200
 MOST_CHECKED = 1000
-CHUNK = 10  # images that the runtimes are given at once
+CHUNK = 10  # batch size of a file with a free batch
 ROUNDS = 21
 
-Sample = tuple[str, int | None]  # file, class of the network
+Sample = tuple[str, int | None]  # file name, class index of the network
 
 
 @dataclass(frozen=True)
 class Images:
-    """Two random sets of images that have none in common: to calibrate with, and to check on."""
+    """Two disjoint random sets of images, one to calibrate with and one to check on."""
 
     store: Folder | Tar
     preprocess: Preprocess
@@ -51,11 +51,11 @@ class Images:
 
     @classmethod
     def find(cls, path: str | Path, model: nn.Module, number: int = 300, size: tuple[int, int, int] | None = None):
-        """Images of a folder or tar. At least a quarter of them is for checks, whatever `number` says.
+        """Choose up to `number` images of a folder or tar for calibration, and keep at least a quarter for checks.
 
         Raises:
-            DataError: fewer than `FEWEST_IMAGES`.
-            ValueError: the network does not say how images are prepared for it.
+            DataError: fewer than `FEWEST_IMAGES` images.
+            ValueError: the network does not specify its preprocessing.
         """
         config = _preprocessing(model, size)
         store = _open(path)
@@ -70,10 +70,10 @@ class Images:
         return cls(store, Preprocess(config), samples[:number], samples[number : number + MOST_CHECKED])
 
     def batches(self, samples: list[Sample], batch: int | None) -> Iterator[tuple[np.ndarray, list[int | None]]]:
-        """(images, their classes); unreadable images are left out.
+        """Yield (images, class indices), skipping unreadable images.
 
         Args:
-            batch: Images at a time, exactly: a remainder is left out. None: up to `CHUNK`.
+            batch: Exact batch size; a smaller last batch is dropped. None: up to `CHUNK`.
         """
         read = ((x, label) for name, label in samples if (x := self._read(name)) is not None)
         while taken := list(itertools.islice(read, batch or CHUNK)):
@@ -90,15 +90,15 @@ class Images:
 
 
 def _preprocessing(model: nn.Module, size: tuple[int, int, int] | None) -> dict[str, Any]:
-    """Return the network's preprocessing, as timm describes it, for images of `size`.
+    """Return the network's preprocessing as timm's data config, for images of `size`.
 
     Raises:
-        ValueError: the network does not say how its images are prepared.
+        ValueError: the network does not specify its preprocessing.
     """
     cfg = config_of(model)
     if not cfg:
         raise ValueError(
-            "int8 needs to know how images are prepared for the network, which has no pretrained_cfg: set "
+            "int8 requires the network's preprocessing, but the network has no pretrained_cfg: set "
             "model.pretrained_cfg = {'input_size': (3, 224, 224), 'mean': (...), 'std': (...)}"
         )
     config = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
@@ -107,7 +107,7 @@ def _preprocessing(model: nn.Module, size: tuple[int, int, int] | None) -> dict[
     for key in ("mean", "std"):
         if len(config[key]) != channels:
             raise ValueError(
-                f"int8 needs a {key} for each of the {channels} channels that the network reads, but its "
+                f"int8 requires a {key} for each of the network's {channels} input channels, but its "
                 f"pretrained_cfg has {len(config[key])}: {tuple(config[key])}; set model.pretrained_cfg[{key!r}]"
             )
     return config
@@ -132,10 +132,10 @@ def _labelled(store: Folder | Tar, names: list[str]) -> list[Sample]:
 
 
 def quantise(writer: ModuleType, source: Path, target: Path, sets: Images, batch: int | None) -> dict[str, Any]:
-    """Write the file `source` in 8 bits as `target`, and measure both on the images that are to be checked.
+    """Quantise the float32 file `source` to the int8 file `target`, and measure both on the images for checks.
 
     Args:
-        batch: That of the file; None: any.
+        batch: Batch size of the file; None: any.
     """
     fed = 0
 
@@ -155,17 +155,17 @@ def quantise(writer: ModuleType, source: Path, target: Path, sets: Images, batch
 
 
 def _first(sets: Images, batch: int | None) -> np.ndarray:
-    """Return a batch for the measurement of time.
+    """Return a batch for measuring latency.
 
     Raises:
-        DataError: too few images can be read to calibrate or to check with one batch.
+        DataError: too few images can be read for one batch of calibration or of checks.
     """
     for what, samples in (("calibrate", sets.calibration), ("check", sets.checks)):
         found = next(sets.batches(samples, batch or 1), None)
         if found is None:
             raise DataError(
-                f"batch {batch or 1} needs as many images to {what} with; fewer of the {len(samples)} chosen for it "
-                "can be read: give more images, or a smaller batch"
+                f"batch {batch or 1} requires at least {batch or 1} images to {what} with, but fewer of the "
+                f"{len(samples)} chosen can be read: give more images or a smaller batch"
             )
     return found[0]
 
@@ -180,9 +180,10 @@ Observer = Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]
 
 
 def _compare(exact: Observer, rounded: Observer, sets: Images, batch: int | None) -> dict[str, Any]:
-    """Difference of the outputs, top-1 of both, how often they agree, and how often layers prefer the same expert.
+    """Compare two files by outputs, top-1, predicted classes, and the preferred expert of each layer.
 
-    The first output is compared. Outputs that are not (batch, classes), like feature maps, have no top-1.
+    Of several outputs, only the first is compared. Outputs that are not (batch, classes), such as feature maps, have no
+    top-1.
     """
     differences: list[float] = []
     same: list[bool] = []
@@ -210,7 +211,7 @@ def _compare(exact: Observer, rounded: Observer, sets: Images, batch: int | None
 
 
 def _relative(exact: np.ndarray, rounded: np.ndarray) -> list[float]:
-    """Distance of each image's output from the exact one, as a share of its length."""
+    """Return each image's distance from the exact output, relative to that output's norm."""
     exact, rounded = (values.reshape(len(values), -1) for values in (exact, rounded))
     lengths = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
     return (np.linalg.norm(rounded - exact, axis=1) / lengths).tolist()
@@ -228,7 +229,7 @@ def _percent(values: Iterable[bool]) -> float:
 
 
 def _latency(runs: dict[str, Run], x: np.ndarray) -> dict[str, float]:
-    """Medians in ms; the runs take turns."""
+    """Return the median latency of each run in ms; the runs are interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(ROUNDS + 2):
         for name, run in runs.items():

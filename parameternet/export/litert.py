@@ -1,6 +1,6 @@
-"""LiteRT (TensorFlow Lite), for Android and microcontrollers: NAME.tflite, in 32-bit floats. Written by timmx.
+"""Export to LiteRT (TensorFlow Lite), for Android and microcontrollers: NAME.tflite in float32, written by timmx.
 
-Its input and outputs have PyTorch's order, (B, C, H, W).
+Its input and outputs keep PyTorch's order of dimensions, (B, C, H, W).
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ SUFFIX = ".tflite"
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, for LiteRT."""
+    """Write `model` for LiteRT, modifying `model` in place."""
     mobile.need("timmx", "litert_torch", "ai_edge_litert")
     mobile.convert("litert", model, path, plan, verify=False)
     mobile.describe(path, plan)
 
 
 def runner(path: Path, threads: int = 0) -> Run:
-    """The file as a function of arrays, run by LiteRT on the CPU; `threads` 0: LiteRT's choice."""
+    """Return a function that runs the file with LiteRT on the CPU; `threads=0` lets LiteRT choose."""
     from ai_edge_litert.interpreter import Interpreter
 
     with mobile.silent():  # it logs its delegate

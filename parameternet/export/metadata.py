@@ -14,7 +14,7 @@ from parameternet.prediction import class_names
 
 __all__ = ["config_of", "describe", "input_channels", "label_names", "pack", "read_metadata", "unpack"]
 
-FILE_NAME = "parameternet.json"  # inside archives of PyTorch
+FILE_NAME = "parameternet.json"  # inside PyTorch archives
 SUFFIXES = {
     ".onnx": "onnx", ".torchscript": "torchscript", ".pt2": "torch_export", ".xml": "openvino", ".param": "ncnn",
     ".tflite": "litert", ".pte": "executorch", ".mlpackage": "coreml", ".engine": "tensorrt",
@@ -22,12 +22,13 @@ SUFFIXES = {
 
 
 def describe(model: nn.Module, size: tuple[int, int, int], verified: bool) -> dict[str, Any]:
-    """Name, preprocessing and class names of a network; what it does not say of itself is left out, never invented.
+    """Return a network's name, preprocessing and class names; unknown values are left out, never guessed.
 
     Args:
-        model: Its `pretrained_cfg`, as timm's networks have it, is what is known.
-        size: Channels, height and width of the input that the file is made for.
-        verified: Are its weights those of the checkpoint that `pretrained_cfg` names? Only then is that name given.
+        model: A network; the values come from its `pretrained_cfg`, as in timm.
+        size: Channels, height and width of the file's input.
+        verified: Whether the weights are those of the checkpoint that `pretrained_cfg` names; only then is
+            the checkpoint named.
     """
     facts: dict[str, Any] = {"input_size": list(size)}
     cfg = config_of(model)
@@ -51,21 +52,21 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Return the names of the network's outputs in its config; none if it has another number of outputs."""
+    """Return the class names in the network's config; empty if their number is not that of the network's outputs."""
     names = list(config_of(model).get("label_names") or [])
     return names if len(names) == getattr(model, "num_classes", None) else []
 
 
 @torch.no_grad()
 def input_channels(model: nn.Module, height: int, width: int) -> int:
-    """Return the channels of the images that the network reads, which may differ from its config's (`in_chans=1`)."""
+    """Return the number of the network's input channels, which may differ from that in its config (`in_chans=1`)."""
     if channels := getattr(model, "in_chans", None):
         return channels
     usual = (config_of(model).get("input_size") or [3])[0]
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d | DynamicConv)), None)
     if first is None or first.in_channels == usual:
         return usual
-    try:  # the first convolution may read something else than the image, such as patches of it
+    try:  # the first convolution may read something other than the image, such as patches of it
         model(torch.zeros(1, usual, height, width))
     except Exception:
         return first.in_channels
@@ -73,12 +74,12 @@ def input_channels(model: nn.Module, height: int, width: int) -> int:
 
 
 def pack(facts: Mapping[str, Any]) -> dict[str, str]:
-    """One JSON text a key, for formats that keep words."""
+    """Encode metadata as one JSON string per key, for formats that store only strings."""
     return {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
 
 
 def unpack(words: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of `pack`; words that others wrote stay text."""
+    """Decode strings written by `pack`; strings from other tools that are not JSON are kept as is."""
     facts = {}
     for key, text in words.items():
         try:
@@ -89,21 +90,21 @@ def unpack(words: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `export` wrote into a file, or next to it.
+    """Return the metadata that `export` wrote into a file or next to it.
 
     Returns:
-        `input_size` [channels, height, width], `form`, `batch` (a number, or "free"), `dynamic_size`, `precision`
-        ("float32" or "int8"); of a network that says so also `name`, `mean` and `std` (for channels between 0 and 1),
-        `interpolation`, `crop_pct`, `crop_mode`, and `class_names`, one a class.
+        `input_size` [channels, height, width], `form`, `batch` (a number, or "free"), `dynamic_size` and `precision`
+        ("float32" or "int8"). If the network specifies them, also `name`, `mean` and `std` (for channels between 0 and
+        1), `interpolation`, `crop_pct`, `crop_mode`, and `class_names`, one per class.
 
     Raises:
-        ValueError: the file's ending is none of ours.
+        ValueError: the suffix is not that of an exported file.
     """
     import importlib
 
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path} has none of the endings of exported files: {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} does not have the suffix of an exported file; expected one of {', '.join(SUFFIXES)}")
     if not Path(path).exists():
         raise FileNotFoundError(f"no such file: {path}")
     return importlib.import_module(f"parameternet.export.{SUFFIXES[suffix]}").read(Path(path))

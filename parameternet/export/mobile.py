@@ -1,9 +1,9 @@
-"""What the formats that timmx writes have in common: ncnn, LiteRT, ExecuTorch, Core ML and TensorRT.
+"""Shared code of the formats that timmx writes: ncnn, LiteRT, ExecuTorch, Core ML and TensorRT.
 
-timmx takes names of networks and asks timm for them. `convert` gives it a network of ours in that place, fused and in
-one of our forms, so that timmx does all the rest. Its own check (a cosine of 0.9) is left out where we run the file.
+timmx takes the name of a network and has timm create it. `convert` substitutes our network, fused and in one of our
+forms, and timmx does the rest. Its own check (a cosine of 0.9) is skipped where we run the file.
 
-The formats share no place for metadata, so it is written next to the file, as FILE.json.
+These formats have no common place for metadata, so it is written next to the file, as FILE.json.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ _one_at_a_time = threading.Lock()
 
 
 def need(*packages: str) -> None:
-    """Refuse to go on without one of these packages, given by import name.
+    """Check that packages, given by import name, are installed.
 
     Raises:
-        ModuleNotFoundError: the first one that is missing, with what installs it.
+        ModuleNotFoundError: names the first missing package and the command that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -41,17 +41,17 @@ def need(*packages: str) -> None:
 
 
 def convert(backend: str, model: nn.Module, path: Path, plan: Plan, **options: Any) -> None:
-    """Write `model`, which is changed, by timmx's `backend`, and the metadata next to it.
+    """Write `model` with a backend of timmx, modifying `model` in place.
 
     Args:
-        backend: What `timmx export` calls it.
+        backend: The backend's name in `timmx export`.
         model: A fused network.
-        path: The file, or the folder for ncnn.
-        plan: Its batch and its size are fixed.
-        options: Of the back end, as on timmx's command line.
+        path: The output file, or the output folder for ncnn.
+        plan: A plan with a fixed batch and size.
+        options: Options of the backend, as on timmx's command line.
 
     Raises:
-        timmx.TimmxError: it failed.
+        timmx.TimmxError: the conversion failed.
     """
     import timmx
 
@@ -60,12 +60,12 @@ def convert(backend: str, model: nn.Module, path: Path, plan: Plan, **options: A
 
 
 def describe(path: Path, plan: Plan) -> None:
-    """Write the facts of `plan` next to the file."""
+    """Write the metadata of `plan` next to the file."""
     write_json(_facts(path), plan.facts)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts next to a file."""
+    """Return the metadata that is stored next to a file."""
     return json.loads(_facts(path).read_text(encoding="utf-8"))
 
 
@@ -82,9 +82,9 @@ def _in_form(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 class _Network(nn.Module):
-    """A network under a name: pnnx calls its layers by theirs, and no name in Python may begin with a digit.
+    """A wrapper that prefixes layer names: pnnx uses them as Python names, which may not begin with a digit.
 
-    `in_chans` is what timmx checks the size of the input against.
+    timmx checks the input size against `in_chans`.
     """
 
     def __init__(self, network: nn.Module, in_chans: int) -> None:
@@ -97,7 +97,7 @@ class _Network(nn.Module):
 
 @contextlib.contextmanager
 def _instead_of_timm(model: nn.Module) -> Iterator[None]:
-    """Let timmx get `model` whatever it asks timm for."""
+    """Make timmx receive `model`, whatever network it asks timm for."""
     from timmx.export import common
 
     original = common.create_timm_model
@@ -110,7 +110,10 @@ def _instead_of_timm(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Like `plan.quiet`, also for programs and C++ libraries, which know nothing of sys.stdout and sys.stderr."""
+    """Suppress output as `plan.quiet` does, including that of subprocesses and C++ libraries.
+
+    These write to file descriptors, not to sys.stdout and sys.stderr.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {number: os.dup(number) for number in (1, 2)}

@@ -1,6 +1,6 @@
-"""ncnn, for phones and small boards: NAME.param and NAME.bin, in 32-bit floats. Written by timmx with pnnx.
+"""Export to ncnn, for phones and small boards: NAME.param and NAME.bin in float32, written by timmx with pnnx.
 
-ncnn has no batch: its tensors are those of one image. Input `in0`, outputs `out0`, `out1`, ...
+ncnn has no batch dimension: each tensor belongs to one image. The input is `in0`, the outputs are `out0`, `out1`, ...
 """
 
 import tempfile
@@ -20,7 +20,7 @@ SUFFIX = ".param"
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, as NAME.param and NAME.bin."""
+    """Write `model` as NAME.param and NAME.bin, modifying `model` in place."""
     mobile.need("timmx", "pnnx", "ncnn")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         mobile.convert("ncnn", model, Path(folder), plan, fp16=False, verify=False)
@@ -30,7 +30,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
 
 
 def runner(path: Path, threads: int = 0) -> Run:
-    """The files as a function of arrays (1, C, H, W), run on the CPU in 32-bit floats; `threads` 0: ncnn's choice."""
+    """Return a function that runs the files for (1, C, H, W) on the CPU in float32; `threads=0` lets ncnn choose."""
     import ncnn
 
     net = ncnn.Net()
@@ -46,7 +46,7 @@ def runner(path: Path, threads: int = 0) -> Run:
         extractor.input("in0", ncnn.Mat(np.ascontiguousarray(x[0])))
         found = [extractor.extract(name) for name in net.output_names()]
         if any(code for code, _ in found):
-            raise RuntimeError("ncnn gives no output")
+            raise RuntimeError("ncnn returned no output")
         return [np.array(y)[None] for _, y in found]
 
     return run

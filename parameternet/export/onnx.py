@@ -1,11 +1,11 @@
-"""ONNX, for onnxruntime and whatever else reads it; also the way to OpenVINO.
+"""Export to ONNX, for onnxruntime and other runtimes that read it, and as an intermediate step to OpenVINO.
 
-Nodes are named after the layers they come from, and the output of each router has the router's name: the routing
-weights of a layer can be read by adding that tensor to the graph's outputs.
+Nodes are named after the layers they come from, and the output of each router has the router's name: to read the
+routing weights of a layer, add that tensor to the graph's outputs.
 
-In the looped form the batch is freed by a Scan, ONNX's loop over the slices of a tensor: its body is the graph of one
-image. onnxruntime optimises the body as it does any graph, provided that the weights are inside of it; the loop itself
-costs nothing that can be measured.
+In the looped form, a Scan (ONNX's loop over the slices of a tensor) makes the batch free: its body is the graph of one
+image. onnxruntime optimises the body like any other graph, provided that the weights are inside it; the loop itself has
+no measurable cost.
 """
 
 import ast
@@ -33,12 +33,12 @@ __all__ = ["DEFAULT_OPSET", "SUFFIX", "observer", "proto", "quantise", "read", "
 SUFFIX = ".onnx"
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
 CLIPPING = ("Clip", "Relu")
-# The exporter's lowest. onnxruntime's CUDA provider has no kernels for some operators of later ones.
+# The exporter's lowest opset. onnxruntime's CUDA provider lacks kernels for some operators of later opsets.
 DEFAULT_OPSET = 18
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, as ONNX."""
+    """Write `model` as ONNX, modifying `model` in place."""
     import onnx
 
     made = proto(model, plan, mix_by_conv=True)
@@ -48,7 +48,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts in an ONNX file."""
+    """Return the metadata of an ONNX file."""
     import onnx
 
     found = onnx.load(path, load_external_data=False)
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def runner(path: Path, threads: int = 0) -> Run:
-    """The file as a function of arrays, run by onnxruntime on the CPU; `threads` 0: onnxruntime's choice."""
+    """Return a function that runs the file with onnxruntime on the CPU; `threads=0` lets onnxruntime choose."""
     session = _session(path, threads)
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
@@ -72,12 +72,12 @@ def _session(model: Path | bytes, threads: int) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8 bits
+# Quantisation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]]:
-    """The file as a function that gives its outputs, and the routing weights by router."""
+    """Return a function that runs the file and returns its outputs and the routing weights by router."""
     import onnx
 
     made = onnx.load(path)
@@ -93,7 +93,7 @@ def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[
 
 
 def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write the float file `source` in 8 bits, calibrated with `batches`, by onnxruntime's static quantiser."""
+    """Quantise the float32 file `source` to the int8 file `target` with onnxruntime, calibrated on `batches`."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -112,11 +112,11 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
             op_types_to_quantize=["Conv", "Gemm", "MatMul", *CLIPPING],
             nodes_to_quantize=_quantisable(onnx.load(source).graph) or ["none"],  # an empty list means all
             per_channel=True,
-            # Weights in 7 bits: CPUs without VNNI add two products in 16 bits, which 8 and 8 bits overflow.
+            # 7-bit weights: CPUs without VNNI add two products in 16 bits, which overflows with 8-bit weights.
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"DedicatedQDQPair": True},  # whoever reads a tensor in floats gets it unrounded
+            extra_options={"DedicatedQDQPair": True},  # nodes that stay in float32 read unrounded tensors
         )
     made = onnx.load(target)
     _store_experts(made.graph, _channels(onnx.shape_inference.infer_shapes(onnx.load(source)).graph))
@@ -125,10 +125,10 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
 
 
 def _quantisable(graph: "GraphProto") -> list[str]:
-    """Products by constants, and the activations that clip their outputs.
+    """Return the names of products with constants, and of the activations that clip their outputs.
 
-    Routers, mixing and depthwise convolutions are left out, and the convolution of the image: it has few weights,
-    and rounding it changes many predictions of `dynamic_efficientnet_lite0`.
+    Routers, mixing, depthwise convolutions and the convolution of the input image are left out. The last has few
+    weights, and rounding it changes many predictions of `dynamic_efficientnet_lite0`.
     """
     constants = {tensor.name for tensor in graph.initializer}
     routers = routers_of(graph)
@@ -143,17 +143,17 @@ def _quantisable(graph: "GraphProto") -> list[str]:
         and all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group")
     ]
     outputs = {node.output[0] for node in products}
-    # Without them the range of an output is that before clipping, which can be a hundred times as wide.
+    # Otherwise the range of an output is measured before clipping, where it can be a hundred times as wide.
     clipped = [node for node in graph.node if node.op_type in CLIPPING and node.input[0] in outputs]
     return [node.name for node in (*products, *clipped)]
 
 
 def _store_experts(graph: "GraphProto", channels: dict[str, int]) -> None:
-    """Store the experts that are mixed in 8 bits, with a scale for each output channel of each expert.
+    """Store the experts of mixed kernels as int8, with a scale per expert and output channel.
 
-    `channels` are those of each tensor of mixed kernels, see `_channels`.
+    `channels` has the output channels of each tensor of mixed kernels, see `_channels`.
 
-    Quantisers know scales by the column of a matrix, which here is a single weight of the kernel.
+    Quantisers support a scale per column of a matrix, which here is a single weight of the kernel.
     """
     from onnx import helper, numpy_helper
 
@@ -188,7 +188,7 @@ def _store_experts(graph: "GraphProto", channels: dict[str, int]) -> None:
 
 
 def _channels(graph: "GraphProto") -> dict[str, int]:
-    """Output channels of the kernels in each tensor of mixed ones, from the product that applies them."""
+    """Return the number of output channels of each tensor of mixed kernels, from the product that applies them."""
     dims = {value.name: value.type.tensor_type.shape.dim for value in [*graph.value_info, *graph.output]}
     reshaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
     return {
@@ -204,25 +204,25 @@ def _channels(graph: "GraphProto") -> dict[str, int]:
 
 
 def proto(model: nn.Module, plan: Plan, mix_by_conv: bool) -> "ModelProto":
-    """The ONNX graph of `model`, which is changed; `mix_by_conv` as of `forms.write_computed`."""
+    """Return the ONNX graph of `model`, modifying `model` in place; for `mix_by_conv` see `forms.write_computed`."""
     if plan.form == "constant" or not forms.has_dynamic_convolutions(model):
         return _graph(forms.write_constant(model, plan.int8), plan, plan.batch)
     if plan.batch == 1 and not plan.int8:
         return _graph(forms.write_computed(model, plan.size, mix_by_conv), plan, 1)
     if plan.form == "computed":
         return _graph(forms.write_batched(model, plan.int8), plan, plan.batch)
-    # Names inside of a loop must differ from those around it.
+    # Names inside a loop must differ from those outside it.
     return _loop(_graph(forms.write_computed(model, plan.size, mix_by_conv), plan, 1, "one_"), plan)
 
 
 def routers_of(graph: "GraphProto") -> list[str]:
-    """Routers in a graph of ours: names of the tensors of their routing weights, and of the layers of their nodes."""
+    """Return the names of the routers in an exported graph, which are also the names of their routing weights."""
     return [name for node in graph.node for name in node.output if node.name.startswith(f"{name}/")]
 
 
 @torch.no_grad()
 def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") -> "ModelProto":
-    # An exporter takes a free dimension of 1 for a fixed one.
+    # The exporter would treat a free dimension of size 1 as fixed.
     x = torch.zeros(batch or 2, *plan.size)
     outputs = len(as_list(model(x)))
     names = [OUTPUT] if outputs == 1 else [f"{OUTPUT}_{index}" for index in range(outputs)]
@@ -243,14 +243,14 @@ def _graph(model: nn.Module, plan: Plan, batch: int | None, prefix: str = "") ->
     _name_by_layer(program.model.graph, model)
     made = program.model_proto
     for node in made.graph.node:
-        del node.metadata_props[:]  # stack traces, with the folders of this machine
+        del node.metadata_props[:]  # stack traces, which contain local paths
     return made
 
 
 def _check_opset(made: int, asked: int) -> None:
-    # The exporter writes its own opset and converts it, and where it cannot, it only warns.
+    # The exporter writes its own opset and converts it; if it cannot, it only warns.
     if made != asked:
-        raise ExportError(f"torch.onnx cannot write this network with opset {asked}, only with {made}: leave opset out")
+        raise ExportError(f"torch.onnx cannot write this network with opset {asked}, only with {made}: omit opset")
 
 
 def _name_by_layer(graph: "Graph", model: nn.Module) -> None:
@@ -259,10 +259,10 @@ def _name_by_layer(graph: "Graph", model: nn.Module) -> None:
     for index, node in enumerate(graph):
         layer = _layer(node)
         name = layer
-        # Not the average, which routers of one input share.
+        # Not the average pooling, which routers with the same input share.
         if layer in routers and node.op_type in ("Sigmoid", "Softmax") and _leaves(node, layer):
             calls[layer] += 1
-            name = layer if calls[layer] == 1 else f"{layer}_{calls[layer]}"  # one that is used in several places
+            name = layer if calls[layer] == 1 else f"{layer}_{calls[layer]}"  # a router that is called several times
             node.outputs[0].name = name
         node.name = f"{name}/{node.op_type}_{index}".removeprefix("/")
 
@@ -272,13 +272,13 @@ def _leaves(node: "Node", layer: str) -> bool:
 
 
 def _layer(node: "Node") -> str:
-    """The module that a node comes from; '' if the exporter does not say."""
+    """Return the name of the module that a node comes from; '' if the exporter does not record it."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     return scopes[-2] if len(scopes) > 1 else ""
 
 
 def _loop(one_image: "ModelProto", plan: Plan) -> "ModelProto":
-    """A graph for any batch, or plan's, around that of one image."""
+    """Wrap the graph of one image in a loop over the batch, which is the plan's or free."""
     from onnx import GraphProto, helper, numpy_helper
 
     graph, image, axis = one_image.graph, "image", "first_axis"
@@ -308,7 +308,7 @@ def _loop(one_image: "ModelProto", plan: Plan) -> "ModelProto":
 def _with_dims(
     value: "ValueInfoProto", name: str, without_first: bool = False, batch: int | str | None = None
 ) -> "ValueInfoProto":
-    """The declaration of a tensor under another name, without its first dimension or with another one."""
+    """Return a tensor's declaration under another name, with its first dimension removed or replaced by `batch`."""
     from onnx import helper
 
     tensor = value.type.tensor_type

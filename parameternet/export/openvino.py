@@ -1,4 +1,4 @@
-"""OpenVINO's own format, NAME.xml and NAME.bin, converted from ONNX."""
+"""Export to OpenVINO's own format, NAME.xml and NAME.bin, converted from ONNX."""
 
 import functools
 import logging
@@ -25,11 +25,11 @@ QUANTISED = ("Convolution", "MatMul")
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO's runtime, one for the whole process.
+    """Return OpenVINO's runtime, one for the whole process.
 
-    A Core that compiles a model replaces the thread's stack for signals, and restores the former one when it ends. If
-    the lives of two overlap, that may be freed memory, and the next signal (one is sent when a data loader's worker
-    ends) kills the process.
+    A Core that compiles a model replaces the thread's signal stack, and restores the previous one when it is destroyed.
+    If the lifetimes of two Cores overlap, the restored stack may be freed memory, and the next signal (a data loader's
+    worker sends one when it exits) kills the process.
     """
     import openvino
 
@@ -37,7 +37,7 @@ def _core() -> Any:
 
 
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, as NAME.xml and NAME.bin."""
+    """Write `model` as NAME.xml and NAME.bin, modifying `model` in place."""
     import onnx
     import openvino
 
@@ -48,17 +48,17 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
         converted = openvino.convert_model(between)
         for key, text in pack(plan.facts).items():
             converted.set_rt_info(text, [SECTION, key])
-        # By default the weights would be rounded to 16 bits.
+        # By default, weights would be rounded to float16.
         openvino.save_model(converted, path, compress_to_fp16=False)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts in an OpenVINO file."""
+    """Return the metadata of an OpenVINO file."""
     return unpack(_core().read_model(path).get_rt_info([SECTION]).value)
 
 
 def runner(path: Path, threads: int = 0) -> Run:
-    """The file as a function of arrays, run by OpenVINO on the CPU in 32-bit floats; `threads` 0: OpenVINO's choice."""
+    """Return a function that runs the file with OpenVINO on the CPU in float32; `threads=0` lets OpenVINO choose."""
     return _compiled(path, threads)
 
 
@@ -70,7 +70,7 @@ def _compiled(model: Any, threads: int) -> Run:
 
 
 def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[str, np.ndarray]]]:
-    """The file as a function that gives its outputs, and the routing weights by router."""
+    """Return a function that runs the file and returns its outputs and the routing weights by router."""
     model = _core().read_model(path)
     number, routers = len(model.outputs), _routers(model)
     model.add_outputs(routers)
@@ -84,7 +84,7 @@ def observer(path: Path) -> Callable[[np.ndarray], tuple[list[np.ndarray], dict[
 
 
 def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write the float file `source` in 8 bits, calibrated with `batches`, by NNCF."""
+    """Quantise the float32 file `source` to the int8 file `target` with NNCF, calibrated on `batches`."""
     import nncf
     import openvino
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -106,10 +106,10 @@ def quantise(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
             ignored_scope=nncf.IgnoredScope(
                 names=sorted(kept),
                 patterns=[f"{re.escape(name)}/.*" for name in routers],
-                types=sorted(kinds),  # by default sums, averages and normalisations are rounded, too
+                types=sorted(kinds),  # by default, sums, averages and normalisations are quantised too
                 validate=False,
             ),
-            # By default the mean of the images' ranges: it clips half of them, which moves averages and so routing.
+            # The default, the mean of the images' ranges, clips half of them, which shifts averages and so routing.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
                 overflow_fix=nncf.OverflowFix.ENABLE,  # CPUs without VNNI add two products in 16 bits
@@ -134,15 +134,15 @@ def _products(model: Any) -> list[Any]:
 
 
 def _mixes(op: Any, routers: set[str]) -> bool:
-    """Is it a product that mixes kernels? One that mixes biases is not reshaped."""
+    """Return whether `op` is a product that mixes kernels; one that mixes biases is not reshaped."""
     users = [user.get_node().get_type_name() for user in op.output(0).get_target_inputs()]
     return bool(op.input_value(0).get_names() & routers) and users == ["Reshape"]
 
 
 def _store_experts_in_8_bits(mixing: Any) -> None:
-    """Replace the experts (E, out * in * kh * kw) of a product by whole numbers and a scale for each expert and output.
+    """Store the experts (E, out * in * kh * kw) of a product as int8, with a scale per expert and output channel.
 
-    NNCF would scale each column of this matrix, which is one weight of the kernel: as many scales as a quarter of the
+    NNCF would store a scale per column of this matrix, which is one weight of the kernel: a quarter as many scales as
     weights.
     """
     from openvino import opset13 as ops
@@ -164,7 +164,7 @@ def _store_experts_in_8_bits(mixing: Any) -> None:
 
 
 def _stays_float(op: Any, routers: set[str]) -> bool:
-    """Is it mixing, a depthwise convolution, a product of two computed matrices, or the convolution of the image?"""
+    """Return whether `op` mixes experts, is depthwise, multiplies computed matrices, or convolves the input image."""
     computed = op.input_value(1).get_node().get_type_name() == "Reshape"
     source = op.input_value(0)
     return (

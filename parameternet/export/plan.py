@@ -1,4 +1,4 @@
-"""What is to be written: form, batch, size; and what every writer needs for it."""
+"""Define the plan of an export (form, batch, size), and helpers for the writers."""
 
 import contextlib
 import io
@@ -18,9 +18,10 @@ __all__ = ["Plan", "quiet", "simple_padding"]
 
 @dataclass(frozen=True)
 class Plan:
-    """`batch` None: free. `size` is (channels, height, width); with `dynamic_size` the latter two are only examples.
+    """The settings of an export.
 
-    With `int8` the file is made to be quantised: whatever the batch, with operators that suit 8 bits.
+    `batch` is None if it is free. `size` is (channels, height, width); with `dynamic_size`, height and width are only
+    examples. With `int8`, the file is written for quantisation: with operators that suit int8, whatever the batch.
     """
 
     form: str
@@ -32,7 +33,7 @@ class Plan:
     int8: bool = False
 
     def dynamic_dims(self, batch: int | None) -> dict[int, Any]:
-        """Free dimensions of the input as torch.export wants them, where `batch` (None: free) may differ from ours."""
+        """Return the input's free dimensions for torch.export; `batch` (None: free) may differ from the plan's."""
         dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1)}
         if self.dynamic_size:
             dims |= {2: torch.export.Dim("height", min=1), 3: torch.export.Dim("width", min=1)}
@@ -44,7 +45,7 @@ _one_at_a_time = threading.Lock()
 
 @contextlib.contextmanager
 def simple_padding() -> Iterator[None]:
-    """Let timm's layers with SAME padding compute it by our `same_padding`, which torch.export can follow."""
+    """Make timm's layers with SAME padding use our `same_padding`, which torch.export can trace."""
     from timm.layers import padding
 
     with _one_at_a_time:
@@ -58,7 +59,7 @@ def simple_padding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters talk while they work; what matters of it they raise."""
+    """Suppress the prints, warnings and logs of exporters, which raise exceptions for anything important."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

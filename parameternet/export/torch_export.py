@@ -1,4 +1,4 @@
-"""torch.export, for PyTorch's own ahead-of-time compilers, ExecuTorch, and PyTorch without this package."""
+"""Export with torch.export, for PyTorch's ahead-of-time compilers, ExecuTorch, and PyTorch without this package."""
 
 import json
 from pathlib import Path
@@ -19,29 +19,29 @@ SUFFIX = ".pt2"
 
 @torch.no_grad()
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, as an exported program."""
+    """Write `model` as an exported program, modifying `model` in place."""
     model = forms.write_for_torch(model, plan)
-    # A free dimension of 1 would be taken for a fixed one.
+    # torch.export would treat a free dimension of size 1 as fixed.
     x = torch.zeros(plan.batch or 2, *plan.size)
     dims = plan.dynamic_dims(plan.batch)
     if plan.dynamic_size and hasattr(torch.export.Dim, "DYNAMIC"):
-        # Kernels without padding need a smallest size, which torch works out only for dimensions without a name.
+        # Kernels without padding require a minimum size, which torch infers only for unnamed dimensions.
         dims |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with quiet(), simple_padding():
         program = torch.export.export(
             model,
             (x,),
             dynamic_shapes=(dims,) if dims else None,
-            # What free sizes must fulfil is asserted by the program, where it cannot be proved here.
+            # Constraints on free sizes that cannot be proved here become assertions in the program.
             prefer_deferred_runtime_asserts_over_guards=plan.dynamic_size,
         )
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # it holds the folders of this machine
+            node.meta.pop("stack_trace", None)  # it contains local paths
         torch.export.save(program, path, extra_files={FILE_NAME: json.dumps(plan.facts)})
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts in an exported program."""
+    """Return the metadata of an exported program."""
     found = {FILE_NAME: ""}
     with quiet():
         torch.export.load(path, extra_files=found)
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def runner(path: Path) -> Run:
-    """The file as a function of arrays, on the CPU."""
+    """Return a function that runs the file on the CPU."""
     with quiet():
         model = torch.export.load(path).module()
 

@@ -1,4 +1,4 @@
-"""TorchScript, for PyTorch's C++ and mobile runtimes: a frozen trace."""
+"""Export to TorchScript, for PyTorch's C++ and mobile runtimes: a frozen trace."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ SUFFIX = ".torchscript"
 
 @torch.no_grad()
 def write(model: nn.Module, path: Path, plan: Plan) -> None:
-    """Write `model`, which is changed, as TorchScript."""
+    """Write `model` as TorchScript, modifying `model` in place."""
     model = _Flat(forms.write_for_torch(model, plan))
     with quiet():
         traced = torch.jit.trace(model.eval(), torch.zeros(plan.batch or 2, *plan.size), check_trace=False)
@@ -28,7 +28,7 @@ def write(model: nn.Module, path: Path, plan: Plan) -> None:
 
 
 class _Flat(nn.Module):
-    """A network whose outputs are a tensor or a tuple of tensors: traces take no other nesting."""
+    """A wrapper that returns a tensor or a tuple of tensors, since traces support no other nesting."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Flat(nn.Module):
 
 
 def _drop_source_lines(path: Path) -> None:
-    """Take out of an archive which line of which file on this machine each operation came from."""
+    """Remove from an archive the local source file and line of each operation."""
     reader = torch._C.PyTorchFileReader(str(path))
     records = {name: reader.get_record(name) for name in reader.get_all_records()}
     del reader
@@ -54,7 +54,7 @@ def _drop_source_lines(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The facts in a TorchScript file."""
+    """Return the metadata of a TorchScript file."""
     found = {FILE_NAME: ""}
     with quiet():
         torch.jit.load(str(path), map_location="cpu", _extra_files=found)
@@ -62,13 +62,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def runner(path: Path) -> Run:
-    """The file as a function of arrays, on the CPU."""
+    """Return a function that runs the file on the CPU."""
     with quiet():
         model = torch.jit.load(str(path), map_location="cpu")
 
     @torch.no_grad()
     def run(x):
-        # Compiling for each new shape takes longer than all the checks.
+        # Recompiling for each new shape takes longer than all the checks.
         with torch.jit.optimized_execution(False):
             return [y.numpy() for y in as_list(model(torch.from_numpy(x)))]
 

@@ -31,8 +31,8 @@ __all__ = [
     "public_config",
 ]
 
-# timm's arguments that say where weights come from and how to load them. A config that came with weights must not set
-# them, or unverified files could replace the verified ones.
+# Arguments of timm that control where weights come from and how they are loaded. A config that came with weights must
+# not set them, or unverified files could replace the verified ones.
 LOADING = {
     name
     for function in (timm.create_model, build_model_with_cfg)
@@ -75,11 +75,11 @@ def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:
         config: `architecture`, `pretrained_cfg` and optionally `model_args`, `num_classes`, `label_names` and
             `label_descriptions`; the last three are copied to the network's `pretrained_cfg`. Locations of weights in
             it are ignored.
-        source: Where the weights are, as `weights.resolve` reads it: `state_dict=` verified tensors, `file=`,
-            `source=` and `hf_hub_id=`, or `tag=`.
+        source: Location of the weights, as for `weights.resolve`: `state_dict=` verified tensors, `file=`, `source=`
+            and `hf_hub_id=`, or `tag=`.
 
     Raises:
-        WeightsDamaged: the config's network is not registered, or it sets something that is no argument of a network.
+        WeightsDamaged: the config's network is not registered, or the config sets arguments that are not a network's.
     """
     architecture = config["architecture"]
     kept = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if config.get(key)}
@@ -99,7 +99,7 @@ def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
     """Build a config's network in evaluation mode on the meta device, without allocating memory.
 
     Raises:
-        WeightsDamaged: as `model_arguments`, or the network cannot be built with these arguments.
+        WeightsDamaged: as for `model_arguments`, or the network cannot be built with these arguments.
     """
     arguments = model_arguments(config)
     with buildable(config, "the config"), torch.device("meta"):
@@ -108,12 +108,12 @@ def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def buildable(config: Mapping[str, Any], what: str) -> Iterator[None]:
-    """Turn any error of building a network from an untrusted config into `WeightsDamaged`."""
+    """Convert any error raised while building a network from an untrusted config to `WeightsDamaged`."""
     try:
         yield
     except (weights.WeightsError, OSError, ImportError):
         raise
-    except Exception as error:  # networks do not check their arguments
+    except Exception as error:  # networks do not validate their arguments
         arguments = printable(repr(model_arguments(config)))
         raise weights.WeightsDamaged(
             f"{what} cannot be used: {config['architecture']} with {arguments[:80]}{'…' * (len(arguments) > 80)} "
@@ -137,8 +137,8 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     foreign = sorted(LOADING & set(arguments))
     if foreign:
         raise weights.WeightsDamaged(
-            f"config.json asks for {', '.join(foreign)} in model_args, which are not arguments of a network: its "
-            "weights come only from the file next to it. Remove them from config.json"
+            f"config.json sets {', '.join(foreign)} in model_args, but the weights may only come from the file next to "
+            "it. Remove these arguments from config.json"
         )
     # The architecture's default may differ from the checkpoint's number of classes.
     classes = config.get("num_classes", config["pretrained_cfg"].get("num_classes", 1000))
@@ -150,7 +150,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     source = arguments.get("source")
     if config.get("architecture") == "dynamic_timm" and source is not None and not _is_registered(source):
         raise weights.WeightsDamaged(
-            f"config.json asks for the network {printable(str(source))!r} in model_args.source: expected one of "
+            f"config.json sets model_args.source to the unknown network {printable(str(source))!r}: expected one of "
             "timm.list_models()"
         )
     return {"num_classes": classes, **arguments}
@@ -199,7 +199,7 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
 def _routing_norm(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
     """Return `routing_norm` if the routers of `model` differ from its config's, as with weights of 0.1.0.
 
-    Our loaders switch routers by their weights. transformers compares shapes, so the config must name the kind.
+    Our loaders adapt routers to their weights, but transformers compares shapes, so the config must name the norm.
     """
     norms, default = (
         {m.norm for m in net.modules() if isinstance(m, Router)} for net in (model, build_on_meta(config))

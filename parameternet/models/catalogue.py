@@ -1,4 +1,4 @@
-"""Available checkpoints and their configs: recorded ones, and timm's weights upcycled."""
+"""Available checkpoints and their configs: recorded ones, and upcycled timm weights."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def upcycled() -> list[str]:
 
 
 def checkpoints() -> list[str]:
-    """Return every checkpoint, `architecture.tag`."""
+    """Return the name of every checkpoint, `architecture.tag`."""
     return sorted({*weights.known(), *upcycled()})
 
 
@@ -38,11 +38,11 @@ def checkpoint(architecture: str) -> str | None:
 
 
 def config(name: str) -> dict[str, Any]:
-    """Return the config.json of a checkpoint; for an upcycled one it is built, with the dense network's accuracy.
+    """Return the config.json of a checkpoint; for an upcycled one, build it, with the dense network's accuracy.
 
     Raises:
         UnknownWeights: the checkpoint does not exist.
-        WeightsNotFound, WeightsDamaged: as `weights.config`.
+        WeightsNotFound, WeightsDamaged: as for `weights.config`.
     """
     if name in weights.known():
         return weights.config(name)

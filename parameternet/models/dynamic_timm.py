@@ -1,8 +1,8 @@
 """timm's networks with dynamic convolutions in the same places as in the released ParameterNet.
 
 timm builds the network, which is then upcycled: pointwise and depthwise convolutions of the body become dynamic; stem,
-head and squeeze-and-excitation stay dense. The upcycled network has the outputs of the dense one, so the tags
-`in1k_upcycled` read timm's dense checkpoints, and their accuracies hold.
+head and squeeze-and-excitation stay dense. The upcycled network has the same outputs as the dense one, so the
+`in1k_upcycled` tags load timm's dense checkpoints and keep their accuracy.
 """
 
 import sys
@@ -69,7 +69,7 @@ def _become_plain(module: nn.Module) -> None:
             module.conv_dw = module.bn_dw = None
 
 
-# The attention of GhostNetV2 and V3 is a gate like squeeze-and-excitation, and stays dense like it.
+# The attention of GhostNetV2 and V3 is a gate like squeeze-and-excitation, so it stays dense too.
 GATE = ("*.short_conv.*",)
 
 SOURCES = {
@@ -159,7 +159,7 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
 
 
 def _as_dynamic(state_dict: dict[str, Tensor], model: nn.Module, source: Source) -> dict[str, Tensor]:
-    """Convert a state dict of the dense or the dynamic network to the dynamic network."""
+    """Convert a state dict of the dense or the dynamic network for the dynamic `model`."""
     state_dict = renamed(state_dict, model, source)
     return state_dict if _is_dynamic(state_dict) else upcycle_state_dict(state_dict, model)
 
@@ -198,7 +198,7 @@ def _is_dynamic(state_dict: dict[str, Tensor]) -> bool:
 
 
 def by_order(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Rename the tensors of the Lite networks' packages to timm's names; only the names differ, not the order."""
+    """Rename the tensors in the Lite networks' packages to timm's names; their order is the same."""
     if "_conv_stem.weight" not in state_dict:
         return state_dict
     with torch.device("meta"):

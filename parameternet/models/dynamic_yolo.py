@@ -1,8 +1,8 @@
-"""YOLOv8's backbones with dynamic convolutions, as classifiers and as timm's feature extractors.
+"""YOLOv8 backbones with dynamic convolutions, as classifiers and as timm feature extractors.
 
-The networks that `parameternet.yolo` builds for `yolov8n-dynamicconv.yaml` and so on, but without Ultralytics. Rows 0
-to 9 are modules `model.0` to `model.9` in both, so a classifier trained here initialises the backbone of a detector.
-The rows, the widths and the depths are YOLOv8's (Jocher et al., 2023); the code is ours.
+These are the networks that `parameternet.yolo` builds for `yolov8n-dynamicconv.yaml` and so on, but without
+Ultralytics. Rows 0 to 9 are modules `model.0` to `model.9` in both, so a classifier trained here can initialise the
+backbone of a detector. The rows, the widths and the depths are YOLOv8's (Jocher et al., 2023); the code is ours.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ __all__ = ["YoloBackbone"]
 
 
 class Scale(NamedTuple):
-    """Factors of repeats and widths, and the largest width before the factor."""
+    """Multipliers for depth and width, and the largest width before multiplication."""
 
     depth: float
     width: float
@@ -93,7 +93,7 @@ class C2f(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Concatenate a map with its maxima over growing neighbourhoods."""
+    """Concatenate a feature map with its max-pooled versions over growing windows."""
 
     def __init__(self, c1: int, c2: int, k: int = 5, device=None, dtype=None) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class YoloBackbone(nn.Module):
     """Rows 0 to 9 of YOLOv8 and a linear classifier. Input (B, in_chans, H, W) -> logits (B, num_classes).
 
     Args:
-        scale: Factors of depth and width.
+        scale: Multipliers for depth and width.
         kind: Which layers are dynamic: 'dynamicconv' (all strided convolutions but the first, without norm and
             activation), 'c2f_dynamicconv' (the second convolution of each bottleneck) or 'c2f_ghost_dynamicconv' (Ghost
             modules instead of bottlenecks).

@@ -1,4 +1,4 @@
-"""Load a model by name or path: for every command, recipe field and Python call.
+"""Load a model by name or path, in the same way for every command, recipe field and Python call.
 
 >>> load("parameternet_50m.tin200").config["num_classes"]
 200
@@ -82,7 +82,9 @@ class LoadedModel(NamedTuple):
 
 
 def parse_source(text: str | Path | Source) -> Source:
-    """Find what `text` names. Names with weights take precedence over folders and files; `./NAME` is always a path.
+    """Return the location of the model that `text` names.
+
+    Names with weights take precedence over folders and files; `./NAME` is always a path.
 
     Args:
         text: A checkpoint `architecture.tag`, of this package or of timm; an architecture (its first checkpoint); a run
@@ -90,9 +92,9 @@ def parse_source(text: str | Path | Source) -> Source:
             `hf-hub:ORG/NAME[@REV]`. A `Path` is always a path.
 
     Raises:
-        UnknownWeights: no such name; the message lists what was tried and the closest names.
+        UnknownWeights: no such name; the message suggests the closest names.
         WeightsNotFound: no such file, or a folder without weights.
-        WeightsError: a file of another format.
+        WeightsError: a file in another format.
     """
     if isinstance(text, Source):
         return text
@@ -108,7 +110,7 @@ def parse_source(text: str | Path | Source) -> Source:
 
 def _repository(text: str, name: str) -> Source:
     if name.partition("@")[0].count("/") != 1:
-        raise weights.WeightsNotFound(f"a repository of the Hub reads hf-hub:ORG/NAME[@REV], got {printable(text)}")
+        raise weights.WeightsNotFound(f"a Hub repository must be given as hf-hub:ORG/NAME[@REV], got {printable(text)}")
     return Source(text, "hub", name)
 
 
@@ -141,33 +143,33 @@ def _place(text: str, path: Path) -> Source:
     for name in (BEST, weights.FILE_NAME):
         if (path / name).is_file():
             return Source(text, "file", str(path), path / name)
-    weights.read_config(path / weights.CONFIG_NAME)  # for an empty folder, say that first
+    weights.read_config(path / weights.CONFIG_NAME)  # for an empty folder, report the missing config first
     raise weights.no_weights_in(path)
 
 
 def _nowhere(text: str, path: Path) -> weights.WeightsNotFound:
     shown = printable(text)
     if address := address_error(text):
-        return weights.WeightsNotFound(f"{address}; a repository of the Hub is hf-hub:ORG/NAME")
+        return weights.WeightsNotFound(f"{address}; for a Hub repository, use hf-hub:ORG/NAME")
     if text.startswith("local-dir:") or path.name != text or path.suffix == ".safetensors":
         what = "file" if path.suffix == ".safetensors" else "folder or file"
         return weights.WeightsNotFound(
-            f"no weights at {printable(str(path))}: no such {what}. {shown!r} is neither a folder, nor a file, nor a "
-            f"registered name; a model is {KINDS}"
+            f"no weights at {printable(str(path))}: no such {what}. {shown!r} is not a folder, a file or a registered "
+            f"name; use {KINDS}"
         )
     names = [*catalogue.checkpoints(), *timm.list_models()]
     near = difflib.get_close_matches(text, names, n=2) or difflib.get_close_matches(text.partition(".")[0], names, n=2)
     return weights.UnknownWeights(
-        f"{shown!r} is neither a folder, nor a file, nor the name of a model, and no weights are recorded for {shown}"
+        f"{shown!r} is not a folder, a file or the name of a model, and no weights are recorded for {shown}"
         + (f"; closest: {', '.join(near)}" if near else "")
-        + f". A model is {KINDS}; `parameternet list` shows the names"
+        + f". Use {KINDS}; `parameternet list` shows the names"
     )
 
 
 def _other_format(path: Path) -> str:
     return (
-        f"{printable(str(path))} is not a .safetensors file, and no other kind is read: it could run code. "
-        f"If it is a checkpoint of PyTorch, {weights.conversion(path)}"
+        f"{printable(str(path))} is not a .safetensors file; other formats are rejected because they can run code. "
+        f"If it is a PyTorch checkpoint, {weights.conversion(path)}"
     )
 
 
@@ -181,7 +183,7 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
 
     Args:
         source: As for `parse_source`.
-        dense: Accept timm's own networks too, not only those of this package.
+        dense: Also accept timm's own networks, not only those of this package.
         architecture: timm's name of the network, for a file that has no config.
 
     Returns:
@@ -189,9 +191,9 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
         that `weights.save` writes to the header.
 
     Raises:
-        UnknownWeights, WeightsNotFound: no such model; the message lists what was tried.
+        UnknownWeights, WeightsNotFound: no such model; the message lists the accepted kinds of models.
         WeightsDamaged: weights or config are invalid, or contradict each other.
-        ValueError: a timm network, and `dense` is False.
+        ValueError: the weights are of a timm network, and `dense` is False.
     """
     source = parse_source(source)
     if not dense:
@@ -199,7 +201,7 @@ def load(source: str | Path | Source, *, dense: bool = False, architecture: str 
     tensors, words, verified = _read(source)
     config = _config(source, words, tensors, architecture)
     if not dense and not catalogue.is_ours(config["architecture"]):
-        raise ValueError(f"{printable(config['architecture'])} is no network of this package: use timm for it")
+        raise ValueError(f"{printable(config['architecture'])} is not a network of this package: use timm instead")
     tensors = _under_timms_names(source, tensors)
     with buildable(config, f"the config or the weights of {printable(source.text)}"):
         return LoadedModel(build_from_config(config, state_dict=tensors).eval(), config, verified)
@@ -213,18 +215,18 @@ def refuse_dense(source: Source) -> None:
     """
     if source.kind == "dense":
         raise weights.UnknownWeights(
-            f"no weights are recorded for {source.name} in this package: it is a dense network of timm. "
-            f"`parameternet upcycle {source.name} -o DIR` makes a dynamic one of it"
+            f"no weights are recorded for {source.name} in this package: it is a dense timm network. "
+            f"`parameternet upcycle {source.name} -o DIR` converts it to a dynamic one"
         )
 
 
 def weights_file(source: Source) -> tuple[Path, tuple[str, ...]]:
     """Return the weights file of a source, downloaded if necessary, and the SHA-256 digests accepted for it, if known.
 
-    Read it with `weights.read_all`, which checks both.
+    Pass both to `weights.read_all`, which verifies the file.
 
     Raises:
-        UnknownWeights, WeightsNotFound: as `load`.
+        UnknownWeights, WeightsNotFound: as for `load`.
     """
     return weights.locate(_location(source))
 
@@ -233,19 +235,19 @@ def read_tensors(source: str | Path | Source) -> dict[str, Tensor]:
     """Return the verified tensors of a model, with timm's names.
 
     Raises:
-        UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
+        UnknownWeights, WeightsNotFound, WeightsDamaged: as for `load`.
     """
     source = parse_source(source)
     return _under_timms_names(source, _read(source)[0])
 
 
 def read_config(source: str | Path | Source) -> dict[str, Any]:
-    """Return the config of a model in timm's Hub layout, without building it; the weights of a file are verified.
+    """Return the config of a model in timm's Hub layout, without building it; a local weights file is verified.
 
     A file's own metadata takes precedence over the config.json next to it.
 
     Raises:
-        UnknownWeights, WeightsNotFound, WeightsDamaged: as `load`.
+        UnknownWeights, WeightsNotFound, WeightsDamaged: as for `load`.
     """
     source = parse_source(source)
     words = weights.read_all(source.path)[1] if source.kind == "file" else {}
@@ -260,7 +262,7 @@ def _read(source: Source) -> tuple[dict[str, Tensor], dict[str, str], bool]:
 
 
 def _under_timms_names(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a package to timm's names; for an upcycled checkpoint, those of the dense network."""
+    """Rename a package's tensors to timm's names; for an upcycled checkpoint, to the names of the dense network."""
     upcycled = dynamic_timm.SOURCES.get(source.architecture or "")
     architecture = upcycled.name if upcycled else source.architecture
     return dynamic_timm.by_order(tensors, architecture) if architecture else tensors
@@ -305,13 +307,13 @@ def _config(
         _check_agree(own, separate, header, place)
     config = own or separate
     if named and config:
-        _check_agree({**config, "architecture": named}, config, "the architecture that was given", header)
+        _check_agree({**config, "architecture": named}, config, "the given arguments", header)
     if named and not config:
         return _of_architecture(source, named, tensors or {})
     if config is None:
         raise weights.WeightsNotFound(
-            f"{source.path} does not say which network it is of: {weights.CONFIG_NAME} must be next to it, there is no "
-            f"{place}, and its header holds no config. For upcycle, --architecture names one of timm.list_models()"
+            f"{source.path} does not say which network it is for: its header has no config, and there is no {place}. "
+            f"Put {weights.CONFIG_NAME} next to it, or for upcycle pass --architecture, one of timm.list_models()"
         )
     return config
 
@@ -337,7 +339,7 @@ def _check_agree(own: dict[str, Any], separate: dict[str, Any], header: str, pla
         one, other = get(own), get(separate)
         if one is not None and other is not None and one != other:
             raise weights.WeightsDamaged(
-                f"{key} is {_short(one)} in {header}, but {_short(other)} in {place}: they are of different models. "
+                f"{key} is {_short(one)} in {header}, but {_short(other)} in {place}: they describe different models. "
                 "Remove the one that is wrong"
             )
 
@@ -353,7 +355,7 @@ def _of_timm(name: str) -> dict[str, Any]:
     cfg = timm.get_pretrained_cfg(name)
     cfg = cfg.to_dict() if cfg else {}
     if not catalogue.is_ours(architecture) and not cfg.get("hf_hub_id"):
-        raise weights.WeightsNotFound(f"timm has no weights of {name} on the Hub; give a file or a folder of your own")
+        raise weights.WeightsNotFound(f"timm has no weights for {name} on the Hub; give your own file or folder")
     config = {"architecture": architecture, "pretrained_cfg": {**cfg, "url": ""}}
     if "num_classes" in cfg:
         config["num_classes"] = cfg["num_classes"]
@@ -364,7 +366,7 @@ def _of_timm(name: str) -> dict[str, Any]:
 def _of_architecture(source: Source, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a config for a file without one, for the architecture named by the caller."""
     if not timm.is_model(name):
-        raise ValueError(f"{source.path} does not say which network it is of, and timm knows no {name!r}")
+        raise ValueError(f"{source.path} does not say which network it is for, and timm has no model {name!r}")
     cfg = timm.get_pretrained_cfg(name)
     cfg = cfg.to_dict() if cfg else {}
     classifier = f"{cfg.get('classifier')}.weight"

@@ -5,9 +5,9 @@ Released code: huawei-noah/Efficient-AI-Backbones, parameternet_pytorch (Apache-
 of that file. The 300M network was never published; ours is a reconstruction from the parameter counts in the paper's
 tables. The smaller networks are our own.
 
-Intended differences from the released file, with the same outputs in eval mode: stochastic depth grows per block, not
-per stage; features are taken from the last block of each resolution; `forward_features` excludes pooling and the head;
-timm's arguments and methods work.
+Intentional differences from the released file, with the same outputs in eval mode: stochastic depth grows per block,
+not per stage; features are taken from the last block of each resolution; `forward_features` excludes pooling and the
+head; timm's arguments and methods work.
 """
 
 from functools import partial
@@ -77,8 +77,8 @@ class ParameterNet(nn.Module):
     """GhostNet body with dynamic convolutions. Input (B, in_chans, H, W) -> logits (B, num_classes).
 
     Args:
-        stages: Block table, as above.
-        width: Factor of all widths, which are rounded to multiples of 4.
+        stages: Block table, in the format of `GHOSTNET_STAGES`.
+        width: Multiplier for all widths, which are rounded to multiples of 4.
         num_experts: Kernels that each dynamic convolution mixes.
         routing, routing_hidden, temperature, routing_norm: As in DynamicConv.
         dynamic: False builds the static baseline, with one kernel per convolution.
@@ -167,7 +167,7 @@ class ParameterNet(nn.Module):
             dilate(self, output_stride)
 
     def _init_weights(self) -> None:
-        """Start residual branches at zero and the head at unit gain; keep torch's initialisation elsewhere.
+        """Initialise residual branches at zero and the head at unit gain; keep torch's initialisation elsewhere.
 
         With torch's initialisation, the network learned almost nothing from the first thousands of images of a short
         run on Tiny-ImageNet.
@@ -283,7 +283,7 @@ class ParameterNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# The released file's names -> ours; our first checkpoints used its stem's names too. Squeeze-and-excitation is timm's.
+# Names in the released file -> ours; our first checkpoints used its stem names too. Squeeze-and-excitation is timm's.
 _RENAMED = {"cond_conv.": "", "se.conv_reduce.": "se.fc1.", "se.conv_expand.": "se.fc2."}
 _STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 
@@ -291,8 +291,8 @@ _STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert a state dict of the released code or of this package for `model` and its input channels.
 
-    The released code stores the experts of a convolution as a matrix with one row per expert, whose elements have the
-    order of our (experts * out, in / groups, kh, kw).
+    The released code stores the experts of a convolution as a matrix with one row per expert, whose elements are in the
+    same order as our (experts * out, in / groups, kh, kw).
     """
     state_dict = state_dict.get("state_dict", state_dict)
     own = model.state_dict()
@@ -314,7 +314,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
-    """Adapt the first router to other input channels, as timm adapts the first kernel."""
+    """Adapt the first router to a different number of input channels, as timm does with the first kernel."""
     reader = "stem.conv.routing.hidden.weight"
     reader = reader if reader in state_dict else "stem.conv.routing.weight"
     if reader not in state_dict:

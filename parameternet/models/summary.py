@@ -1,6 +1,6 @@
-"""Facts about models as plain data, for `parameternet list` and `parameternet info`.
+"""Describe models as plain data, for `parameternet list` and `parameternet info`.
 
-Networks are built on the meta device, so that no weights are loaded.
+Networks are built on the meta device, so no weights are loaded.
 """
 
 import difflib
@@ -27,7 +27,7 @@ def find_names(pattern: str = "*") -> list[str]:
     """Return every checkpoint, and every architecture without one, whose name matches or contains `pattern`.
 
     Raises:
-        UnknownWeights: No name does; the message has the closest names.
+        UnknownWeights: No name matches; the message has the closest names.
     """
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     known = catalogue.checkpoints()
@@ -48,7 +48,7 @@ def registered(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, everything, n=3, cutoff=0.5)
     hint = f"; closest: {', '.join(near)}" if near else ""
-    raise weights.UnknownWeights(f"no network {name!r}{hint}. All of them: parameternet list")
+    raise weights.UnknownWeights(f"no network {name!r}{hint}. `parameternet list` shows all names")
 
 
 def summarise(name: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def describe(text: str) -> dict[str, Any]:
         text: As for `loading.parse_source`; an architecture alone is described as registered, without a checkpoint.
 
     Raises:
-        UnknownWeights, WeightsNotFound, WeightsDamaged: As `loading.load`.
+        UnknownWeights, WeightsNotFound, WeightsDamaged: As for `loading.load`.
     """
     source = _source(text)
     config = _config(source)

@@ -1,4 +1,4 @@
-"""Convert a dense checkpoint from any source to a dynamic one, as a folder in the Hub's layout."""
+"""Convert a dense checkpoint from any source to a dynamic one, as a folder in the Hub layout."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def upcycle_checkpoint(
     Args:
         source: As for `loading.parse_source`, including timm models.
         architecture: timm's name of the network, for a file that has no config.
-        folder: model.safetensors and config.json go there.
+        folder: Where to write model.safetensors and config.json.
         overwrite: Replace an existing checkpoint in `folder`.
         options: As in `upcycle`.
 
@@ -39,7 +39,7 @@ def upcycle_checkpoint(
         The dynamic network with its `upcycling`, and a comparison with the dense one; outputs are compared on noise.
 
     Raises:
-        FileExistsError: `folder` holds a checkpoint.
+        FileExistsError: `folder` already holds a checkpoint.
         ValueError: `folder` cannot be written.
     """
     folder = Path(folder)
@@ -62,12 +62,12 @@ def upcycle_checkpoint(
 def save_upcycled(
     model: nn.Module, folder: str | Path, upcycled_from: str, model_args: Mapping[str, Any] | None = None
 ) -> None:
-    """Write an upcycled network of timm in the Hub's layout, with the recipe that builds it again.
+    """Write an upcycled timm network in the Hub layout, with the recipe that rebuilds it.
 
     Args:
         model: A network that `upcycle` returned; its `pretrained_cfg` names timm's architecture.
         folder: Created if it does not exist.
-        upcycled_from: Origin of the dense weights, in words, for the config.
+        upcycled_from: Origin of the dense weights, as text for the config.
         model_args: Further arguments that the dense network was built with; older releases of timm do not record them.
     """
     folder = Path(folder)
@@ -83,14 +83,14 @@ def save_upcycled(
         upcycled_from=upcycled_from,
     )
     with files.lock(folder / ".lock", str(folder)):  # do not mix the weights and config of two writers
-        # Weights are not usable without a config, so a process killed in between leaves no mixture.
+        # Weights are not usable without a config, so a process killed in between cannot leave a mismatched pair.
         (folder / weights.CONFIG_NAME).unlink(missing_ok=True)
         weights.save(model.state_dict(), folder / weights.FILE_NAME, {"upcycled_from": upcycled_from})
         files.write_json(folder / weights.CONFIG_NAME, config)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a config that hold for the upcycled weights, without the location of the dense ones."""
+    """Return the parts of a config that apply to the upcycled weights, without the location of the dense ones."""
     gone = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
     kept = {key: value for key, value in cfg.items() if value is not None and key not in gone}
     return {**kept, "architecture": "dynamic_timm", "tag": "upcycled"}

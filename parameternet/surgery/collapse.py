@@ -1,4 +1,4 @@
-"""`collapse`: turn dynamic convolutions with almost constant routing into static ones."""
+"""Turn dynamic convolutions with almost constant routing into static ones."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -56,7 +56,7 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
         A `Variation` for every layer that was called.
 
     Raises:
-        ValueError: No dynamic layer, or none that an image reached.
+        ValueError: The network has no dynamic layer, or no image reached one.
     """
     convs = dynamic_layers(model)
     batches = iter(data)
@@ -69,7 +69,7 @@ def measure_routing(model: nn.Module, data: Iterable[Tensor]) -> list[Variation]
             model(_images(batch).to(device))
     samples = {name: rows for name, calls in recording.calls.items() if calls and len(rows := recording.samples(name))}
     if not samples:
-        raise ValueError(f"no image reached {', '.join([*convs][:5])}: data must hold at least one batch")
+        raise ValueError(f"no image reached {', '.join([*convs][:5])}: data must contain at least one batch")
     without_router = {name for name, conv in convs.items() if conv.routing is None}
     from_caller = recording.from_caller | without_router | _router_called(convs, seen)
     return [_variation(name, convs[name], rows, name in from_caller, left.get(name)) for name, rows in samples.items()]
@@ -80,7 +80,7 @@ def _images(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def _router_called(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
-    """Return layers whose router is called from elsewhere."""
+    """Return layers whose router is called from outside dynamic layers."""
     calls = seen.calls if seen else {}
     asked = {name for name, made in calls.items() if any(not call.inside & convs.keys() for call in made)}
     routers = {id(convs[owner].routing) for name in asked if (owner := _owner(name)) in convs}
@@ -92,7 +92,7 @@ def _owner(router: str) -> str | None:
 
 
 def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | None) -> dict[str, str]:
-    """Return why layers cannot become static."""
+    """Return, for each layer that cannot become static, the reason."""
     shared = set(tied(model, DynamicConv))
     elsewhere = read_elsewhere(seen)
     found = {}

@@ -13,7 +13,10 @@ __all__ = ["Comparison", "compare"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two networks, (before, after). difference: The largest difference of outputs, relative to the largest output."""
+    """A comparison of two networks, (before, after).
+
+    difference: The largest difference between outputs, relative to the largest output.
+    """
 
     parameters: tuple[int, int]
     flops: tuple[Flops, Flops]

@@ -17,18 +17,18 @@ __all__ = ["convert_condconv"]
 
 
 def convert_condconv(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Replace each of timm's CondConv2d by a DynamicConv with the same weights and outputs; faster and exportable.
+    """Replace each of timm's CondConv2d by a DynamicConv with the same weights and outputs.
 
-    Each block keeps its routing (one linear layer for its three convolutions) and passes the routing weights, so the
-    new layers have no router.
+    The network becomes faster and exportable. Each block keeps its routing (one linear layer for its three
+    convolutions) and passes the routing weights, so the new layers have no router.
 
     Args:
         model: timm's `tf_efficientnet_cc_*`, or any network with CondConv2d.
         inplace: Change `model` itself. Otherwise a copy is changed.
 
     Returns:
-        The network, with an attribute `converting`: why each CondConv2d, by name, was skipped; None if it was
-        converted.
+        The network, with an attribute `converting`, which maps the name of each CondConv2d to the reason why it was
+        skipped, or to None if it was converted.
 
     Raises:
         ValueError: There is no CondConv2d, or none that can be converted.

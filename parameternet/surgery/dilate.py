@@ -1,4 +1,4 @@
-"""`dilate`: replace the strides of the last stages by dilation, for dense prediction."""
+"""Replace the strides of the last stages by dilation, for dense prediction."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class _Sides:
 def dilate(model: nn.Module, output_stride: int) -> nn.Module:
     """Limit the reduction of a network's last feature map to `output_stride`, in place.
 
-    Strides beyond it are replaced by 1, and the layers that follow are dilated by the same factor: at every `stride`-th
+    Strides beyond it are replaced by 1, and the layers that follow are dilated by the same factor. At every `stride`-th
     position they compute the same as before, except for operations on the whole map (routers, squeeze-and-excitation,
     pooling). Parameters keep their names. Source: DeepLab, arXiv:1606.00915.
 
@@ -42,7 +42,7 @@ def dilate(model: nn.Module, output_stride: int) -> nn.Module:
         `model`, with the reductions in its `feature_info` updated.
 
     Raises:
-        ValueError: An unsupported output stride, or a network that cannot be dilated; it is not changed.
+        ValueError: The output stride is not supported, or the network cannot be dilated; it is left unchanged.
     """
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"output_stride must be one of {', '.join(map(str, OUTPUT_STRIDES))}, got {output_stride}")
@@ -101,7 +101,7 @@ def _check_features(model: nn.Module, output_stride: int) -> None:
 
 
 def _stride(side: _Sides, output_stride: int) -> int | None:
-    """Return the stride that keeps the map at `output_stride`; None if the layer's own does."""
+    """Return the stride that keeps the map at `output_stride`; None if the layer's own stride does."""
     finest = SIDE // output_stride
     if side.given >= finest or side.given == side.read or side.given <= 1:
         return None
@@ -119,7 +119,7 @@ def _widen(name: str, layer: Any, factor: int) -> None:
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"{name} pads with {layer.padding_mode}")
     layer.dilation = tuple(factor * d for d in pair(layer.dilation))
-    if not isinstance(layer.padding, str):  # which is computed on every call
+    if not isinstance(layer.padding, str):  # a string means padding that is computed on every call
         layer.padding = tuple(factor * p for p in pair(layer.padding))
 
 

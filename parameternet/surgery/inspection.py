@@ -21,7 +21,7 @@ class Inspection:
 
     stem: The first one. heads: Those with the name of a head. pooled: Those whose input is 1 x 1. tied: Those used in
     several places, or that share a weight. reads: For each one, the first convolution that reads the same tensor. odd:
-    Those that cannot be replaced because they are used in other ways than `conv(x)`, with the reason.
+    Those that cannot be replaced, because they are not only called as `conv(x)`, with the reason.
     """
 
     stem: str | None
@@ -33,7 +33,7 @@ class Inspection:
 
 
 def inspect_convs(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = None) -> Inspection:
-    """Inspect a network and the inputs of its convolutions in one observed forward pass.
+    """Inspect a network and the inputs of its convolutions in an observed forward pass.
 
     Args:
         model: Any network; it is not changed.
@@ -57,7 +57,7 @@ def inspect_convs(model: nn.Module, probe: Tensor | tuple[Any, ...] | None = Non
     reads = {name: first.setdefault(made[0].read, name) for name, made in calls.items() if len(made) == 1}
     odd = {name: why for name, made in calls.items() if (why := _odd(made))}
     odd |= read_elsewhere(seen) | read_elsewhere(trained)
-    if callable(getattr(type(model), "fuse", None)):  # which calls those of its blocks
+    if callable(getattr(type(model), "fuse", None)):  # it calls the fuse of its blocks
         odd |= dict.fromkeys(merged_weights(model, ("fuse", "fuse_convs")), "the fuse of its block merges its weight")
     if seen is None:
         odd = dict.fromkeys(names, "no forward pass could be observed: give a probe, an input of the network")
@@ -110,7 +110,7 @@ def tied(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> Iterator[str]:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """Return parameters, buffers, and tensors in plain attributes."""
+    """Return a module's parameters, buffers, and tensors in plain attributes."""
     values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
     return [value for value in values if isinstance(value, Tensor)]
 

@@ -58,10 +58,10 @@ class Call:
 class Observation:
     """Observations of a forward pass.
 
-    calls: Calls by layer, in the order of first calls. The next four have a layer's tensors (`weight`) by their use
-    outside of its own calls: used: passed to a function. shaped: their shape was read. read: read by name, for any use.
-    absent: read by name, and None. decides: Control flow depended on values of the input, so other inputs may take
-    other paths.
+    calls: Calls by layer, in the order of first calls. The next four map a layer to those of its tensors (`weight`)
+    that were used outside of its own calls. used: Passed to a function. shaped: Their shape was read. read: Read by
+    name, for any use. absent: Read by name, and None. decides: Control flow depended on values of the input, so other
+    inputs may take other paths.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -86,12 +86,12 @@ def observe(
         training: Run the copy in training mode.
         numbers: If the meta device fails, run a copy on the network's own device.
     """
-    with torch.inference_mode(False):  # whose tensors have no version counter
+    with torch.inference_mode(False):  # inference tensors have no version counter
         given = default_probe(model) if probe is None else probe
         given = given if isinstance(given, tuple) else (given,)
         try:
             return _watched(meta_copy(model).train(training), [_to_meta(x) for x in given])
-        except Exception:  # it copies and runs the network's own code, which may raise any error
+        except Exception:  # copying and running the network's own code may raise any error
             if not numbers:
                 return None
         try:
@@ -114,13 +114,13 @@ def merged_weights(model: nn.Module, methods: tuple[str, ...]) -> set[str]:
     """Return layers whose tensors are used by the given methods of enclosing modules."""
     try:
         double = meta_copy(model)
-    except Exception:  # it copies the network's own attributes, which may raise any error
+    except Exception:  # copying the network's own attributes may raise any error
         return set()
     watch = _Watch(double, [])
     for name, module in list(double.named_modules()):
         for method in methods:
             if name and callable(getattr(type(module), method, None)):
-                with suppress(Exception), watch:  # uses before the failure count
+                with suppress(Exception), watch:  # uses before an error still count
                     getattr(module, method)()
     return set(watch.seen.used)
 
@@ -237,7 +237,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy to the meta device in evaluation mode, including tensors in attributes."""
+    """Copy a network to the meta device in evaluation mode, including tensors in attributes."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

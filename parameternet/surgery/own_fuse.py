@@ -1,4 +1,4 @@
-"""Networks with their own `fuse`, which supports only static convolutions."""
+"""Support networks with their own `fuse` method, which handles only static convolutions."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class FuseDynamicFirst:
 
     Ultralytics' networks, and others that follow YOLOv5, fold the `bn` of a block into its `conv`, drop it, and then
     use the block's `forward_fuse`. Their code cannot scale the kernels of several experts. This object replaces the
-    method on the network that `upcycle` returns, and is part of its copies and checkpoints.
+    method on the network that `upcycle` returns, and is included in its copies and checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:

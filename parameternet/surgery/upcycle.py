@@ -1,4 +1,4 @@
-"""`upcycle`: convert a dense network to a dynamic one with the same outputs, for further training."""
+"""Convert a dense network to a dynamic one with the same outputs, for further training."""
 
 import fnmatch
 import math
@@ -111,11 +111,11 @@ def upcycle(
             whole numbers stay dense.
         routing, routing_hidden, routing_norm: As in DynamicConv. After fine-tuning, softmax routers chose among
             experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
-        share_routers: One router for convolutions that read the same tensor.
+        share_routers: Use one router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         redraw: Fraction of each expert's output channels to re-initialise with the mean and standard deviation of
             the dense kernel (Drop-Upcycling). The other experts compensate, so the mixture is still the dense kernel.
-        router_std: Standard deviation of the routers' weights; above 0 the function changes a little.
+        router_std: Standard deviation of the routers' weights; above 0, the outputs change a little.
         neutral_weight: Initial routing weight of each expert for sigmoid, between 0 and 1; for softmax it is 1 / E.
         seed: For noise and routers. A layer's random numbers depend only on the seed and the layer's name.
         probe: An input of the network, or a tuple of its arguments; default: an image of the size in
@@ -127,7 +127,7 @@ def upcycle(
         The network, with an attribute `upcycling`: which layers were converted, and why others were not.
 
     Raises:
-        ValueError: Invalid arguments, or no layer can be converted; the message has the reasons.
+        ValueError: Invalid arguments, or no layer to convert; the message has the reasons.
 
     Source: sparse upcycling, arXiv:2212.05055, and Drop-Upcycling, arXiv:2502.19261, applied to the experts of
     ParameterNet, arXiv:2306.14525.
@@ -143,7 +143,7 @@ def upcycle(
     done = Upcycling(num_experts, routing, routing_hidden, _led_by_converted(layers), routing_norm)
     if not done.converted:
         reasons = "; ".join(f"{layer.name}: {layer.left}" for layer in layers[:8]) or "it has no torch.nn.Conv2d"
-        raise ValueError(f"nothing in this {type(model).__name__} is to be converted ({reasons})")
+        raise ValueError(f"no layer of this {type(model).__name__} can be converted ({reasons})")
     return _convert(model, done, _Start(noise, redraw, router_std, neutral_weight, seed))
 
 
@@ -157,8 +157,8 @@ def rebuild(model: nn.Module, recipe: Mapping[str, Any], noise: float = NOISE, s
     missing = [name for name in recipe["routers"] if name not in convolutions]
     if missing:
         raise ValueError(
-            f"the recipe converts {len(recipe['routers'])} layers, of which this {type(model).__name__} has no "
-            f"convolution {', '.join(missing[:5])}: it was recorded for another network or version"
+            f"the recipe converts {len(recipe['routers'])} layers, but this {type(model).__name__} has no convolution "
+            f"{', '.join(missing[:5])}: the recipe was recorded for another network or version"
         )
     routers = recipe["routers"]
     layers = tuple(
@@ -176,11 +176,11 @@ def upcycle_state_dict(
     """Convert a dense state dict for the dynamic `model`, keeping the outputs; usable as a checkpoint filter.
 
     Kernels and biases of dynamic layers are split among the experts for the routing weights of the model's routers at a
-    zero input; the routers, which a dense checkpoint lacks, keep their values in `model`. A state dict with routers is
-    returned unchanged.
+    zero input; the routers, which a dense checkpoint does not have, keep their values in `model`. A state dict with
+    routers is returned unchanged.
 
     Args:
-        state_dict: The dense network's.
+        state_dict: State dict of the dense network.
         model: The dynamic network, with neutral routers (as after `upcycle`).
         noise, seed: As in `upcycle`.
         neutral: Make the routers neutral first, for a newly created model with random ones.
@@ -239,7 +239,7 @@ def neutral_routing_weights(router: Router) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which layers
+# Selecting layers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +271,7 @@ class _Choice:
         if not self.head and name in seen.pooled:
             return "reads a single position: squeeze-and-excitation or a head"
         if not _matches(name, self.include):
-            return f"not among {', '.join(self.include)}"
+            return f"does not match {', '.join(self.include)}"
         if _matches(name, self.exclude):
             return f"excluded by {', '.join(self.exclude)}"
         if kind_of(conv) not in self.kinds:
@@ -333,7 +333,7 @@ def kind_of(conv: nn.Conv2d) -> str:
 
 
 def _shape(conv: nn.Conv2d) -> str:
-    """1x1, 16 to 64"""
+    """Return a description such as `1x1, 16 to 64`."""
     return f"{conv.kernel_size[0]}x{conv.kernel_size[1]}, {conv.in_channels} to {conv.out_channels}"
 
 
@@ -366,7 +366,7 @@ def _check(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One layer after the other
+# Converting layers
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Samples and batch samplers: the order of images and their augmentation."""
+"""Dataset and batch samplers, which determine the order of images and their augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRAWS = 5  # attempts at a random transform
 
 
 class Key(NamedTuple):
-    """Request to a worker: image `index`, augmented for `epoch`, at `size` pixels."""
+    """A request to a worker: image `index`, augmented for `epoch`, at `size` pixels."""
 
     index: int
     epoch: int
@@ -31,8 +31,8 @@ class Images(Dataset):
 
     Args:
         source: images and labels by index.
-        transforms: one for each size.
-        seed: None if the transforms are not random.
+        transforms: the transform for each image size.
+        seed: seed of random transforms; None if they are not random.
     """
 
     def __init__(self, source: Source | Memory, transforms: dict[int, Callable], seed: int | None):
@@ -57,7 +57,7 @@ class Images(Dataset):
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    """Stack samples into uint8 images (B, 3, H, W), labels (B,), and the list of unreadable images left out."""
+    """Stack samples into uint8 images (B, 3, H, W) and labels (B,), and list the unreadable images left out."""
     good = [sample for sample in samples if not isinstance(sample, Unreadable)]
     bad = [sample for sample in samples if isinstance(sample, Unreadable)]
     if not good:
@@ -66,7 +66,7 @@ def collate(samples: list) -> tuple[Tensor, Tensor, list[Unreadable]]:
 
 
 class TrainBatches:
-    """Sample one process's part of each global batch, shuffled by (seed, epoch).
+    """Sample one process's share of each global batch, shuffled by (seed, epoch).
 
     A global batch has the same images for any number of processes. `seek` moves to any position in a run. The last,
     incomplete batch is dropped; the dropped images differ from epoch to epoch.
@@ -93,7 +93,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Sample every image once, over all processes together, for validation."""
+    """Sample every image once for validation, split among all processes."""
 
     def __init__(self, images: int, batch_size: int, size: int, rank: int = 0, world: int = 1):
         self.mine, self.batch_size, self.size = range(rank, images, world), batch_size, size

@@ -28,7 +28,7 @@ from parameternet.training.errors import CheckpointError, RecipeError, missing_m
 from parameternet.training.randomness import INIT, mix, seed_all
 from parameternet.training.recipe import Recipe
 
-# Arguments of timm's create_model that a recipe field sets, or (None) that change what it returns.
+# Arguments of timm's create_model, and the recipe field that sets each; None: the argument changes the return type.
 _OWN_FIELD = {
     "num_classes": "num_classes",
     "drop_rate": "drop_rate",
@@ -51,11 +51,11 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
 
     Args:
         num_classes: outputs of the network.
-        start: False for a run that resumes: the checkpoint has the weights, and `init` may be gone.
+        start: False when resuming: the checkpoint has the weights, and `init` may no longer exist.
 
     Raises:
-        RecipeError: timm does not have the model, or the network does not take `model_kwargs`.
-        CheckpointError: the weights of `init` do not fit.
+        RecipeError: timm does not have the model, or the network does not accept `model_kwargs`.
+        CheckpointError: the weights of `init` do not fit the network.
     """
     if not timm.is_model(r.model):
         raise RecipeError(f"model: unknown model {r.model!r}{nearest(r.model.split('.')[0], timm.list_models())}")
@@ -103,7 +103,7 @@ def _check_model_kwargs(r: Recipe) -> None:
             raise RecipeError(_unknown(r, name, known))
         if known[name] not in (None, inspect.Parameter.empty):
             raise RecipeError(
-                f"model_kwargs: {name} is null, which timm replaces by the default {known[name]!r}: remove it or set it"
+                f"model_kwargs: {name} is null, which timm replaces with the default {known[name]!r}: set or remove it"
             )
 
 
@@ -120,7 +120,7 @@ def _unbuilt(r: Recipe, error: Exception) -> str:
 
 
 def _arguments(model: str) -> dict[str, Any]:
-    """Return the arguments that a network's class takes, with their defaults."""
+    """Return the arguments that a network's class accepts, with their defaults."""
     with torch.device("meta"):
         kind = type(timm.create_model(model))
     own = ("self", "args", "kwargs", *_OWN_FIELD)
@@ -131,13 +131,13 @@ def _arguments(model: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.device, share: int) -> None:
-    """Check that `model` takes images of every size in the recipe. The model is left unchanged.
+    """Check that `model` accepts images of every size in the recipe, without changing it.
 
     Args:
         share: images per step and process.
 
     Raises:
-        RecipeError: the network does not take images of a size, does not return (B, num_classes), or cannot compute
+        RecipeError: the network does not accept images of a size, does not return (B, num_classes), or cannot compute
             batch norm on a single image.
     """
     training = model.training
@@ -150,7 +150,7 @@ def check_sizes(r: Recipe, model: nn.Module, num_classes: int, device: torch.dev
         except Exception as error:
             given = f" with model_kwargs {r.model_kwargs}" if r.model_kwargs else ""
             raise RecipeError(
-                f"{field}: {r.model}{given} does not take images of {side} x {side}: {type(error).__name__}: {error}"
+                f"{field}: {r.model}{given} does not accept images of {side} x {side}: {type(error).__name__}: {error}"
             ) from error
         if getattr(answer, "shape", None) != (1, num_classes):
             raise RecipeError(
@@ -171,10 +171,10 @@ def _check_one_image(model: nn.Module, image: Tensor) -> None:
 def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, except for a classifier of a different size.
 
-    Dense kernels are upcycled, so dynamic layers start with the same outputs (`surgery.upcycle`).
+    Dense kernels are upcycled, so dynamic layers start with the same outputs as the dense ones (`surgery.upcycle`).
 
     Raises:
-        CheckpointError: names the tensors, other than the classifier's, that do not fit.
+        CheckpointError: tensors other than the classifier's do not fit; the message names them.
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     state = upcycle_state_dict(dynamic_timm.filtered(state, model, architecture), model, neutral=True)
@@ -188,8 +188,8 @@ def load_for_finetuning(model: nn.Module, state: dict[str, Tensor], where: str |
     unknown = [name for name in kept if name not in mine]
     if unfit or unknown:
         raise CheckpointError(
-            f"{where} does not fit this {type(model).__name__}: {len(unfit)} tensors missing or of another shape "
-            f"{unfit[:3]}, {len(unknown)} unknown {unknown[:3]}; check model and model_kwargs"
+            f"{where} does not fit this {type(model).__name__}: {len(unfit)} tensors are missing or differ in shape "
+            f"{unfit[:3]}, {len(unknown)} are unknown {unknown[:3]}; check model and model_kwargs"
         )
     model.load_state_dict(kept, strict=False)
 
@@ -203,8 +203,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
     """Freeze parts of a network, and return the modules that must stay in evaluation mode.
 
     Args:
-        patterns: names of modules or parameters, or shell patterns; submodules are included. Frozen batch norms keep
-            their statistics.
+        patterns: names of modules or parameters, or shell-style patterns; submodules are included. Frozen batch norms
+            keep their statistics.
 
     Raises:
         RecipeError: a pattern matches nothing.
@@ -249,7 +249,9 @@ def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_scheduler(r: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """Create timm's schedule; None for `sched: none`. It depends only on the argument of `step_update(updates)`.
+    """Create timm's learning rate schedule; return None for `sched: none`.
+
+    The learning rate depends only on the argument of `step_update(updates)`.
 
     Raises:
         RecipeError: unknown name, or wrong arguments.
@@ -278,14 +280,14 @@ _SCHEDULES = "timm has cosine, tanh, step, multistep, poly, and none"
 
 
 def make_mixup(r: Recipe, num_classes: int) -> Mixup | None:
-    """Create timm's mixup and cutmix; None if the recipe has neither."""
+    """Create timm's `Mixup` for mixup and cutmix; return None if the recipe uses neither."""
     if not r.mixes:
         return None
     return Mixup(r.mixup, r.cutmix, prob=r.mixup_prob, label_smoothing=r.smoothing, num_classes=num_classes)
 
 
 def make_loss(r: Recipe) -> nn.Module:
-    """Create timm's loss for the recipe's targets: soft with mixing or a teacher, else smoothed or plain labels."""
+    """Create the loss for the recipe's targets: soft (mixup, cutmix or a teacher), smoothed or plain labels."""
     soft = r.mixes or r.teacher is not None
     if r.bce:
         return BinaryCrossEntropy(smoothing=0.0 if soft else r.smoothing)

@@ -1,4 +1,4 @@
-"""Read and write the tensors of a run: `last.ckpt` to resume from, `best.safetensors` to use."""
+"""Read and write the checkpoints of a run: `last.ckpt` for resuming, `best.safetensors` for everything else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_last(folder: Path) -> dict[str, Any]:
     """Read `last.ckpt` and verify its digest. Tensors are loaded to the CPU, with `weights_only=True`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
+        CheckpointError: the file is missing, damaged, or in another format.
     """
     path = folder / LAST
     try:
@@ -69,7 +69,7 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -
 
 @contextmanager
 def claimed(lock: Path, what: str, timeout: float = 0.0) -> Iterator[None]:
-    """Hold a lock file inside the block; see `files.lock`.
+    """Hold a lock file while the block runs; see `files.lock`.
 
     Raises:
         FolderInUse: another process, or another thread of this one, holds it.

@@ -1,4 +1,4 @@
-"""Conditions between the fields of a recipe."""
+"""Constraints between the fields of a recipe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from parameternet.training.fields import SIZE
 
 
 def check_together(r: Any) -> None:
-    """Check conditions between the fields of a `Recipe`.
+    """Check the constraints between the fields of a `Recipe`.
 
     Raises:
-        RecipeError: names the fields and their values.
+        RecipeError: a constraint is violated; the message names the fields and their values.
     """
     epochs = f"epochs is {r.epochs}"
     conditions = [  # (condition, message if it is false)
@@ -55,7 +55,7 @@ def check_together(r: Any) -> None:
         ),
         (
             r.clip_mode != "agc" or r.clip_grad is None or r.clip_grad <= 1,
-            f"clip_grad must be at most 1 with clip_mode agc, a fraction of the weight's norm, got {r.clip_grad}",
+            f"clip_grad must be at most 1 with clip_mode agc, as a fraction of the weight norm, got {r.clip_grad}",
         ),
     ]
     for holds, sentence in conditions:
@@ -69,12 +69,12 @@ def _check_schedule(stages: list[dict], epochs: int) -> None:
     for stage in stages:
         if set(stage) != {"until_epoch", "input_size"} or any(type(value) is not int for value in stage.values()):
             raise RecipeError(
-                f"a stage of resolution_schedule must be like {{until_epoch: 10, input_size: 48}}, got {stage}"
+                f"a stage of resolution_schedule must look like {{until_epoch: 10, input_size: 48}}, got {stage}"
             )
         if not SIZE.holds(stage["input_size"]):
             raise RecipeError(f"resolution_schedule: input_size must be {SIZE.words}, got {stage}")
         ends.append(stage["until_epoch"])
     if ends != sorted(set(ends)) or min(ends, default=1) < 1 or max(ends, default=1) > epochs:
         raise RecipeError(
-            f"until_epoch in resolution_schedule must increase, from 1 to epochs ({epochs}) at most, got {ends}"
+            f"until_epoch in resolution_schedule must increase and be between 1 and epochs ({epochs}), got {ends}"
         )

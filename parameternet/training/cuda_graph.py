@@ -1,4 +1,4 @@
-"""Forward and backward as a CUDA graph: recorded once, then replayed with one launch per step."""
+"""Run forward and backward as a CUDA graph, captured once and replayed with one launch per step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_WARM_UP = 2  # warm-up steps before recording, in which libraries allocate their workspaces
+_WARM_UP = 2  # steps before capture, in which libraries allocate their workspaces
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class GraphedLoss:
-    """Gradients of `loss(images, labels)` for batches of one shape.
+    """Compute gradients of `loss(images, labels)` for batches of one shape with a CUDA graph.
 
     A graph reads and writes the same memory at each replay. So batches are copied into its tensors, and its gradients
     are assigned to the parameters again after each replay, because the optimizer may have set them to None.
 
     Args:
-        model: parameters get gradients; buffers are updated as in a normal step.
+        model: its parameters get gradients, and its buffers are updated as in a normal step.
         loss: forward pass and criterion.
         images, labels: an example batch; later batches must have its shape.
     """
@@ -35,7 +35,7 @@ class GraphedLoss:
             self.loss.backward()
         self.gradients = [p.grad for p in self.parameters]
         model.zero_grad()
-        with torch.no_grad():  # undo the warm-up's changes of running statistics
+        with torch.no_grad():  # undo the warm-up's changes to running statistics
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
 
@@ -50,7 +50,7 @@ class GraphedLoss:
         model.zero_grad()  # so that the graph allocates gradients instead of adding to them
 
     def takes(self, images: Tensor, labels: Tensor) -> bool:
-        """Return whether a batch has the recorded shape."""
+        """Return whether a batch has the captured shape."""
         return images.shape == self.images.shape and labels.shape == self.labels.shape
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:

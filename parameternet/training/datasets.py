@@ -1,4 +1,4 @@
-"""A recipe's training and validation data: opened, checked, and turned into loaders."""
+"""Open and check a recipe's training and validation data, and create their loaders."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Datasets:
         skipped: unreadable images found so far.
 
     Raises:
-        RecipeError: no training data, or batches that the processes cannot share.
+        RecipeError: no training data, or a batch size that cannot be split among the processes.
         DataError: no images, classes that do not match, or processes that see different data.
-        CheckpointError: other classes or images than those of the saved run.
+        CheckpointError: classes or images that differ from those of the saved run.
     """
 
     def __init__(self, r: Recipe, folder: Path, place: Place, reporter: Reporter, saved: dict[str, Any] | None):
@@ -70,12 +70,14 @@ class Datasets:
     def _check_share(self) -> None:
         r, world = self.r, self.place.world
         if r.train is None:
-            raise RecipeError("the recipe names no training data: set train=FOLDER or train=FILE.tar")
+            raise RecipeError("the recipe has no training data: set train=FOLDER or train=FILE.tar")
         if r.batch_size % world:
-            raise RecipeError(f"batch_size {r.batch_size} cannot be shared by {world} processes: use a multiple")
+            raise RecipeError(
+                f"batch_size {r.batch_size} cannot be split among {world} processes: use a multiple of {world}"
+            )
         if r.mixes and self.share % 2:
             raise RecipeError(
-                f"mixup and cutmix pair images, and each process has {self.share} of batch_size {r.batch_size}: use "
+                f"mixup and cutmix pair images, but each process gets {self.share} of batch_size {r.batch_size}: use "
                 f"a multiple of {2 * world}"
             )
 
@@ -84,16 +86,15 @@ class Datasets:
         found = self.place.gather(self.classes)
         if odd := [rank for rank, classes in enumerate(found) if classes != found[0]]:
             raise DataError(
-                f"processes 0 and {odd[0]} do not find the same classes in {self.r.train}: give every machine the "
-                "same data"
+                f"processes 0 and {odd[0]} find different classes in {self.r.train}: give every machine the same data"
             )
         if saved and saved["classes"] != self.classes:
             before, after = saved["classes"] or [], self.classes or []
             gone, new = ([c for c in before if c not in after], [c for c in after if c not in before])
-            what = f"gone {few(gone)}, new {few(new)}" if gone or new else "the same ones in another order"
+            what = f"gone {few(gone)}, new {few(new)}" if gone or new else "the same classes in another order"
             raise CheckpointError(
-                f"{self.folder} holds a run on other classes than those of {self.r.train}: {what}. Restore them, or "
-                "choose another folder"
+                f"the run in {self.folder} used different classes than {self.r.train} has now: {what}. Restore them, "
+                "or choose another folder"
             )
 
     def _compare_images(self, saved: dict[str, Any] | None) -> None:
@@ -105,23 +106,23 @@ class Datasets:
         found = self.place.gather(json.dumps(self.images))
         if odd := [rank for rank, images in enumerate(found) if images != found[0]]:
             raise DataError(
-                f"processes 0 and {odd[0]} do not find the same images: {_changes(found[0], found[odd[0]])}. Give "
-                "every machine the same data"
+                f"processes 0 and {odd[0]} find different images: {_changes(found[0], found[odd[0]])}. Give every "
+                "machine the same data"
             )
         before = (saved or {}).get("images")  # absent in checkpoints of 0.1.0
         if before and (changed := _changes(before, found[0])):
             raise CheckpointError(
-                f"{self.folder} holds a run on other images: {changed}. Restore them, or choose another folder"
+                f"the run in {self.folder} used different images: {changed}. Restore them, or choose another folder"
             )
 
     def _labels(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         names = self.r.class_names
         if saved and "labels" in saved and names and not Path(names).exists():
-            return saved["labels"]  # a run resumes without the file
+            return saved["labels"]  # a run can resume without the file
         return class_labels(names, self.classes, self.num_classes)
 
     def train_loader(self) -> TrainLoader:
-        """Create the loader of this process's part of each training batch.
+        """Create the loader for this process's share of each training batch.
 
         Raises:
             DataError: too few images for one update.
@@ -152,7 +153,7 @@ class Datasets:
         return DeviceBatches(data, batches, augment, targets)
 
     def val_loader(self) -> Any:
-        """Create the loader of this process's part of the validation images; None without validation data."""
+        """Create the loader for this process's share of the validation images; return None without validation data."""
         r, place = self.r, self.place
         if self.val is None:
             return None
@@ -170,7 +171,7 @@ class Datasets:
 
 @contextmanager
 def _naming(field: str) -> Iterator[None]:
-    """Prefix an error about data with the recipe's field."""
+    """Prefix data errors with the name of the recipe field."""
     try:
         yield
     except DataError as error:
@@ -178,7 +179,7 @@ def _naming(field: str) -> Iterator[None]:
 
 
 def _changes(old: str, new: str) -> str:
-    """Describe the difference of two JSON texts of digests by field (train, val); empty if there is none."""
+    """Describe how two JSON strings with digests by field (train, val) differ; return '' if they do not."""
     before, after = json.loads(old), json.loads(new)
     both = [field for field in before if before[field] and after.get(field)]
     found = {field: difference(before[field], after[field]) for field in both}
@@ -202,8 +203,8 @@ def count_classes(r: Recipe, classes: list[str] | None) -> int:
     if (given or found) == 1:
         only = f"one class, {few(classes)}" if classes else "one class"
         raise DataError(
-            f"train: {r.train!r} has {only}, and a classifier needs two. Every folder directly below is a class: give "
-            "the folder that holds the class folders"
+            f"train: {r.train!r} has {only}, but a classifier needs at least two. Each direct subfolder is a class: "
+            "give the folder that contains the class folders"
         )
     return given or found
 
@@ -212,7 +213,7 @@ def check_classes(train: list[str] | None, val: list[str] | None) -> None:
     """Check that training and validation data have the same classes in the same order.
 
     Raises:
-        DataError: names the classes missing from one of them, or the first label with two meanings.
+        DataError: they differ; the message names the missing classes, or the first label with two meanings.
     """
     if train is None or val is None or train == val:
         return
@@ -224,6 +225,6 @@ def check_classes(train: list[str] | None, val: list[str] | None) -> None:
             f"in training and {few([val[label]])} in validation; give both the same class_map"
         )
     raise DataError(
-        f"training data has {len(train)} classes, validation data {len(val)}, and they must be the same: "
+        f"training and validation data must have the same classes, but have {len(train)} and {len(val)}: "
         f"only in training {few(missing)}, only in validation {few(extra)}"
     )

@@ -1,4 +1,4 @@
-"""Images on the training device (`cache: device`): decoded once, augmented there one batch at a time.
+"""Keep images on the training device (`cache: device`): decode them once, and augment whole batches there.
 
 A fast device never waits for data, because nothing is read, decoded or copied during training. Augmentation depends on
 (seed, epoch, index) alone, so runs resume exactly, for any number of processes.
@@ -62,7 +62,7 @@ class DevicePixels:
             if good:
                 self._store(*zip(*good, strict=True), hashed)
         if self.pixels is None:
-            raise DataError(f"not one image of {source.where} could be read")
+            raise DataError(f"no image of {source.where} could be read")
         hashed.update(self.labels.numpy().tobytes() + self.readable.numpy().tobytes())
         self.digest = hashed.hexdigest()
         self.labels = self.labels.to(device)
@@ -76,7 +76,7 @@ class DevicePixels:
         size = self.pixels.shape[-1], self.pixels.shape[-2]
         if other := next((image.size for image in images if image.size != size), None):
             raise DataError(
-                f"cache: device needs images of one size, but {self.source.where} has {size[0]} x {size[1]} and "
+                f"cache: device needs images of the same size, but {self.source.where} has {size[0]} x {size[1]} and "
                 f"{other[0]} x {other[1]}: set cache_size to resize and crop them"
             )
         rows = torch.stack([_bytes(image) for image in images])
@@ -138,10 +138,10 @@ class Augment:
 
     Args:
         r: a recipe with `cache: device`.
-        images: size of the dataset.
+        images: number of images in the dataset.
 
     Raises:
-        RecipeError: the recipe has a transform of single images (auto_augment, other crops).
+        RecipeError: the recipe has a transform that only works on single images (auto_augment, other crops).
     """
 
     def __init__(self, r: Recipe, images: int, device: torch.device):
@@ -171,7 +171,7 @@ class Augment:
         return (images - self.mean) / self.std
 
     def _draw(self, epoch: int) -> Tensor:
-        """Draw numbers from 0 to 1 for every image: areas and shapes of crops, position, flips, colors."""
+        """Draw random numbers from 0 to 1 for every image: areas and shapes of crops, position, flips, colors."""
         generator = torch.Generator().manual_seed(mix(IMAGE, self.r.seed, epoch))
         return torch.rand(self.images, 2 * _TRIES + 7, generator=generator).to(self.device)
 
@@ -187,11 +187,11 @@ class Augment:
 
 
 def random_boxes(draws: Tensor, height: int, width: int, scale: list[float], ratio: list[float]) -> Tensor:
-    """Draw crops (B, 4) as torchvision's RandomResizedCrop does: left, top, width, height in pixels.
+    """Compute crops (B, 4) like torchvision's RandomResizedCrop: left, top, width, height in pixels.
 
     Args:
-        draws: (B, 2 * tries + 2), from 0 to 1. If no crop fits into the image, the largest centered crop is used.
-        scale, ratio: ranges of the area's fraction and of the aspect ratio.
+        draws: random numbers from 0 to 1, (B, 2 * tries + 2). If no crop fits, the largest centered crop is used.
+        scale, ratio: ranges of the area fraction and of the aspect ratio.
     """
     tries, place = draws[:, :-2].unflatten(1, (_TRIES, 2)), draws[:, -2:]
     low, high = math.log(ratio[0]), math.log(ratio[1])

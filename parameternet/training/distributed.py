@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: rank, device and communication."""
+"""Run in one process or in several started by torchrun: rank, device and communication."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ __all__ = ["Place", "agree_on_life", "choose_device", "place"]
 
 @contextmanager
 def place(device: str = "auto") -> Iterator[Place]:
-    """Yield this process's place, and join the others if torchrun has set RANK and WORLD_SIZE."""
+    """Yield this process's `Place`, after joining the other processes if torchrun has set RANK and WORLD_SIZE."""
     chosen = choose_device(device, local_rank())
     with join(chosen, "nccl" if chosen.type == "cuda" else "gloo") as here:
         yield here
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return a device like `parameternet.distributed.choose_device`; one of CUDA has its index and becomes the current.
+    """Return a device like `parameternet.distributed.choose_device`, and make a CUDA device the current one.
+
+    A CUDA device always has an index.
 
     Raises:
         RecipeError: torch cannot use the device.

@@ -26,7 +26,7 @@ class RecipeError(TrainingError, ValueError):
 
 
 class CheckpointError(TrainingError, ValueError):
-    """A checkpoint is missing, damaged or does not match."""
+    """A checkpoint is missing or damaged, or does not match."""
 
 
 class MissingModel(CheckpointError, weights.WeightsNotFound):
@@ -35,7 +35,7 @@ class MissingModel(CheckpointError, weights.WeightsNotFound):
 
 @contextmanager
 def missing_model(field: str = "") -> Iterator[None]:
-    """Turn errors about a missing model into `MissingModel`, prefixed with the recipe's field.
+    """Convert errors about a missing model to `MissingModel`, prefixed with the recipe's field.
 
     Raises:
         MissingModel: no such name, folder, file or config, or an unsupported file format.
@@ -51,15 +51,15 @@ def missing_model(field: str = "") -> Iterator[None]:
 
 
 class FolderInUse(TrainingError):
-    """Another process writes to the folder."""
+    """Another process is writing to the folder."""
 
 
 class DivergedError(TrainingError):
-    """A loss of training or validation, or a weight, is NaN or infinite."""
+    """A training loss, a validation loss or a weight is NaN or infinite."""
 
 
 class Interrupted(TrainingError):
-    """A signal stopped the run; the checkpoint is written.
+    """A signal stopped the run after it wrote a checkpoint.
 
     `signum` is the signal's number; a command exits with 128 + `signum`.
     """

@@ -28,7 +28,7 @@ def evaluate(
     channels_last: bool = False,
     progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Measure top-1, top-5 (percent), the cross-entropy and the number of images, over all processes.
+    """Measure top-1 and top-5 accuracy (percent), cross-entropy and the number of images, over all processes.
 
     Args:
         model: put into evaluation mode.

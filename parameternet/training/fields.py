@@ -90,7 +90,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     """Convert a field's value to its type `kind`.
 
     Raises:
-        RecipeError: names the field, the expected type and the value.
+        RecipeError: it has another type; the message names the field, the expected type and the value.
     """
     for option in _options(kind):
         fits, converted = _fit(value, option)
@@ -141,7 +141,7 @@ def check_rule(name: str, value: Any, rule: Rule | None, length: int | None) -> 
     """Check `value`, or each item of a list, against the field's rule.
 
     Raises:
-        RecipeError: names the field, the allowed values and the value.
+        RecipeError: it breaks the rule; the message names the field, the allowed values and the value.
     """
     items = value if isinstance(value, list) else [value]
     if length is not None and len(items) != length:

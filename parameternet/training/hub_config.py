@@ -1,4 +1,4 @@
-"""The config of trained weights in timm's Hub format: model, preprocessing and class names."""
+"""Create the config of trained weights in timm's Hub format: model, preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     """Return `label_names` (ids, in the order of the outputs) and, if known, `label_descriptions` (names by id).
 
     Args:
-        path: a file of lines `id<TAB>name`, or names alone in the order of the outputs; None if there is none.
+        path: a file with one line per class, `id<TAB>name`, or names alone in the order of the outputs; None if there
+            is none.
         classes: ids of the data, in the order of their labels.
 
     Raises:
-        DataError: the file does not have the classes of the data.
+        DataError: the classes in the file and in the data differ.
     """
     if path is None:
         return {"label_names": classes} if classes else {}
@@ -45,7 +46,8 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     ids = [line[0] for line in lines]
     if len(ids) != num_classes:
         raise DataError(
-            f"class_names {path} has {len(ids)} lines, but the network has {num_classes} classes: one line per class"
+            f"class_names {path} has {len(ids)} lines, but the network has {num_classes} classes: give one line per "
+            "class"
         )
     if any(len(line) == 1 for line in lines):  # names alone
         names = classes or ids
@@ -53,8 +55,8 @@ def class_labels(path: str | None, classes: list[str] | None, num_classes: int) 
     if classes and sorted(ids) != sorted(classes):
         odd = sorted(set(classes) - set(ids))
         raise DataError(
-            f"class_names {path} lacks classes of the data: {printable(', '.join(odd[:5]))}; its first column must "
-            "have the names of the class folders"
+            f"class_names {path} is missing classes of the data: {printable(', '.join(odd[:5]))}; its first column "
+            "must contain the names of the class folders"
         )
     return {"label_names": classes or ids, "label_descriptions": dict(lines)}
 

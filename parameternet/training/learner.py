@@ -22,12 +22,14 @@ from parameternet.training.recipe import Recipe
 
 
 class Learner:
-    """Train a network step by step. `model` has the weights; `network` is the wrapped model that is called in training.
+    """Train a network step by step.
+
+    `model` has the weights; `network` is the wrapped model that is called during training.
 
     Args:
         r: the recipe.
         num_classes: outputs of the network.
-        place: this process; with others, gradients are averaged over all of them.
+        place: this process; gradients are averaged over all processes.
         updates_per_epoch: for the learning rate schedule.
         start: False if a checkpoint is loaded later, so `init` need not be read.
 
@@ -93,7 +95,7 @@ class Learner:
             self.mixup.mixup_enabled = not self.r.mixup_off_epoch or epoch < self.r.mixup_off_epoch
 
     def backward(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
-        """Add the gradients of one batch, and return its mean loss.
+        """Accumulate the gradients of one batch, and return its mean loss.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -162,7 +164,7 @@ class Learner:
         return {words: first_not_finite(network.state_dict().items()) for words, network in networks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that changes in training. The schedule follows from the number of updates."""
+        """Return all state that changes during training; the schedule is a function of the number of updates."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -171,7 +173,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; other keys are ignored."""
+        """Load the state that `state_dict` returned, ignoring other keys."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,4 @@
-"""Loaders: batches of images and labels on a device."""
+"""Create loaders, which yield batches of images and labels on a device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_loader(
 ) -> PrefetchLoader:
     """Create a loader of float32 images (B, 3, H, W), normalised, and int64 labels (B,) on `device`.
 
-    Workers decode, augment and stack bytes; timm's PrefetchLoader moves and normalises them.
+    Workers decode, augment and stack uint8 images; timm's PrefetchLoader moves them to the device and normalises them.
 
     Args:
         batches: a batch sampler of `Key`s.
@@ -133,7 +133,7 @@ def train_transforms(r: Recipe) -> dict[int, Callable]:
 def stream_loader(
     dataset: Any, r: Recipe, batch_size: int, device: torch.device, training: bool, data_config: dict
 ) -> PrefetchLoader:
-    """Create timm's own loader over a stream, which can only be read in order.
+    """Create timm's own loader for a stream, which can only be read in order.
 
     The stream's reader skips and logs images that it cannot decode. Augmentation depends on the number of workers.
     """
@@ -151,7 +151,7 @@ def stream_loader(
 
 
 class TrainLoader:
-    """Training batches from any position of a run.
+    """Training batches, starting at any position of a run.
 
     Args:
         loader: yields images (B, 3, H, W) and labels.
@@ -165,7 +165,7 @@ class TrainLoader:
         return len(self.loader)
 
     def from_step(self, epoch: int, step: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of `epoch` from `step` on, with images of `size` pixels."""
+        """Yield the batches of `epoch`, starting at `step`, with images of `size` pixels."""
         if self.batches is not None:
             self.batches.seek(epoch, step, size)
             yield from self.loader

@@ -76,7 +76,7 @@ class EpochMeter:
         return p.loss_sum
 
     def steps_per_second(self) -> float:
-        """Return the rate since the last call."""
+        """Return the steps per second since the last call."""
         now, step = time.monotonic(), self.progress.step
         rate = (step - self.reported_step) / (now - self.reported_at)
         self.reported_at, self.reported_step = now, step

@@ -1,4 +1,4 @@
-"""Random numbers as a function of the seed and the position in a run, without state.
+"""Derive random numbers from the seed and the position in a run, without state.
 
 An image's augmentation depends on (seed, epoch, index), a step's mixing and dropout on (seed, epoch, step, rank). So
 the number of workers does not matter, and a run can resume in the middle of an epoch.

@@ -228,7 +228,7 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Return the fields that differ and change the result, as `name: own -> other's`."""
         fixed = [item.name for item in dataclasses.fields(self) if not item.metadata["free"]]
-        if "device" in (self.cache, other.cache):  # it draws different random numbers
+        if "device" in (self.cache, other.cache):  # which uses different random numbers
             fixed.append("cache")
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
         return [f"{name}: {mine} -> {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
@@ -261,7 +261,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold `key: value` lines, got a {type(values).__name__}")
+        raise RecipeError(f"{path} must contain `key: value` lines, got a {type(values).__name__}")
     for override in overrides:
         apply_override(values, override)
     values["class_names"] = _beside(path, values.get("class_names"))
@@ -282,7 +282,9 @@ def _check_names(values: dict[str, Any]) -> None:
 
 
 def saved_recipe(text: str) -> Recipe:
-    """Read the recipe of a run, YAML or JSON written by training. Ranges are not checked: they differ by version.
+    """Read the recipe of a run, in YAML or JSON as written by training.
+
+    Ranges are not checked, because they differ between versions.
 
     Raises:
         RecipeError: unknown key, or a value of the wrong type.

@@ -1,4 +1,4 @@
-"""YAML text of a recipe, and `key=value` overrides of it."""
+"""Parse the YAML of a recipe, and apply `key=value` overrides."""
 
 from __future__ import annotations
 

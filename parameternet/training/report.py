@@ -1,4 +1,4 @@
-"""Reporters: called during a run, to log or show it."""
+"""Reporters, which are called during a run to log or show its progress."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class Reporter:
         _logger.info("start %s", facts)
 
     def step(self, epoch: int, step: int, steps: int, facts: dict[str, float]) -> None:
-        """Called after `step` of `steps`; `facts` has loss, lr, images_per_second every `log_every` steps, else it is
-        {}."""
+        """Called after `step` of `steps`.
+
+        Every `log_every` steps, `facts` has loss, lr and images_per_second; otherwise it is empty.
+        """
 
     def validating(self, step: int, steps: int) -> None:
         """Called after `step` of `steps` validation batches."""
@@ -67,5 +69,5 @@ class SkippedImages:
         self.add(item, "val: ")
 
     def share(self, place: Place) -> None:
-        """Merge the images of all processes."""
+        """Merge the unreadable images of all processes."""
         self.reasons = place.union(self.reasons)

@@ -20,14 +20,14 @@ from parameternet.training.recipe import Recipe, saved_recipe
 from parameternet.training.report import Reporter
 
 RECIPE = "recipe.yaml"
-# Processes from before a restart may need a moment to end, also on other machines.
+# After a restart, old processes may need a moment to exit, on other machines too.
 TAKEOVER_SECONDS = 30.0
 
 
 class RunFolder:
-    """recipe.yaml, history.csv, curves.png, last.ckpt, best.safetensors and tensorboard/ of a run.
+    """The files of a run: recipe.yaml, history.csv, curves.png, last.ckpt, best.safetensors and tensorboard/.
 
-    Every process has one; the first process writes.
+    Every process creates one of these objects; only the first process writes.
     """
 
     def __init__(self, path: Path, place: Place, reporter: Reporter):
@@ -39,14 +39,14 @@ class RunFolder:
         return str(self.path)
 
     def load(self, recipe: Recipe) -> dict[str, Any] | None:
-        """Read `last.ckpt`; None for a new run.
+        """Read `last.ckpt`; return None for a new run.
 
         Raises:
-            CheckpointError: the file is damaged, or the folder is of a run with another recipe.
-            DivergedError: the network diverged, and an earlier version saved it.
+            CheckpointError: the file is damaged, or the folder belongs to a run with another recipe.
+            DivergedError: the saved network has diverged; only earlier versions saved such networks.
         """
         if not (self.path / checkpoint.LAST).exists():
-            # Killed before the first checkpoint, or last.ckpt was deleted: the best weights must not get a new recipe.
+            # The run was killed before the first checkpoint, or last.ckpt was deleted: keep the best weights' recipe.
             if (self.path / checkpoint.BEST).exists() and (self.path / RECIPE).exists():
                 self._check_recipe((self.path / RECIPE).read_text("utf-8"), recipe)
             return None
@@ -64,7 +64,7 @@ class RunFolder:
     def _check_recipe(self, text: str, recipe: Recipe) -> None:
         if changed := saved_recipe(text).differences(recipe):
             raise CheckpointError(
-                f"{self} holds a run of another recipe ({'; '.join(changed)}): choose another folder, or resume with "
+                f"{self} holds a run with another recipe ({'; '.join(changed)}): choose another folder, or resume with "
                 f"its own recipe, {self.path / RECIPE}"
             )
 
@@ -96,7 +96,7 @@ class RunFolder:
             must: Raise instead, because the run ends here.
 
         Raises:
-            CheckpointError: with `must`.
+            CheckpointError: the file cannot be written and `must` is set.
         """
         self.saved_at = time.monotonic()
         if not self.place.first:
@@ -112,13 +112,13 @@ class RunFolder:
             self.reporter.note(text)
 
     def save_best(self, weights: dict[str, Tensor], config: dict[str, Any], must: bool) -> bool:
-        """Write `best.safetensors`. If that fails, return False: a later epoch may still be the best.
+        """Write `best.safetensors`. If that fails, return False, so that a later epoch can still become the best.
 
         Args:
             must: Raise instead, because no epoch follows.
 
         Raises:
-            CheckpointError: with `must`.
+            CheckpointError: the file cannot be written and `must` is set.
         """
         if not self.place.first:
             return True
@@ -133,26 +133,26 @@ class RunFolder:
         return True
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
-        """Write history.csv, curves.png and TensorBoard's events; `rows` are all epochs so far."""
+        """Write history.csv, curves.png and TensorBoard events; `rows` has one row for each epoch so far."""
         if not self.place.first:
             return
         try:
             history.write_history(self.path, rows)
             if not history.draw_curves(self.path, rows) and rows[-1]["epoch"] == 1:
-                self.reporter.note("no curves.png: pip install matplotlib")
+                self.reporter.note("curves.png is not written without matplotlib: pip install matplotlib")
             self.board.add(rows[-1])
         except OSError as error:
             self.reporter.note(f"cannot write the history: {error}")
 
     def close(self) -> None:
-        """Flush TensorBoard's events."""
+        """Flush TensorBoard events."""
         if self.board:
             self.board.close()
 
 
 @contextmanager
 def locked(folder: Path, place: Place) -> Iterator[None]:
-    """Create and lock a run folder inside the block; remove a new folder that stays empty.
+    """Create a run folder and lock it while the block runs; remove it if it is new and stays empty.
 
     Raises:
         FolderInUse: another process holds the lock.

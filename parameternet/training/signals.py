@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """Record SIGINT and SIGTERM inside a `with` block; a second signal has its usual effect.
+    """Record SIGINT and SIGTERM in a `with` block; a second signal has its usual effect.
 
     `received` is the signal's number, or 0.
     """

@@ -1,4 +1,4 @@
-"""Images decoded once into memory (`cache: ram`), and checks for free memory."""
+"""Decode images once into memory (`cache: ram`), and check for free memory."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Memory:
         missing = used * (total - len(self.items)) // len(self.items)
         if (free := free_memory()) is not None and missing > free:
             raise DataError(
-                f"cache: ram needs about {missing >> 20:,} MiB more for {self.where}, and {free >> 20:,} MiB "
-                "are free: set cache=none"
+                f"cache: ram needs about {missing >> 20:,} MiB more for {self.where}, but only {free >> 20:,} MiB are "
+                "free: set cache=none"
             )
 
     def _store(self, index: int, found: tuple[Image.Image, int] | Unreadable) -> tuple[int, int] | Unreadable:
@@ -63,7 +63,7 @@ class Memory:
         return place
 
     def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Return image `index` (RGB) and its label, or why it is unreadable."""
+        """Return image `index` (RGB) and its label, or `Unreadable` with the reason."""
         item = self.items[index]
         if isinstance(item, Unreadable):
             return item
@@ -73,9 +73,9 @@ class Memory:
 
 
 def decoded(source: Source) -> Iterator[tuple[int, Sequence[tuple[Image.Image, int] | Unreadable]]]:
-    """Decode every image of a source with a pool of threads; yield slices as (first index, results of `read`)."""
+    """Decode every image of a source in a thread pool; yield slices as (first index, results of `read`)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(source), 1024):  # slices, or all decoded images would be in memory
+        for start in range(0, len(source), 1024):  # without slices, all decoded images would be in memory
             yield start, list(pool.map(source.read, range(start, min(start + 1024, len(source)))))
 
 

@@ -1,6 +1,6 @@
 """Distillation (arXiv:1503.02531): compute a teacher's predictions once and mix them into the labels.
 
-The teacher sees whole images, the student crops of them.
+The teacher sees whole images; the student sees crops of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def answers(
 
     Raises:
         CheckpointError, WeightsError: no such teacher, damaged weights, or NaN in its predictions.
-        DataError: the teacher does not have the classes.
+        DataError: the teacher does not have all of the classes.
     """
     path, asked = folder / ANSWERS, _question(r, data, classes)
     if path.is_file() and asked.items() <= weights.metadata(path).items():
@@ -137,9 +137,9 @@ class Targets:
     """Soft targets (B, classes) of a batch: the labels mixed with the teacher's predictions.
 
     Args:
-        labels: of all images, (N,).
+        labels: labels of all images, (N,).
         answers: the teacher's probabilities, (N, classes).
-        share: weight of the teacher; the labels have the rest.
+        share: weight of the teacher; the labels get the rest.
         smoothing: label smoothing.
     """
 

@@ -32,7 +32,7 @@ from parameternet.training.signals import StopSignals
 def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
     """Train from a recipe into a run folder; resume if the folder holds an unfinished run of it.
 
-    Under torchrun every process calls this, and the processes share the recipe's batches.
+    Under torchrun every process calls this, and the processes split each batch of the recipe.
 
     Args:
         recipe: everything that the result depends on.
@@ -43,8 +43,8 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
         `{"best": {...}, "last": {...}, "folder": path}`: rows of the history.
 
     Raises:
-        RecipeError, DataError, CheckpointError: the run cannot work; raised before anything is written.
-        FolderInUse: another process trains into the folder.
+        RecipeError, DataError, CheckpointError: the run cannot start; raised before anything is written.
+        FolderInUse: another process is training into the folder.
         DivergedError: a loss or a weight is NaN or infinite; that state is not saved.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
     """
@@ -95,7 +95,7 @@ class Trainer:
         self.learner.load_state_dict(saved)
         progress = Progress(**json.loads(saved["progress"]))
         self.data.skipped.reasons = dict.fromkeys(progress.unreadable, "")
-        if not self.place.first:  # the saved sums are the first process's own
+        if not self.place.first:  # the saved sums belong to the first process
             progress.loss_sum, progress.loss_images = 0.0, 0
         return progress
 
@@ -163,7 +163,7 @@ class Trainer:
         self._report_step()
 
     def validate(self) -> dict[str, float] | None:
-        """Measure the network, or its EMA, on the validation images; None if this epoch has no validation."""
+        """Evaluate the network, or its EMA, on the validation images; return None if this epoch has no validation."""
         p, r = self.progress, self.recipe
         if self.val_loader is None or ((p.epoch + 1) % r.val_every and p.epoch + 1 < r.epochs):
             return None
@@ -178,7 +178,7 @@ class Trainer:
             progress=self._during_validation,
         )
         if not found["images"]:
-            raise DataError(f"val: not one image of {r.val!r} could be read")
+            raise DataError(f"val: no image of {r.val!r} could be read")
         if not is_finite(*found.values()):
             raise self._diverged(f"the validation loss is {found['loss']}")
         return found
@@ -221,7 +221,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- between steps
 
     def _save_if_due(self) -> None:
-        """Save after an update if a signal came or enough time passed; within an update the state is incomplete."""
+        """Save after an update if a signal arrived or a checkpoint is due; within an update the state is incomplete."""
         if self.progress.step == self.steps:
             return  # the end of the epoch saves anyway
         due = self.place.first and self.folder.minutes_since_save() >= self.recipe.checkpoint_minutes
@@ -252,13 +252,13 @@ class Trainer:
     def _settle_loss(self) -> None:
         loss = self.meter.settle()
         if self.place.largest(int(not math.isfinite(loss))):
-            raise self._diverged(f"the training loss is {loss} by step {self.progress.step}")
+            raise self._diverged(f"the training loss is {loss} at step {self.progress.step}")
 
     def _check_weights(self) -> None:
-        """Raise at NaN or infinity in the weights or their EMA, which the last loss cannot show."""
+        """Raise an error for NaN or infinity in the weights or their EMA, which the last loss cannot show."""
         for words, name in self.learner.not_finite().items():
             if self.place.largest(int(name is not None)):
-                raise self._diverged(f"NaN or infinity in the {words} ({name or 'of another process'})")
+                raise self._diverged(f"NaN or infinity in the {words} ({name or 'in another process'})")
 
     def _save_last(self, must: bool) -> None:
         self._check_weights()
@@ -286,5 +286,5 @@ class Trainer:
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
             f"the run diverged in epoch {self.progress.epoch + 1}: {what} (lr {self.learner.lr:.3g}). {ADVICE}, in "
-            f"another run folder; {self.folder} keeps the last state before that"
+            f"another run folder; {self.folder} keeps the last state from before it diverged"
         )

@@ -1,4 +1,4 @@
-"""Validation: accuracy on labelled images, with the preprocessing of the checkpoint."""
+"""Measure a model's accuracy on labelled images, with the preprocessing of the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from parameternet.training.loaders import eval_loader, stop_workers, stream_load
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter, SkippedImages
 
-AGREE = 0.1  # tolerance between recorded and measured top-1, in points: machines differ
+AGREE = 0.1  # tolerance between recorded and measured top-1, in percentage points: results vary between machines
 
 __getattr__ = moved(__name__, {"read_config": "parameternet.models.loading:read_config"})
 
@@ -43,7 +43,7 @@ def validate(
     reporter: Reporter | None = None,
     around: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
-    """Measure a model on labelled images. Under torchrun, the processes share the images.
+    """Measure a model on labelled images. Under torchrun, the processes split the images.
 
     Args:
         model: as for `parameternet.models.loading.parse_source`: a name, a run folder, a weights folder, a
@@ -84,7 +84,7 @@ def validate(
         loader.skipped.share(place)
         stop_workers(loader.loader)
     if not found["images"]:
-        raise DataError(f"not one image of {data!r} could be read")
+        raise DataError(f"no image of {data!r} could be read")
     if not math.isfinite(found["loss"]):
         raise DivergedError(
             f"the loss of {model} on {data} is {found['loss']}, so its accuracy is meaningless. Try amp=null (it was "
@@ -165,7 +165,7 @@ def _names(config: dict[str, Any]) -> list[str]:
 
 
 def translation(classes: list[str] | None, config: dict[str, Any], place: Place) -> torch.Tensor | None:
-    """Return a table from the data's labels to the model's; None if they are the same.
+    """Return a lookup table from the data's labels to the model's; None if they are the same.
 
     The data may have only some of the model's classes.
 
@@ -181,7 +181,7 @@ def translation(classes: list[str] | None, config: dict[str, Any], place: Place)
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise DataError(
-            f"the model's {outputs} classes lack {few(unknown)} of the data's {len(classes)}: use data with the "
-            "classes that it was trained on"
+            f"the model's {outputs} classes do not include {few(unknown)} of the data's {len(classes)}: use data with "
+            "the classes that the model was trained on"
         )
     return torch.tensor([names.index(name) for name in classes], device=place.device)

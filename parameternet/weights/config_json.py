@@ -67,16 +67,16 @@ def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
 
 
 _SIZE = " with three numbers from 1 to 65536", lambda size: len(size) == 3 and all(1 <= n <= 65536 for n in size)
-_SHARES = " with a finite number a channel", lambda found: bool(found) and all(map(math.isfinite, found))
+_SHARES = " with one finite number per channel", lambda found: bool(found) and all(map(math.isfinite, found))
 _CROP = " above 0 and at most 10", lambda share: 0 < share <= 10
-# Further checks of values.
+# Additional checks of values: a description for messages, and the check.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tag": (" of letters, digits and _ . + -", lambda tag: re.fullmatch(r"[\w.+-]*", tag) is not None),
     "num_classes": (" from 0 to 10 million", lambda number: 0 <= number <= 10_000_000),
     "input_size": _SIZE,
     "test_input_size": _SIZE,
     "mean": _SHARES,
-    "std": (" with a finite number above 0 a channel", lambda found: _SHARES[1](found) and min(found) > 0),
+    "std": (" with one finite number above 0 per channel", lambda found: _SHARES[1](found) and min(found) > 0),
     "interpolation": _one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "crop_mode": _one_of("center", "squash", "border"),
     "crop_pct": _CROP,
@@ -89,14 +89,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         WeightsNotFound: no such file.
-        WeightsDamaged: not JSON, or a key is missing or has a bad value; the key is named.
+        WeightsDamaged: not JSON, or a key is missing or has a bad value; the message names the key.
     """
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise WeightsNotFound(
             f"there is no {path}, which describes the weights next to it and names the classes. "
-            "Copy the whole folder of a checkpoint, not only its weights"
+            "Copy the whole checkpoint folder, not only the weights"
         ) from None
     return parse_config(data, str(path))
 
@@ -105,12 +105,12 @@ def parse_config(data: str | bytes, where: str) -> dict[str, Any]:
     """Parse and check a config in timm's Hub layout; `where` names the JSON text in errors.
 
     Raises:
-        WeightsDamaged: not JSON, or a key is missing or has a bad value; the key is named.
+        WeightsDamaged: not JSON, or a key is missing or has a bad value; the message names the key.
     """
     try:
         found = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise WeightsDamaged(f"{where} is not JSON ({error}): copy it again from where it came from") from None
+        raise WeightsDamaged(f"{where} is not valid JSON ({error}): copy it again from its source") from None
     _check_config(where, found)
     return found
 

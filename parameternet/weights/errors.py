@@ -14,7 +14,7 @@ class WeightsNotFound(WeightsError):
 
 
 class UnknownWeights(WeightsNotFound):
-    """No checkpoint of that name is recorded."""
+    """No checkpoint with that name is recorded."""
 
 
 class WeightsDamaged(WeightsError):

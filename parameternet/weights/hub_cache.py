@@ -27,7 +27,7 @@ def fetch(repository: str, file: str, revision: str | None, cache_dir: str | Pat
         The path, and the SHA-256, or None if the Hub gives no digest.
 
     Raises:
-        WeightsNotFound: it can be neither downloaded nor found in the cache.
+        WeightsNotFound: the file can be neither downloaded nor found in the cache.
         WeightsDamaged: both copies are damaged.
     """
     damage = ""
@@ -42,9 +42,11 @@ def fetch(repository: str, file: str, revision: str | None, cache_dir: str | Pat
         found = hub_damage(data, etag)
         if not found:
             return path, hashlib.sha256(data).hexdigest() if etag else None
-        damage = f"{address(repository, file, revision)} came damaged ({len(data):,} bytes): {found}"
+        damage = f"{address(repository, file, revision)} arrived damaged ({len(data):,} bytes): {found}"
         _remove(path)
-    raise WeightsDamaged(f"{damage}; a second copy too. The Hub or something on the way to it is at fault: try later")
+    raise WeightsDamaged(
+        f"{damage}; a second copy was damaged too. The problem is the Hub or the connection to it: try again later"
+    )
 
 
 def cached(repository: str, file: str, cache_dir: str | Path | None, revision: str | None = None) -> Path | None:
@@ -54,32 +56,32 @@ def cached(repository: str, file: str, cache_dir: str | Path | None, revision: s
 
 
 def hub_damage(data: bytes, etag: str | None) -> str:
-    """Describe how `data` differs from the Hub's digest `etag`; empty if it matches or there is no digest."""
+    """Describe how `data` differs from the Hub's digest `etag`; return '' if it matches or there is no digest."""
     if etag is None:
         return ""
     if len(etag) == 64:  # SHA-256, for large files
         got = [hashlib.sha256(data).hexdigest()]
     else:  # git's blob hash, for small files; mirrors that are not git may send the plain SHA-1
         got = [hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha1(data).hexdigest()]
-    return "" if etag in got else f"the Hub's digest of it is {etag}, its own is {got[0]}"
+    return "" if etag in got else f"expected the Hub's digest {etag}, got {got[0]}"
 
 
 def _newest(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Path, str | None]:
     """Return the newest available file, unverified, and its expected digest, if known.
 
-    Every failure becomes one sentence that begins with the URL.
+    Every failure is reported in one sentence that begins with the URL.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     metadata = None
     try:
-        # Asked separately for the digest, and because the download alone would retry for 20 s.
+        # A separate request, for the digest, and because the download alone would retry for 20 s.
         metadata = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
         path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # any error of the installed client's HTTP library
         cached = None if _is_settled(error) else _in_cache(repository, file, cache_dir, revision)
         if cached is None:
-            nor_here = "" if _is_settled(error) else ", and the Hub's cache here does not hold it"
+            nor_here = "" if _is_settled(error) else ", and the file is not in the local Hub cache"
             where = address(repository, file, revision)
             raise WeightsNotFound(f"{where}: {hub_reason(error)}{nor_here}") from hub_cause(error)
         path = cached
@@ -144,11 +146,11 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     signed_in = token or get_token()
     if isinstance(error, errors.HFValidationError):
-        return f"that is no name for a Hub repository ({_first_line(error, token)})"
+        return f"this is not a valid name for a Hub repository ({_first_line(error, token)})"
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated: accept its terms on its page, and log in with that account (hf auth login)"
     if isinstance(error, errors.RepositoryNotFoundError):
-        private = "that the token in use may not see" if signed_in else "that needs a login (hf auth login)"
+        private = "that the current token cannot access" if signed_in else "that needs a login (hf auth login)"
         return f"no such repository, or a private one {private}"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision"
@@ -158,18 +160,18 @@ def hub_reason(error: Exception, token: str | None = None) -> str:
         return " ".join(_without_tokens(str(error), token).split())
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401 and not signed_in:
-        return "the Hub wants a login for that: hf auth login"
+        return "the Hub requires a login for this: hf auth login"
     if status == 401:
-        return "the Hub refuses the token in use, which is wrong or has expired: hf auth login, or unset HF_TOKEN"
+        return "the Hub rejects the current token, which is wrong or has expired: hf auth login, or unset HF_TOKEN"
     if status == 403:
-        return "the token in use may not do that: it needs the right to, in this organisation"
+        return "the current token does not have permission for this in this organisation"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     if status is not None:
-        return f"the Hub answers with an error ({_first_line(error, token)})"
+        return f"the Hub returned an error ({_first_line(error, token)})"
     if type(error) is OSError:
         return f"the download failed ({_first_line(error, token)})"
-    return f"the Hub gave no answer ({_first_line(error, token)})"
+    return f"the Hub did not respond ({_first_line(error, token)})"
 
 
 def hub_cause(error: Exception, token: str | None = None) -> Exception | None:

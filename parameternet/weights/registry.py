@@ -136,5 +136,8 @@ def packaged(repository: str) -> Path | None:
 
 
 def is_recorded_pickle(sha256: Sequence[str]) -> bool:
-    """Return whether `sha256` is of a file in `PACKAGED`, the only pickles that are read, as their content is known."""
+    """Return whether `sha256` belongs to a file in `PACKAGED`.
+
+    These are the only pickles that are read, because their content is known.
+    """
     return any(package.sha256 in sha256 for package in PACKAGED.values())

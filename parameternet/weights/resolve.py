@@ -1,4 +1,4 @@
-"""From a name to a verified file."""
+"""Resolve a name to a verified file."""
 
 import hashlib
 from collections.abc import Mapping
@@ -36,8 +36,8 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
                                          wheel, then the Hub
     `local-dir:DIR`                      `DIR/model.safetensors`                             digest
     `hf-hub:ORG/NAME[@REVISION]`         that repository's `model.safetensors`               the Hub's digest, its own;
-                                                                                             SHA-256 of one of ours
-    `hf_hub_id` of another's repository  `PARAMETERNET_WEIGHTS`, then an installed package   digest; of a package, its
+                                                                                             recorded SHA-256 if ours
+    `hf_hub_id` of another repository    `PARAMETERNET_WEIGHTS`, then an installed package   digest; of a package, its
                                          with it (`PACKAGED`), then the Hub                  recorded SHA-256
     `file=PATH` in the cfg's overlay     that file                                           digest
     `state_dict=...` in the overlay      none: these tensors are returned                    nothing
@@ -46,7 +46,7 @@ def resolve(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = No
     Raises:
         UnknownWeights: no checkpoint of that name is recorded.
         WeightsNotFound: no file; the message lists the places that were tried.
-        WeightsDamaged: the file is not the expected one, with both digests.
+        WeightsDamaged: the file is not the expected one; the message has both digests.
     """
     if pretrained_cfg.get("state_dict"):
         return dict(pretrained_cfg["state_dict"])
@@ -70,7 +70,7 @@ def locate(pretrained_cfg: Mapping[str, Any], cache_dir: str | Path | None = Non
         return Path(file).expanduser(), ()
     if cfg.get("url"):
         raise WeightsError(
-            f"weights are not read from a plain URL ({cfg['url']}): they cannot be verified. "
+            f"weights are not read from a plain URL ({cfg['url']}), because they cannot be verified. "
             "Download the file and pass it as pretrained_cfg_overlay=dict(file='model.safetensors')"
         )
     if _is_foreign(cfg):
@@ -191,8 +191,8 @@ def _nowhere(name: str, reason: WeightsNotFound) -> str:
     lines += [f"  {path}: {'no such file' if path.parent.is_dir() else 'no such folder'}" for path in places(name)]
     lines += [
         f"  {reason}",
-        "What to do: run this again with a network and without HF_HUB_OFFLINE. Or download "
-        f"{address(f'{hub()}/{name}', FILE_NAME)} and the {CONFIG_NAME} there, put both into FOLDER/{name}/ and set "
-        "PARAMETERNET_WEIGHTS=FOLDER. For a mirror in another organisation: PARAMETERNET_HUB=NAME",
+        "To fix this, try again with network access and without HF_HUB_OFFLINE. Or download "
+        f"{address(f'{hub()}/{name}', FILE_NAME)} and its {CONFIG_NAME}, put both into FOLDER/{name}/ and set "
+        "PARAMETERNET_WEIGHTS=FOLDER. For a mirror in another organisation, set PARAMETERNET_HUB=NAME",
     ]
     return "\n".join(lines)

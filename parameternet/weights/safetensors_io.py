@@ -85,7 +85,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[s
     Args:
         state_dict: Names to tensors, on any device.
         path: The file to write; its folder must exist.
-        metadata: Further entries of the file's header; values become text.
+        metadata: Further entries of the file's header; values are converted to text.
     """
     tensors = {name: _standalone(name, tensor) for name, tensor in state_dict.items()}
     words = {str(key): str(value) for key, value in (metadata or {}).items()}
@@ -144,8 +144,8 @@ def check_file(path: Path, data: bytes, *sha256: str) -> None:
     got = hashlib.sha256(data).hexdigest()
     if sha256 and got not in sha256:
         raise WeightsDamaged(
-            f"{path} ({len(data):,} bytes) is not the recorded one: expected SHA-256 {' or '.join(sha256)}, got {got}. "
-            f"{mend(path)}"
+            f"{path} ({len(data):,} bytes) is not the recorded file: expected SHA-256 {' or '.join(sha256)}, got "
+            f"{got}. {mend(path)}"
         )
 
 
@@ -186,18 +186,18 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path} is a pickle, which can run code; only safetensors are read: {conversion(path)}"
             ) from None
         raise WeightsDamaged(
-            f"{path} ({len(data):,} bytes) is not a whole safetensors file: {error}. {mend(path)}"
+            f"{path} ({len(data):,} bytes) is not a complete safetensors file: {error}. {mend(path)}"
         ) from error
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], warn: bool) -> None:
     recorded = metadata.get(DIGEST)
     if recorded is None and metadata.get("writer") == WRITER:
-        raise WeightsDamaged(f"{path} was written with a digest of its tensors, and it is gone. {mend(path)}")
+        raise WeightsDamaged(f"{path} was written with a digest of its tensors, which is now missing. {mend(path)}")
     if recorded is None:
         if warn:
             warnings.warn(
-                f"{path} carries no digest, so its tensors cannot be verified; parameternet.weights.save writes one",
+                f"{path} has no digest, so its tensors cannot be verified; parameternet.weights.save writes one",
                 stacklevel=4,
             )
         return

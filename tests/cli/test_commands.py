@@ -80,7 +80,7 @@ def test_version():
         (["xyzzy"], "there are: list, info, predict"),
         (["list", "--jsn"], "--json"),
         (["info", "parameternet_60m"], "closest: parameternet_600m"),
-        (["info", "zzz"], "no network 'zzz'. All of them: parameternet list"),
+        (["info", "zzz"], "no network 'zzz'. `parameternet list` shows all names"),
         (["list", "parametenet_300m"], "closest: parameternet_300m"),
         (["predict"], "Missing argument 'IMAGE...'"),
         (["predict", CAT, "--model", "parameternet_50m.tin20"], "closest: parameternet_50m.tin200"),
@@ -182,7 +182,7 @@ def test_info_in_words():
     for part in ("8.61 M  100.0%", "convolutions of 4 experts, sigmoid routing", "3 x 224 x 224", "112 x 112"):
         assert part in words, words
     last = words.splitlines()[-1]
-    assert last.startswith("not counted: ") and "batch_norm x 80, layer_norm x 76, " in last
+    assert last.startswith("not counted: ") and "batch_norm x 80, sum x 76, layer_norm x 76, " in last
 
 
 # predict -------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_file_without_digest_is_a_plain_warning(tmp_path):
     checkpoints.write(tmp_path)
     save_file(checkpoints.network().state_dict(), tmp_path / weights.FILE_NAME)
     done = run("predict", CAT, "--model", tmp_path)
-    assert done.stderr.startswith("Warning: ") and "carries no digest" in done.stderr
+    assert done.stderr.startswith("Warning: ") and "has no digest" in done.stderr
     assert "UserWarning" not in done.stderr
 
 

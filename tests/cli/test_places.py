@@ -46,7 +46,7 @@ def refused(*arguments):
 @pytest.mark.parametrize("arguments, suffix", WRITING)
 def test_an_output_that_cannot_be_written_is_rejected_first(arguments, suffix):
     words = refused(*arguments, f"/proc/x{suffix}")
-    assert f"cannot write /proc/x{suffix}: /proc accepts no files" in words
+    assert f"cannot write /proc/x{suffix}: /proc is not writable" in words
     assert "/proc/." not in words  # temporary files and locks are internal
 
 
@@ -72,7 +72,7 @@ def test_calls_reject_an_output_first():
         lambda: export("nowhere", "/proc/x.onnx"),
         lambda: upcycle_checkpoint("nowhere", "/proc/x"),
     ):
-        with pytest.raises(ValueError, match=r"cannot write /proc/x\S*: /proc accepts no files"):
+        with pytest.raises(ValueError, match=r"cannot write /proc/x\S*: /proc is not writable"):
             call()
 
 
@@ -178,9 +178,7 @@ def test_an_address_is_to_be_downloaded_first(arguments, address):
         words = refused(*arguments)
     else:
         words = refused(*arguments, address)
-    assert f"{address} is an address, and addresses are not read: download it and give the path" in words.replace(
-        "\n", " "
-    )
+    assert f"{address} is a URL, and URLs are not supported: download it and give the path" in words.replace("\n", " ")
 
 
 @pytest.mark.parametrize("field", ["train", "val", "init", "teacher"])
@@ -190,5 +188,5 @@ def test_an_address_in_a_recipe_is_to_be_downloaded_first(tmp_path, field):
         Image.new("RGB", (32, 32)).save(tmp_path / "images" / name / "a.png")
     changes = {"cache": "device", "mixup": 0, "cutmix": 0} if field == "teacher" else {}
     values = {"model": "parameternet_50m", "train": str(tmp_path / "images"), "batch_size": 1, "workers": 0, **changes}
-    with pytest.raises((ValueError, RuntimeError), match=r"http://example\.org/x is an address"):
+    with pytest.raises((ValueError, RuntimeError), match=r"http://example\.org/x is a URL"):
         run(make_recipe({**values, field: "http://example.org/x"}), tmp_path / "run")

@@ -35,6 +35,6 @@ def test_it_reports_what_changed(file, tmp_path):
 
 
 def test_usage_errors(tmp_path):
-    assert "nor the name of a model" in run("upcycle", "resnet_x", "-o", tmp_path / "out", code=2).stderr
+    assert "or the name of a model" in run("upcycle", "resnet_x", "-o", tmp_path / "out", code=2).stderr
     assert "Missing option" in run("upcycle", "resnet18", code=2).stderr
     assert not (tmp_path / "out").exists()

@@ -281,7 +281,7 @@ def test_a_damaged_tar_never_lacks_images_unnoticed(tmp_path, damage):
     changed = {"header": data[:last] + b"\xff" * 100 + data[last + 100 :], "cut": data[: last + 520]}
     path.write_bytes(changed.get(damage, data[:start]))
     if damage == "end":
-        assert notes_of(open_dataset(str(path), "train")) == ["the tar has no end mark: it may be cut short"]
+        assert notes_of(open_dataset(str(path), "train")) == ["the tar has no end marker: it may be truncated"]
         return
     with pytest.raises(DataError, match=r"cannot read images from .*a\.tar"):
         open_dataset(str(path), "train")
@@ -300,7 +300,7 @@ def test_a_difference_is_named_by_class():
         (before[1:], "cat has 1 images instead of 2"),
         ([("cat/1", 0), ("cat/2", 1), ("dog/1", 1)], "cat has 1 images instead of 2, dog has 2 images instead of 1"),
         ([("cat/1", 0), ("cat/3", 0), ("dog/1", 1)], "cat has other images"),
-        (before[::-1], "the images have other labels or another order"),
+        (before[::-1], "the images have different labels or a different order"),
     ):
         assert labels.difference(old, labels.digest(after, classes)) == text
 

@@ -209,7 +209,7 @@ def test_what_cannot_be_listed_is_refused(tmp_path, name):
     [
         ("train-{10..13}.tar", "train-12.tar does not exist"),
         ("none-*.tar", "does not exist"),
-        ("val", "has no _info.json that names the files of a split 'val'"),
+        ("val", "has no _info.json that lists the files of split 'val'"),
     ],
 )
 def test_shards_that_do_not_exist_are_refused(shards, spec, why):

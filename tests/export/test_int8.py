@@ -202,7 +202,7 @@ def test_the_report_counts_the_images_that_were_used(damaged, tmp_path, batch):
 
 @pytest.mark.parametrize("batch, what", [(200, "calibrate"), (55, "check")])
 def test_a_batch_larger_than_the_images_is_refused(photos, tmp_path, batch, what):
-    with pytest.raises(DataError, match=f"batch {batch} needs as many images to {what} with"):
+    with pytest.raises(DataError, match=f"batch {batch} requires at least {batch} images to {what} with"):
         measure(photos, tmp_path, batch, Runtime())
     assert not (tmp_path / "8.onnx").exists()
 
@@ -241,8 +241,8 @@ def test_a_layer_that_is_called_twice_is_stored_once(photos, tmp_path):
 @pytest.mark.parametrize(
     "cfg, size, message",
     [
-        (None, 8, "which has no pretrained_cfg"),
-        (network().pretrained_cfg, (1, 8, 8), "a mean for each of the 1 channels .* has 3"),
+        (None, 8, "the network has no pretrained_cfg"),
+        (network().pretrained_cfg, (1, 8, 8), "a mean for each of the network's 1 input channels, .* has 3"),
     ],
 )
 def test_networks_that_do_not_say_how_images_are_prepared_are_refused(photos, tmp_path, cfg, size, message):
@@ -258,7 +258,7 @@ def test_what_is_refused(photos, tmp_path):
     (few / "a.png").write_bytes((photos / "n0" / "0.png").read_bytes())
     with pytest.raises(DataError, match=r"at least 200 images, .*few has 1"):
         export(network(), tmp_path / "a.onnx", int8=few)
-    with pytest.raises(ValueError, match="int8 is for the formats onnx and openvino"):
+    with pytest.raises(ValueError, match="int8 requires format onnx or openvino"):
         export(network(), tmp_path / "a.pt2", "torch_export", int8=photos)
     with pytest.raises(ValueError, match="calibration_images must be at least 1, got 0"):
         export(network(), tmp_path / "a.onnx", int8=photos, calibration_images=0)

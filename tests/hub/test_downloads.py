@@ -82,15 +82,15 @@ def test_a_passing_fault_is_survived(foreign, kind):
 @pytest.mark.parametrize(
     ("kind", "method", "message"),
     [
-        ("500", "HEAD", "the Hub answers with an error"),
-        ("503", "GET", "the Hub answers with an error"),
+        ("500", "HEAD", "the Hub returned an error"),
+        ("503", "GET", "the Hub returned an error"),
         ("short", "GET", "the download failed"),
-        ("cut", "GET", "the Hub gave no answer"),
+        ("cut", "GET", "the Hub did not respond"),
     ],
 )
 def test_a_lasting_fault_is_one_sentence_and_leaves_nothing(foreign, kind, method, message):
     foreign.fail(kind, method, "model.safetensors", times=6)
-    with pytest.raises(weights.WeightsNotFound, match=f"{message}.*cache here does not hold it") as caught:
+    with pytest.raises(weights.WeightsNotFound, match=f"{message}.*is not in the local Hub cache") as caught:
         weights.resolve(CFG)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(foreign.address)
     assert not blobs()
@@ -100,7 +100,9 @@ def test_a_lasting_fault_is_one_sentence_and_leaves_nothing(foreign, kind, metho
 
 def test_a_file_that_stays_wrong_is_refused(foreign):
     foreign.fail("flipped", "GET", "/storage/", times=9)
-    with pytest.raises(weights.WeightsDamaged, match=r"came damaged.*its own is.*a second copy too") as caught:
+    with pytest.raises(
+        weights.WeightsDamaged, match=r"arrived damaged.*the Hub's digest.*a second copy was damaged too"
+    ) as caught:
         weights.resolve(CFG)
     assert "\n" not in str(caught.value)
     assert len(foreign.asked("GET", "/storage/")) == 2 and not blobs()
@@ -111,7 +113,7 @@ def test_small_files_are_held_against_gits_name_for_them(foreign):
     assert weights.config(f"hf-hub:{REPOSITORY}")["pretrained_cfg"] == {"num_classes": 5}
     foreign.put(REPOSITORY, {"config.json": CONFIG.replace(b"5", b"6")})
     foreign.fail("flipped", "GET", "config.json", times=9)
-    with pytest.raises(weights.WeightsDamaged, match=r"config\.json came damaged"):
+    with pytest.raises(weights.WeightsDamaged, match=r"config\.json arrived damaged"):
         weights.config(f"hf-hub:{REPOSITORY}")
 
 
@@ -153,14 +155,16 @@ def test_the_cache_serves_when_the_hub_is_gone(ours, foreign, monkeypatch):
 @pytest.mark.parametrize("cfg", [CFG, {"architecture": "parameternet_50m", "tag": "tin200"}], ids=["foreign", "ours"])
 def test_offline_without_a_cache_says_so(ours, monkeypatch, cfg):
     offline(monkeypatch)
-    with pytest.raises(weights.WeightsNotFound, match="HF_HUB_OFFLINE is set, and the Hub's cache here does not hold"):
+    with pytest.raises(weights.WeightsNotFound, match="HF_HUB_OFFLINE is set, and the file is not in the local"):
         weights.resolve(cfg)
 
 
 def test_no_network_and_no_cache_is_one_sentence(hub, monkeypatch, tmp_path):
     hub.address = "http://127.0.0.1:9"
     connect(hub, monkeypatch, tmp_path)
-    with pytest.raises(weights.WeightsNotFound, match=r"the Hub gave no answer .*does not hold it$") as caught:
+    with pytest.raises(
+        weights.WeightsNotFound, match=r"the Hub did not respond .* not in the local Hub cache$"
+    ) as caught:
         weights.resolve(CFG)
     assert "\n" not in str(caught.value)
 
@@ -199,7 +203,7 @@ def test_damaged_cached_file_is_not_used_locally(ours, monkeypatch):
 def test_file_from_a_foreign_organisation_is_rejected(ours):
     ours.put(OURS, {"model.safetensors": FILE})
     for cfg in ({"architecture": "parameternet_50m", "tag": "tin200"}, {"source": "hf-hub", "hf_hub_id": OURS}):
-        with pytest.raises(weights.WeightsDamaged, match=r"is not the recorded one.*delete the folder .*models--param"):
+        with pytest.raises(weights.WeightsDamaged, match=r"not the recorded file.*delete the folder .*models--param"):
             weights.resolve(cfg)
 
 
@@ -225,13 +229,13 @@ def test_a_revision_can_be_pinned(foreign):
     ("repository", "token", "message"),
     [
         ("nobody/nothing", None, r"no such repository, or a private one that needs a login \(hf auth login\)"),
-        ("nobody/nothing", TOKEN, "no such repository, or a private one that the token in use may not see"),
+        ("nobody/nothing", TOKEN, "no such repository, or a private one that the current token cannot access"),
         ("somebody/private", None, r"no such repository, or a private one that needs a login \(hf auth login\)"),
         ("somebody/gated", None, "is gated: accept its terms on its page"),
         ("somebody/gated", TOKEN, "is gated: accept its terms on its page"),
-        (REPOSITORY, WRONG_TOKEN, "refuses the token in use, which is wrong or has expired: hf auth login"),
+        (REPOSITORY, WRONG_TOKEN, "rejects the current token, which is wrong or has expired: hf auth login"),
         ("somebody/empty", None, "the repository has no such file"),
-        ("a/b/c", None, "is no name for a Hub repository"),
+        ("a/b/c", None, "is not a valid name for a Hub repository"),
     ],
 )
 def test_what_cannot_be_had_is_told_apart(foreign, monkeypatch, repository, token, message):

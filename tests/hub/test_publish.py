@@ -183,7 +183,7 @@ def test_a_passing_fault_of_the_storage_is_survived(signed_in, folder):
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(signed_in, folder):
     signed_in.fail("lost", "POST", "/commit/")
-    with pytest.raises(room.PublishError, match="the Hub gave no answer"):
+    with pytest.raises(room.PublishError, match="the Hub did not respond"):
         room.publish(folder, TO)
     assert room.publish(folder, TO).commit is None and len(commits(signed_in)) == 1
 
@@ -191,7 +191,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(signed_in, folder):
 def test_concurrent_commit_is_not_overwritten(signed_in, folder):
     signed_in.put(TO, {"notes.txt": b"hello"})
     signed_in.fail(lambda: signed_in.put(TO, {WEIGHTS: b"other"}) and None, "POST", "/preupload/")
-    with pytest.raises(room.PublishError, match=r"the Hub answers with an error .*412"):
+    with pytest.raises(room.PublishError, match=r"the Hub returned an error .*412"):
         room.publish(folder, TO)
     assert signed_in.files(TO) == {"notes.txt": b"hello", WEIGHTS: b"other"}
 
@@ -219,7 +219,7 @@ def test_a_name_of_ours_goes_only_with_the_recorded_weights(signed_in, folder, m
     config["pretrained_cfg"]["tag"] = "tin200"
     (folder / CONFIG).write_text(json.dumps(config))
     for source, to in ((NAME, "somebody/other"), (folder, f"parameternet/{NAME}")):
-        with pytest.raises(weights.WeightsDamaged, match="is not the recorded one"):
+        with pytest.raises(weights.WeightsDamaged, match="is not the recorded file"):
             room.publish(source, to)
     assert list(signed_in.repositories) == [TO]
 
@@ -257,9 +257,9 @@ def test_a_branch_and_a_private_repository_are_made(signed_in, folder):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "somebody/net: the Hub wants a login for that: hf auth login"),
-        (WRONG_TOKEN, "somebody/net: the Hub refuses the token in use, which is wrong or has expired"),
-        ("hf_Secret\x00Secret", "somebody/net: the Hub gave no answer"),
+        (None, "somebody/net: the Hub requires a login for this: hf auth login"),
+        (WRONG_TOKEN, "somebody/net: the Hub rejects the current token, which is wrong or has expired"),
+        ("hf_Secret\x00Secret", "somebody/net: the Hub did not respond"),
     ],
 )
 def test_bad_token_uploads_nothing_and_is_not_shown(hub, folder, token, message):
@@ -273,7 +273,7 @@ def test_bad_token_uploads_nothing_and_is_not_shown(hub, folder, token, message)
 def test_the_commands_show_no_token(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
     words = run(folder, "--to", TO, code=1)
-    assert "refuses the token in use" in words and WRONG_TOKEN not in words
+    assert "rejects the current token" in words and WRONG_TOKEN not in words
 
 
 def test_a_repository_of_ones_own_token(hub, folder):
@@ -282,12 +282,12 @@ def test_a_repository_of_ones_own_token(hub, folder):
 
 
 def test_gated_names_and_no_network_are_told_apart(signed_in, folder, monkeypatch, tmp_path):
-    with pytest.raises(room.PublishError, match="is no name for a Hub repository"):
+    with pytest.raises(room.PublishError, match="is not a valid name for a Hub repository"):
         room.publish(folder, "a/b/c")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(room.PublishError, match="HF_HUB_OFFLINE is set"):
         room.publish(folder, TO)
     signed_in.address = "http://127.0.0.1:9"
     connect(signed_in, monkeypatch, tmp_path)
-    with pytest.raises(room.PublishError, match="the Hub gave no answer"):
+    with pytest.raises(room.PublishError, match="the Hub did not respond"):
         room.publish(folder, TO)

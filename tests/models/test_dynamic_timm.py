@@ -151,7 +151,7 @@ def test_a_package_is_verified(number, monkeypatch, tmp_path):
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(data)
     monkeypatch.setitem(weights.PACKAGED, repository, weights.PACKAGED[repository]._replace(file=str(damaged)))
-    with pytest.raises(weights.WeightsDamaged, match="is not the recorded one"):
+    with pytest.raises(weights.WeightsDamaged, match="is not the recorded file"):
         weights.resolve(cfg)
 
 

@@ -268,7 +268,7 @@ def test_every_use_takes_every_kind_of_source(use, kind, shelf, tmp_path):
     if use is release and kind != "run":
         pytest.skip("a run folder alone is released")
     if use in OF_OURS and kind == "dense":
-        with pytest.raises((weights.UnknownWeights, AssertionError), match="dense network of timm"):
+        with pytest.raises((weights.UnknownWeights, AssertionError), match="dense timm network"):
             use(text, shelf.dense, shelf, tmp_path)
         return
     use(text, shelf.meant(kind), shelf, tmp_path)

@@ -65,7 +65,7 @@ def test_kill_while_replacing_a_checkpoint_leaves_no_mixture(file, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(files, "write_json", killed)  # new weights, and the config of the old ones
         upcycle_checkpoint(*arguments, overwrite=True, seed=1)
-    with pytest.raises(weights.WeightsNotFound, match=r"config\.json must be next to it"):
+    with pytest.raises(weights.WeightsNotFound, match=r"Put config\.json next to it"):
         load(tmp_path / "dynamic")
     upcycle_checkpoint(*arguments, overwrite=True, seed=1)
     assert load(tmp_path / "dynamic").model.num_classes == 7
@@ -122,11 +122,11 @@ def test_a_name_of_timm_takes_the_weights_from_where_they_are():
 @pytest.mark.parametrize(
     ("source", "architecture", "error", "message"),
     [
-        ("no_such_net", None, weights.UnknownWeights, "is neither a folder, nor a file, nor the name of a model"),
+        ("no_such_net", None, weights.UnknownWeights, "is not a folder, a file or the name of a model"),
         ("resnet18d_x", None, weights.UnknownWeights, "closest: resnet18d"),
-        ("ghostnet_050", None, weights.WeightsNotFound, "timm has no weights of ghostnet_050"),
-        ("FILE", None, weights.WeightsNotFound, r"does not say which network it is of.* there is no .*config\.json"),
-        ("FILE", "resnet19", ValueError, "timm knows no 'resnet19'"),
+        ("ghostnet_050", None, weights.WeightsNotFound, "timm has no weights for ghostnet_050"),
+        ("FILE", None, weights.WeightsNotFound, r"does not say which network it is for.* there is no .*config\.json"),
+        ("FILE", "resnet19", ValueError, "timm has no model 'resnet19'"),
         ("none.safetensors", "resnet18", weights.WeightsNotFound, "no such file"),
     ],
 )

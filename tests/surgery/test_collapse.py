@@ -73,5 +73,5 @@ def test_an_upcycled_network_goes_back_to_the_dense_one(fused):
 def test_nothing_to_measure_is_an_error():
     with pytest.raises(ValueError, match="this ResNet has none"):
         collapse(timm.create_model("resnet18"), [torch.randn(1, 3, 32, 32)])
-    with pytest.raises(ValueError, match="no image reached a, b: data must hold at least one batch"):
+    with pytest.raises(ValueError, match="no image reached a, b: data must contain at least one batch"):
         collapse(Two(1.0), [])

@@ -406,7 +406,7 @@ def test_what_a_copy_loses_is_left_alone_in_place(alter):
     model = lived_in(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     alter(model[1])
     assert fuse(model, inplace=True).fusing.left[0].left.startswith("the convolution: ")
-    with pytest.raises(ValueError, match=r"nothing in this Sequential is to be converted .*1: "):
+    with pytest.raises(ValueError, match=r"no layer of this Sequential can be converted .*1: "):
         upcycle(model, inplace=True)
 
 
@@ -642,7 +642,7 @@ def test_upcycle_sees_what_training_reads():
 def test_upcycle_of_a_network_that_cannot_be_run_asks_for_a_probe():
     model = lived_in(Two())
     model.block.insert(0, nn.Conv2d(4, 4, 1).double())
-    with pytest.raises(ValueError, match=r"nothing in this Two is to be converted .*give a probe"):
+    with pytest.raises(ValueError, match=r"no layer of this Two can be converted .*give a probe"):
         upcycle(model)
     dynamic = upcycle(model, probe=(image(), image()))
     assert [layer.name for layer in dynamic.upcycling.converted] == ["block.1"]

@@ -219,7 +219,7 @@ def test_the_original_is_untouched_unless_asked_and_modes_stay(small):
         ({"noise": -1}, "must not be negative"),
         ({"redraw": 1.0}, "redraw must be at least 0 and below 1, got 1.0"),
         ({"neutral_weight": 1.0}, "neutral_weight must be between 0 and 1, got 1.0"),
-        ({"include": "none"}, "nothing in this Small is to be converted .*stem: the stem; left: not among none"),
+        ({"include": "none"}, "no layer of this Small can be converted .*stem: the stem; left: does not match none"),
         ({"routing": "relu"}, "routing must be one of sigmoid, softmax"),
     ],
 )

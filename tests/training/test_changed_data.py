@@ -70,7 +70,7 @@ def test_resuming_on_other_images_is_refused_and_the_difference_named(stopped, s
     made, folder, data = stopped
     before = (folder / "last.ckpt").read_bytes()
     change(data / split)
-    with pytest.raises(CheckpointError, match=f"holds a run on other images: {split}: {text}"):
+    with pytest.raises(CheckpointError, match=f"used different images: {split}: {text}"):
         run(made, folder)
     assert (folder / "last.ckpt").read_bytes() == before
 
@@ -79,7 +79,7 @@ def test_resuming_on_other_classes_is_refused_and_they_are_named(stopped):
     made, folder, data = stopped
     for split in ("train", "val"):
         (data / split / "red").rename(data / split / "pink")
-    with pytest.raises(CheckpointError, match=r"other classes than those of .*train: gone red, new pink"):
+    with pytest.raises(CheckpointError, match=r"used different classes than .*train has now: gone red, new pink"):
         run(made, folder)
 
 
@@ -99,7 +99,7 @@ def test_processes_that_find_other_images_stop_before_the_first_step(tmp_path, r
         return [item, item.replace('"red": [8', '"red": [7').replace('"sha256": "', '"sha256": "0')]
 
     monkeypatch.setattr(Place, "gather", gather)
-    text = "processes 0 and 1 do not find the same images: train: red has 7 images instead of 8"
+    text = "processes 0 and 1 find different images: train: red has 7 images instead of 8"
     with pytest.raises(DataError, match=text):
         Trainer(recipe(), tmp_path, Place(0, 1, torch.device("cpu")), Reporter())
 
@@ -110,7 +110,7 @@ def test_one_class_in_all_is_an_error(tmp_path, recipe, packed):
     if packed:
         pack(tmp_path / "data", tmp_path / "data.tar")
     where = str(tmp_path / ("data.tar" if packed else "data"))
-    with pytest.raises(DataError, match="has one class, red, and a classifier needs two"):
+    with pytest.raises(DataError, match="has one class, red, but a classifier needs at least two"):
         run(recipe(train=where, val=None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

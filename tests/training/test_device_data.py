@@ -190,7 +190,7 @@ def test_too_little_memory_and_nothing_to_read_are_said(pictures, plain, tmp_pat
     draw(tmp_path / "train", 1, seed=0)
     for path in (tmp_path / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="not one image"):
+    with pytest.raises(DataError, match="no image of"):
         loader(tmp_path / "train", plain(), report=lambda item: None)
     monkeypatch.setattr("parameternet.training.device_data.free_memory", lambda device: 10)
     with pytest.raises(DataError, match=r"needs .* MiB .* lower cache_size, or set cache=none"):

@@ -66,9 +66,9 @@ def test_two_processes_match_one_even_if_a_worker_is_killed(tmp_path, still):
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, recipe):
     place = Place(0, 4, torch.device("cpu"))
-    with pytest.raises(RecipeError, match="batch_size 6 cannot be shared by 4 processes"):
+    with pytest.raises(RecipeError, match="batch_size 6 cannot be split among 4 processes"):
         Trainer(recipe(batch_size=6), tmp_path, place, Reporter())
-    with pytest.raises(RecipeError, match="each process has 1 of batch_size 4"):
+    with pytest.raises(RecipeError, match="each process gets 1 of batch_size 4"):
         Trainer(recipe(batch_size=4), tmp_path, place, Reporter())
 
 

@@ -190,7 +190,7 @@ def test_best_weights_without_last_do_not_get_another_recipe(tmp_path, recipe):
     run(recipe(epochs=1), tmp_path)
     (tmp_path / "last.ckpt").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"holds a run of another recipe \(lr: 0.003 -> 0.1\)"):
+    with pytest.raises(CheckpointError, match=r"holds a run with another recipe \(lr: 0.003 -> 0.1\)"):
         run(recipe(epochs=1, lr=0.1), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     run(recipe(epochs=1), tmp_path)  # a run killed between its first best weights and its first checkpoint
@@ -357,11 +357,11 @@ FIXED = dict(dynamic_img_size=False)
         (dict(model_kwargs=dict(stem_sizes=None)), "has no argument 'stem_sizes'; closest: stem_size"),
         (
             dict(model="parameternet_50m", model_kwargs=dict(routing_norm=None)),
-            "model_kwargs: routing_norm is null, which timm replaces by the default 'layer'",
+            "model_kwargs: routing_norm is null, which timm replaces with the default 'layer'",
         ),
         (
             dict(model="dynamic_efficientnet_lite0", model_kwargs=dict(routing_norm=None)),
-            "model_kwargs: routing_norm is null, which timm replaces by the default 'layer'",
+            "model_kwargs: routing_norm is null, which timm replaces with the default 'layer'",
         ),
         (dict(model_kwargs=dict(num_classes=4)), "num_classes is not an argument.*set the field num_classes"),
         (dict(model_kwargs=dict(drop_rate=0.1)), "set the field drop_rate"),
@@ -369,7 +369,7 @@ FIXED = dict(dynamic_img_size=False)
         (dict(model_kwargs=dict(features_only=True)), "only classifiers are trained"),
         (dict(model_kwargs=dict(stem_size="wide")), "model_kwargs: test_efficientnet cannot be built"),
         (dict(model_kwargs=dict(stem_size=-1)), "model_kwargs: test_efficientnet cannot be built"),
-        (dict(model_kwargs=dict(global_pool="")), "test_efficientnet with .*global_pool.* does not take images"),
+        (dict(model_kwargs=dict(global_pool="")), "test_efficientnet with .*global_pool.* does not accept images"),
         (dict(model="parameternet_50m", model_kwargs=dict(num_expert=4)), "'num_expert'; closest: num_experts"),
         (dict(model="test_vit", model_kwargs=dict(img_size=64) | FIXED), "input_size: test_vit with .* of 32 x 32"),
         (dict(model="test_vit", model_kwargs=dict(img_size=32) | FIXED, test_input_size=48), "test_input_size.* 48"),
@@ -403,7 +403,7 @@ def test_a_device_that_does_not_exist_is_a_bad_value(tmp_path, recipe):
 def test_processes_that_find_other_classes_stop_before_the_first_step(tmp_path, recipe, monkeypatch):
     place = Place(0, 1, torch.device("cpu"))
     monkeypatch.setattr(Place, "gather", lambda self, item: [item, item, item[::-1]] if item else [item])
-    with pytest.raises(DataError, match="processes 0 and 2 do not find the same classes"):
+    with pytest.raises(DataError, match="processes 0 and 2 find different classes"):
         Trainer(recipe(), tmp_path, place, Reporter())
 
 

@@ -289,7 +289,7 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
     with pytest.raises(DataError, match="has 3 classes"):
         run(recipe(num_classes=5), tmp_path / "run")
     (tmp_path / "names.txt").write_text("blue\tsky\ngreen\tgrass\nyellow\tsun\n")
-    with pytest.raises(DataError, match="lacks classes of the data: red"):
+    with pytest.raises(DataError, match="is missing classes of the data: red"):
         run(recipe(class_names=str(tmp_path / "names.txt")), tmp_path / "run")
 
 
@@ -302,10 +302,10 @@ def test_classes_that_do_not_match_stop_the_run_before_it_starts(tmp_path, recip
         (dict(model_kwargs=dict(nonsense=1)), "nonsense"),
         (dict(freeze=["blockz"]), "freeze: 'blockz' matches no part.*closest: blocks"),
         (dict(freeze=["*"]), "leaves nothing to train"),
-        (dict(train=None), "names no training data"),
+        (dict(train=None), "has no training data"),
         (dict(batch_size=400), "do not fill one update"),
         (dict(device="quantum"), "device 'quantum' cannot be used"),
-        (dict(init="nowhere"), "init: 'nowhere' is neither a folder, nor a file"),
+        (dict(init="nowhere"), "init: 'nowhere' is not a folder, a file"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(tmp_path, recipe, changes, message):

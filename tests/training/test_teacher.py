@@ -130,5 +130,5 @@ def test_what_a_teacher_cannot_do_is_refused(taught, changes, message):
 
 def test_a_teacher_that_does_not_know_the_classes_is_refused(taught, tmp_path):
     write(tmp_path / "other.safetensors", network(), ["red", "yellow", "pink", "green"])
-    with pytest.raises(DataError, match="classes lack blue of the data's 3"):
+    with pytest.raises(DataError, match="classes do not include blue of the data's 3"):
         run(taught(teacher=str(tmp_path / "other.safetensors")), tmp_path / "run")

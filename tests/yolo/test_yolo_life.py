@@ -445,7 +445,7 @@ def test_a_classifier_of_ours_fills_the_backbone_of_a_detector():
         assert torch.allclose(detector.eval().model[:10](x), expected, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*carries no digest")  # the file is of another program
+@pytest.mark.filterwarnings("ignore:.*has no digest")  # the file is of another program
 @pytest.mark.parametrize("kind", ["yolov8n_c2f_dynamicconv", "parameternet_50m", "dynamic_ghostnetv2_100"])
 def test_a_file_of_a_classifier_fills_the_backbone_and_survives_training(data, tmp_path, kind):
     import timm
@@ -473,7 +473,7 @@ def test_a_missing_or_damaged_file_of_weights_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         detector.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(WeightsDamaged, match=r"bad\.safetensors .* is not a whole safetensors file"):
+    with pytest.raises(WeightsDamaged, match=r"bad\.safetensors .* is not a complete safetensors file"):
         detector.load(tmp_path / "bad.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in detector.model.state_dict().items())
 
