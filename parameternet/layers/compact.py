@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
+from .compiled import records_a_graph
+from .dispatch import convolve
 from .dynamic_conv import DynamicConv, pad_same
 from .router import Router
 from .strategies import CACHED_BYTES, FEWEST_SAMPLES, ConvParams, convolve_each
@@ -74,20 +76,20 @@ class CompactConv(nn.Module):
                 f"experts in {self.expert_dtype} have no gradients: run the network in torch.inference_mode(), or use "
                 "the network without expert_dtype"
             )
-        dtype = autocast_dtype(x.device.type)
-        if dtype is None:
-            return self._convolve(x, routing_weights)
-        with without_autocast(x.device.type):
-            return self._convolve(x.to(dtype), routing_weights)
-
-    def _convolve(self, x: Tensor, routing_weights: Tensor) -> Tensor:
         if self.pad_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         conv_params = ConvParams(self.stride, self.padding, self.dilation, self.groups)
+        if records_a_graph() or x.device.type != "cpu" or x.shape[0] == 0:
+            experts = self.experts().to(x.dtype)
+            return convolve(x, experts, routing_weights, self.bias, conv_params, None, self.output_bias)
+        dtype = autocast_dtype(x.device.type)
+        if dtype is None:
+            return self._convolve(x, routing_weights, conv_params)
+        with without_autocast(x.device.type):
+            return self._convolve(x.to(dtype), routing_weights, conv_params)
+
+    def _convolve(self, x: Tensor, routing_weights: Tensor, conv_params: ConvParams) -> Tensor:
         output_bias = None if self.output_bias is None else self.output_bias.to(x.dtype)
-        if x.shape[0] == 0:
-            kernel = self._numbers()[: self.out_channels].view(self.out_channels, -1, *self.kernel_size)
-            return F.conv2d(x, kernel.to(x.dtype), None, *conv_params)
         step = self._samples_at_a_time(x)
         if x.shape[0] <= step:
             y = convolve_each(x, self.kernels(routing_weights).to(x.dtype), output_bias, conv_params)
@@ -101,16 +103,12 @@ class CompactConv(nn.Module):
 
     def _samples_at_a_time(self, x: Tensor) -> int:
         kernel = self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
-        fits = max(CACHED_BYTES // (kernel * x.element_size()), FEWEST_SAMPLES)
-        return fits if x.device.type == "cpu" else x.shape[0]
+        return max(CACHED_BYTES // (kernel * x.element_size()), FEWEST_SAMPLES)
 
     def kernels(self, routing_weights: Tensor) -> Tensor:
-        """Mix experts by routing weights (B, E) -> kernels (B, out_channels, in_channels / groups, kh, kw)."""
+        """Mix experts by routing weights (B, E) -> kernels (B, out_channels, in_channels / groups, kh, kw). CPU."""
         shape = (-1, self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         batch, experts = routing_weights.shape
-        if self.weight.device.type != "cpu" or torch.compiler.is_compiling():
-            experts_in_full = self._numbers().view(experts, -1)
-            return torch.mm(routing_weights.to(experts_in_full.dtype), experts_in_full).view(shape)
         # A kernel of a sample is a bag of rows, one of each expert, weighted by the routing weights.
         rows, bags = self.rows, self.bags
         if batch > 1:
@@ -125,13 +123,16 @@ class CompactConv(nn.Module):
             )
         return mixed.view(shape)
 
-    def _numbers(self) -> Tensor:
-        """Return the experts' rows as floats."""
-        if self.weight.dtype != torch.uint8:
-            return self.weight
-        # A copy: the scales' place in memory need not be a multiple of 4 bytes.
-        scales = self.weight[:, -SCALE_BYTES:].contiguous().view(torch.float32)
-        return self.weight[:, :-SCALE_BYTES].float() * scales[:, :1] + scales[:, 1:]
+    def experts(self) -> Tensor:
+        """Return the experts as floats, (E * out_channels, in_channels / groups, kh, kw)."""
+        rows = self.weight
+        if rows.dtype == torch.uint8 and torch.jit.is_tracing():  # which does not support views of another dtype
+            rows = torch.ops.quantized.embedding_bag_byte_unpack(rows)
+        elif rows.dtype == torch.uint8:
+            # A copy: the scales' place in memory need not be a multiple of 4 bytes.
+            scales = rows[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+            rows = rows[:, :-SCALE_BYTES].float() * scales[:, :1] + scales[:, 1:]
+        return rows.view(-1, self.in_channels // self.groups, *self.kernel_size)
 
     def extra_repr(self) -> str:
         return (

@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_rounded_experts(args, kwargs, expert_dtype, ba
     conv = made(args, kwargs)
     compact = CompactConv(conv, expert_dtype)
     rounded = copy.deepcopy(conv)
-    rounded.weight.copy_(compact._numbers().view_as(conv.weight))
+    rounded.weight.copy_(compact.experts())
     x = torch.randn(batch, 16, 9, 8)
     tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 1e-5}[expert_dtype]  # 16 bits round sums, too
     for given in ((x,), (x, torch.rand(batch, conv.num_experts))):
@@ -123,6 +123,16 @@ def test_other_dtypes_autocast_and_compile(expert_dtype):
     assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), expected, atol=0.1)
     y = torch.compile(compact, backend="eager", fullgraph=True)(x)
     assert torch.allclose(y, expected, atol=0.1)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), CONVS)
+@torch.no_grad()
+def test_a_trace_takes_other_batches_and_sizes(args, kwargs):
+    compact = CompactConv(made(args, kwargs), "int8")
+    traced = torch.jit.trace(compact, torch.randn(2, 16, 9, 8))
+    for shape in ((1, 16, 9, 8), (3, 16, 7, 9)):
+        x = torch.randn(shape)
+        assert torch.allclose(traced(x), compact(x), atol=1e-5)
 
 
 def test_gradients_are_refused():
