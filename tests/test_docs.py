@@ -111,7 +111,7 @@ def test_tables_are_what_the_program_prints():
     assert done.returncode == 0, f"{done.stdout}{done.stderr[-2000:]}run python benchmarks/tables.py --write"
 
 
-@pytest.mark.parametrize(("name", "words"), [("demo", "parameternet predict"), ("test", "/pytest tests/yolo")])
+@pytest.mark.parametrize(("name", "words"), [("demo", "parameternet predict"), ("test", "/pytest -n auto tests/yolo")])
 def test_ci_finds_the_commands_of_the_readme(name, words):
     script = (ROOT / ".ci" / "run").read_text()
     assert f"command_of {name}" in script

@@ -17,5 +17,5 @@ def test_an_empty_batch(exported, format, form):
         return
     with pytest.raises(Exception):  # noqa: B017  each runtime has its own
         run(empty)
-    assert "skip an empty batch" in parameternet.export.__doc__
+    assert "Skip empty batches" in parameternet.export.__doc__
     assert "at least 1 in files of form 'looped'" in export.__doc__
