@@ -76,9 +76,10 @@ def fuse(
         probe: An input of the network, or a tuple of its arguments. Default: an image of the size in
             `model.pretrained_cfg`, or of 224 pixels. A network with data-dependent control flow needs a probe, and is
             observed on the path that the probe takes.
-        expert_dtype: Store experts in 'float16', 'bfloat16' or 'int8', in place of `DynamicConv` a `CompactConv`. This
-            takes less memory and time (docs/benchmarks.md), changes the outputs slightly, and is for inference only:
-            such layers have no gradients and cannot be exported. Depthwise kernels, which are small, stay as they are.
+        expert_dtype: Store experts as 'float16', 'bfloat16' or 'int8', with a `CompactConv` in place of each
+            `DynamicConv`. This takes less memory, but no less time (docs/benchmarks.md), and changes the outputs
+            slightly. It is for inference only: such layers have no gradients and cannot be exported. Depthwise kernels,
+            which are small, are not converted.
 
     Returns:
         The fused network, `model` itself with `inplace`. Its attribute `fusing`, a `Fusing`, lists every batch norm.
