@@ -11,32 +11,32 @@ from .compiled import records_a_graph
 from .dispatch import convolve
 from .dynamic_conv import DynamicConv, pad_same
 from .router import Router
-from .strategies import CACHED_BYTES, FEWEST_SAMPLES, ConvParams, convolve_each
+from .strategies import ConvParams, convolve_each, samples_in_cache
 
 __all__ = ["EXPERT_DTYPES", "SHORTEST_ROW", "CompactConv"]
 
 EXPERT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
-# Shorter rows, as of depthwise kernels, take longer to mix from 8 bits than from 32, and are a small part of a network.
+# Shorter rows, such as those of depthwise kernels, are slower to mix this way and a small part of a network.
 SHORTEST_ROW = 32
-# After the numbers of a row in 8 bits come the row's scale and offset, two 32-bit floats.
+# An int8 row ends with its scale and offset, two 32-bit floats.
 SCALE_BYTES = 8
 MIX_BYTES = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
 
 
 class CompactConv(nn.Module):
-    """The convolution of a `DynamicConv` with its experts in 16 or 8 bits; input and output are the same.
+    """A `DynamicConv` for inference whose experts are stored as float16, bfloat16 or int8; same input and output.
 
-    `weight` is a buffer with a row per output channel of each expert, expert-major: (E * out_channels, in_channels /
-    groups * kh * kw) in 16 bits; in 8 bits, 8 bytes longer for the row's scale and offset. Kernels are mixed in one
-    pass over it: to float32 from 8 bits, to the same 16 bits from 16. The convolution has the input's dtype.
+    `weight` is a buffer with one row per output channel of each expert, expert-major: (E * out_channels, in_channels /
+    groups * kh * kw). With int8, a row has 8 more bytes for its scale and offset. Kernels are mixed in float32 from
+    int8, and in their own dtype from 16 bits. The convolution runs in the input's dtype.
 
     Args:
         conv: The convolution to convert; its router and biases are shared with it.
         expert_dtype: 'float16', 'bfloat16' or 'int8'.
 
     Raises:
-        ValueError: An unknown dtype, or experts that are not finite numbers in it.
-        RuntimeError: A forward pass from which gradients are expected; there are none.
+        ValueError: An unknown dtype, or experts that are not finite in it.
+        RuntimeError: The input or the routing weights require gradients, which this layer does not have.
     """
 
     if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class CompactConv(nn.Module):
             value = getattr(conv, name)
             self.register_buffer(name, None if value is None else value.detach())
         rows = torch.arange(conv.weight.shape[0], dtype=torch.int32, device=conv.weight.device)
-        # For each kernel of a sample, the rows of all experts, and where they begin.
+        # For each output channel, the rows of all experts; and where each channel's rows begin.
         self.register_buffer("rows", rows.view(self.num_experts, -1).t().flatten(), persistent=False)
         self.register_buffer("bags", rows[:: self.num_experts].clone(), persistent=False)
         self.train(conv.training)
@@ -90,7 +90,8 @@ class CompactConv(nn.Module):
 
     def _convolve(self, x: Tensor, routing_weights: Tensor, conv_params: ConvParams) -> Tensor:
         output_bias = None if self.output_bias is None else self.output_bias.to(x.dtype)
-        step = self._samples_at_a_time(x)
+        kernel_size = self.kernel_size[0] * self.kernel_size[1]
+        step = samples_in_cache(self.out_channels * self.in_channels // self.groups * kernel_size * x.element_size())
         if x.shape[0] <= step:
             y = convolve_each(x, self.kernels(routing_weights).to(x.dtype), output_bias, conv_params)
         else:
@@ -101,15 +102,11 @@ class CompactConv(nn.Module):
         biases = torch.mm(routing_weights.to(x.dtype), self.bias.view(self.num_experts, -1).to(x.dtype))
         return y + biases[:, :, None, None]
 
-    def _samples_at_a_time(self, x: Tensor) -> int:
-        kernel = self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
-        return max(CACHED_BYTES // (kernel * x.element_size()), FEWEST_SAMPLES)
-
     def kernels(self, routing_weights: Tensor) -> Tensor:
         """Mix experts by routing weights (B, E) -> kernels (B, out_channels, in_channels / groups, kh, kw). CPU."""
         shape = (-1, self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         batch, experts = routing_weights.shape
-        # A kernel of a sample is a bag of rows, one of each expert, weighted by the routing weights.
+        # Each output channel of a sample's kernel is a bag of rows, one per expert, summed by the routing weights.
         rows, bags = self.rows, self.bags
         if batch > 1:
             rows, bags = rows.repeat(batch), torch.arange(0, batch * rows.numel(), experts, dtype=torch.int32)
@@ -135,10 +132,11 @@ class CompactConv(nn.Module):
         return rows.view(-1, self.in_channels // self.groups, *self.kernel_size)
 
     def extra_repr(self) -> str:
+        padding = "'same'" if self.pad_same else self.padding
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={chr(39) + 'same' + chr(39) if self.pad_same else self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, num_experts={self.num_experts}, expert_dtype={self.expert_dtype!r}"
+            f"padding={padding}, dilation={self.dilation}, groups={self.groups}, num_experts={self.num_experts}, "
+            f"expert_dtype={self.expert_dtype!r}"
         )
 
 

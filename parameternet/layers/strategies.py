@@ -27,6 +27,7 @@ __all__ = [
     "kernels_are_large",
     "mix",
     "samples_at_a_time",
+    "samples_in_cache",
     "shifted",
     "wide",
 ]
@@ -65,8 +66,12 @@ def samples_at_a_time(weight: Tensor, routing_weights: Tensor) -> int:
     batch, experts = routing_weights.shape
     if weight.device.type != "cpu":
         return batch
-    bytes_each = weight.numel() // experts * weight.element_size()
-    return min(batch, max(CACHED_BYTES // max(bytes_each, 1), FEWEST_SAMPLES))
+    return min(batch, samples_in_cache(weight.numel() // experts * weight.element_size()))
+
+
+def samples_in_cache(kernel_bytes: int) -> int:
+    """Return how many samples' kernels of this size to mix at once on a CPU."""
+    return max(CACHED_BYTES // max(kernel_bytes, 1), FEWEST_SAMPLES)
 
 
 def kernels_are_large(weight: Tensor, routing_weights: Tensor) -> bool:

@@ -199,10 +199,7 @@ def calibration(made, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolov8n-dynamicconv", "yolov8n-dynamicconvbnact"])
 def test_int8_onnx(name, made, calibration):
-    """Medians over boxes: where a box's distribution over distances is nearly a tie, rounding may move it far.
-
-    Of five drawings of the weights, the stock network is 0.11 to 0.16 pixels and 0.0016 to 0.0022 of a score off.
-    """
+    """Compare medians over boxes: a box whose distribution over distances is nearly a tie may move far by rounding."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("ultralytics.utils.export.onnx", reason="this Ultralytics writes no ONNX in eight bits")
     path, x, expected = made(name)
