@@ -22,11 +22,12 @@ def test_grad_cam_marks_places(network, images):
 
 def test_integrated_gradients_add_up_to_the_difference_of_logits(network, images):
     attr = pytest.importorskip("captum.attr")
-    images, baseline = images[:1].double(), torch.zeros(1, 3, 64, 64, dtype=torch.float64)
-    model = timm.create_model("parameternet_50m", pretrained=True).double().eval()
-    found = attr.IntegratedGradients(model).attribute(images, baseline, target=3, n_steps=1000, internal_batch_size=200)
+    # Near a black image, normalisation bends the network so sharply that the integral needs thousands of steps.
+    images, baseline = images[:1], 0.5 * images[:1]
+    gradients = attr.IntegratedGradients(network)
+    found = gradients.attribute(images, baseline, target=3, n_steps=100, internal_batch_size=50)
     with torch.no_grad():
-        difference = model(images)[0, 3] - model(baseline)[0, 3]
+        difference = network(images)[0, 3] - network(baseline)[0, 3]
     assert abs(found.sum() - difference) <= 0.02 * abs(difference) + 0.02
 
 
