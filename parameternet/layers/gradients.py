@@ -18,8 +18,10 @@ from .strategies import ConvParams, is_pointwise, mix, samples_at_a_time
 __all__ = [
     "DepthwiseConvolution",
     "MixedConvolution",
+    "directional_derivative",
     "gains_by_float32_gradients",
     "gains_by_own_gradient",
+    "keep",
     "mixed_gradients",
 ]
 
@@ -58,7 +60,7 @@ class MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _keep(ctx, inputs[:3], inputs[3:])
+        keep(ctx, inputs[:3], inputs[3:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -69,7 +71,7 @@ class MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return _directional_derivative(MixedConvolution.plain, ctx, tangents)
+        return directional_derivative(MixedConvolution.plain, ctx, tangents)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -87,7 +89,7 @@ class DepthwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _keep(ctx, inputs[:2], inputs[2:])
+        keep(ctx, inputs[:2], inputs[2:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -97,7 +99,7 @@ class DepthwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return _directional_derivative(DepthwiseConvolution.plain, ctx, tangents)
+        return directional_derivative(DepthwiseConvolution.plain, ctx, tangents)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -109,13 +111,14 @@ def _own_tensor(y: Tensor) -> Tensor:
     return y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's types lack this form
 
 
-def _keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
+def keep(ctx, tensors: Sequence[Tensor], options: Sequence) -> None:
+    """Save tensors for backward and forward mode, and the other inputs as `ctx.options`."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.options = options
 
 
-def _directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | None]) -> Tensor:
+def directional_derivative(plain: Callable, ctx, tangents: Sequence[Tensor | None]) -> Tensor:
     """Return the directional derivative of a multilinear function: sum it with each tensor replaced by its tangent."""
     tensors = ctx.saved_tensors
     terms = [
@@ -136,6 +139,7 @@ def mixed_gradients(
     grads_routing: list[Tensor] = []
     grad_experts: Tensor | None = None
     step = samples_at_a_time(weight, routing_weights)
+    whole = step >= x.shape[0]
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         kernels = mix(weight, routing_weights[part])
@@ -143,7 +147,8 @@ def mixed_gradients(
         if part_x is not None:
             grads_x.append(part_x)
         if part_kernels is not None and needed[1]:
-            grad_experts = _add_product(grad_experts, routing_weights[part].t(), part_kernels)
+            turned = routing_weights[part].t()
+            grad_experts = torch.mm(turned, part_kernels) if whole else _add_product(grad_experts, turned, part_kernels)
         if part_kernels is not None and needed[2]:
             grads_routing.append(torch.mm(part_kernels, experts.t()))
     return [

@@ -8,6 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import triton_depthwise
 from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, records_a_graph
 from .gradients import DepthwiseConvolution
@@ -88,6 +89,8 @@ def depthwise_conv2d(
             return _depthwise_by_samples(x, weight, ConvParams(stride, padding, dilation, x.shape[0] * weight.shape[0]))
         if _trains_in_half(x, weight):
             return _depthwise_in_half(x, weight, ConvParams(stride, padding, dilation, weight.shape[0]))
+        if _trains_in_triton(x, weight):
+            return _depthwise_in_triton(x, weight, ConvParams(stride, padding, dilation, weight.shape[0]))
     return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
 
 
@@ -102,6 +105,18 @@ def _gains_by_folding(x: Tensor, weight: Tensor) -> bool:
 def _trains_in_half(x: Tensor, weight: Tensor) -> bool:
     halved = autocast_dtype(x.device.type) is not None and x.dtype != torch.float64 and x.ndim == 4
     return x.device.type == "cpu" and halved and weight.requires_grad and not records_a_graph()
+
+
+@torch.jit.unused
+def _trains_in_triton(x: Tensor, weight: Tensor) -> bool:
+    return not records_a_graph() and x.ndim == 4 and triton_depthwise.takes(x, weight, weight.shape[0], 1)
+
+
+@torch.jit.unused
+def _depthwise_in_triton(x: Tensor, weight: Tensor, conv_params: ConvParams) -> Tensor:
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    with without_autocast(x.device.type):
+        return triton_depthwise.static_depthwise(x.to(dtype), weight.to(dtype), conv_params)
 
 
 @torch.jit.unused
