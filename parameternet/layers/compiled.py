@@ -9,15 +9,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .gradients import mixed_gradients
 from .strategies import ConvParams, is_channels_last
 
-__all__ = ["compiles_for_python", "make_operator", "records_a_graph"]
+__all__ = ["compiles_for_python", "make_operator", "records_a_graph", "runs_eagerly"]
 
 
 def records_a_graph() -> bool:
     """Return whether a graph is being recorded that may run with other batch sizes: traced, compiled or exported."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def runs_eagerly(device: str) -> bool:
+    """Return whether operations on this device type run as they are written: without graph and autocast."""
+    return not records_a_graph() and autocast_dtype(device) is None
 
 
 def compiles_for_python() -> bool:

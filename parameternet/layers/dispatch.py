@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import triton_depthwise
 from .autocast import autocast_dtype, without_autocast
-from .compiled import compiles_for_python, make_operator, records_a_graph
+from .compiled import compiles_for_python, make_operator, records_a_graph, runs_eagerly
 from .gradients import MixedConvolution, gains_by_float32_gradients, gains_by_own_gradient
 from .strategies import (
     ConvParams,
@@ -181,6 +181,8 @@ def convolve(
     """Compute `dynamic_conv2d` without checking shapes; a requested strategy is still checked."""
     if strategy is not None:
         check_strategy(strategy, weight, conv_params.padding, conv_params.groups, routing_weights.shape[1])
+    elif not torch.jit.is_scripting() and _infers_one(x):
+        return _convolve_one(x, weight, routing_weights, bias, conv_params, output_bias)
     if torch.jit.is_scripting():
         routing_weights = routing_weights.to(weight.dtype)
         y = _convolve_scripted(x, weight, routing_weights, conv_params, strategy, output_bias)
@@ -199,6 +201,38 @@ def convolve(
     if bias is not None:
         y = y + mix(bias.to(weight.dtype), routing_weights)[:, :, None, None]
     return y
+
+
+@torch.jit.unused
+def _infers_one(x: Tensor) -> bool:
+    """Return whether this is a single sample, without gradients, autocast and graph."""
+    return x.shape[0] == 1 and not torch.is_grad_enabled() and runs_eagerly(x.device.type)
+
+
+@torch.jit.unused
+def _convolve_one(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    bias: Tensor | None,
+    conv_params: ConvParams,
+    output_bias: Tensor | None,
+) -> Tensor:
+    """Convolve a single sample with its mixed kernel, in as few operations as possible.
+
+    Each costs as much as the arithmetic of a small layer: choosing a strategy and running it takes about twice as long.
+    """
+    if routing_weights.dtype != weight.dtype:
+        routing_weights = routing_weights.to(weight.dtype)
+    channels, kh, kw = weight.shape[1:]
+    kernel = mix(weight, routing_weights).view(-1, channels, kh, kw)
+    if bias is not None:
+        mixed_bias = mix(bias.to(weight.dtype), routing_weights).flatten()
+        output_bias = mixed_bias if output_bias is None else mixed_bias + output_bias
+    if output_bias is not None and output_bias.dtype != weight.dtype:
+        output_bias = output_bias.to(weight.dtype)
+    stride, padding, dilation, groups = conv_params
+    return F.conv2d(x, kernel, output_bias, stride, padding, dilation, groups)
 
 
 @torch.jit.unused

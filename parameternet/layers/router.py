@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
-from .compiled import records_a_graph
+from .compiled import records_a_graph, runs_eagerly
 
 __all__ = ["Router", "match_routers", "set_temperature"]
 
@@ -145,8 +145,10 @@ class Router(_Affine):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._route(x)
+        if runs_eagerly(x.device.type):
+            return self._route_eagerly(x)
         if autocast_dtype(x.device.type) is None:
-            return self._route(x) if records_a_graph() else self._route_eagerly(x)
+            return self._route(x)
         return self._route_outside_autocast(x)
 
     @torch.jit.unused
@@ -170,7 +172,7 @@ class Router(_Affine):
             logits = torch.addmm(bias, pooled, weight.t(), alpha=1 / positions)
         else:
             width = pooled.shape[1]
-            pooled = F.layer_norm(pooled, [width], eps=1e-6 * positions**2)
+            pooled = torch.layer_norm(pooled, [width], eps=1e-6 * positions**2)
             logits = torch.addmm(bias, pooled, weight.t(), alpha=width**-0.5)
         if hidden is not None:
             logits = torch.addmm(_cast(last_bias, dtype), F.relu(logits), _cast(self.weight, dtype).t())

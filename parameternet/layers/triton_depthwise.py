@@ -31,7 +31,7 @@ def takes(x: Tensor, weight: Tensor, groups: int, num_experts: int) -> bool:
     """Return whether these programs can compute a convolution (B, C, H, W) by (E * C, 1, kh, kw)."""
     if not x.is_cuda or x.dtype not in _TYPES or x.shape[0] < 2:  # one sample is a static convolution
         return False
-    return is_depthwise(weight, groups, num_experts) and is_channels_last(x) and _programs() is not None
+    return is_depthwise(weight, groups, num_experts) and is_channels_last(x) and _has_triton()
 
 
 def mixed_depthwise(
@@ -169,13 +169,20 @@ def _out_sides(x: Tensor, sides: Sequence[int], conv_params: ConvParams) -> tupl
 
 
 @functools.cache
-def _programs() -> dict[str, Any] | None:
-    """Return the Triton programs; None if Triton, which comes with torch on Linux, is missing."""
+def _has_triton() -> bool:
+    """Return whether Triton can be imported; it comes with torch on Linux."""
     try:
-        import triton
-        import triton.language as tl
+        import triton  # noqa: F401
     except ImportError:
-        return None
+        return False
+    return True
+
+
+@functools.cache
+def _programs() -> dict[str, Any]:
+    """Define the Triton programs."""
+    import triton
+    import triton.language as tl
 
     # One compiled program serves all sizes, strides and paddings.
     varying = ["total", "C", "H", "W", "OH", "OW", "SH", "SW", "PH", "PW", "DH", "DW"]

@@ -191,6 +191,23 @@ def test_a_shift_is_not_mixed(name, strategy):
         assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_image_without_gradients(case, dtype, shifted):
+    case = case | {"batch": 1}
+    values, shift = inputs(case, 3, dtype), torch.randn(case["cout"]).to(dtype) if shifted else None
+    with torch.no_grad():
+        naive = naive_dynamic_conv2d(**values, **conv_args(case))
+        exact = naive_dynamic_conv2d(**{n: v.double() for n, v in values.items()}, **conv_args(case))
+        values["routing_weights"] = values["routing_weights"].float()  # routers answer in float32
+        found = dynamic_conv2d(**values, **conv_args(case), output_bias=shift)
+    if shift is not None:
+        naive, exact = naive + shift[:, None, None], exact + shift[:, None, None].double()
+    assert found.dtype == dtype
+    assert_no_worse("output", found, naive, exact)
+
+
 @pytest.mark.parametrize("name", ["pointwise", "neighbour-mixup", "depthwise"])
 def test_large_kernels_are_not_kept_for_backward(name, few_at_a_time):
     leaves = {n: v.requires_grad_() for n, v in inputs({**CASES[name], "batch": 3}, 4, torch.float32).items()}
