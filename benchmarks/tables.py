@@ -142,6 +142,23 @@ def _ratio(row: Row, base: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+COMPILED = ("static", "static compiled", "ours", "ours compiled", "ours composite, compiled")
+
+
+def compiled() -> list[str]:
+    """A row per mode and batch size: milliseconds of each way to run the network, and ratios to static."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for processor, rows in measured("compiled"):
+        for row in rows:
+            cases.setdefault((processor, row["mode"], row["batch"]), {})[row["way"]] = row
+    rows = []
+    for key, found in cases.items():
+        cells = ["{}, {}, batch {}".format(*key), *(f"{found[way]['ms']} ms" for way in COMPILED)]
+        cells += [found["ours"]["times static"], found["ours compiled"]["times static compiled"]]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def layer_speed() -> list[str]:
     """A row per kind of layer: how long ours takes relative to CondConv2d, over all shapes and batch sizes."""
     kinds: dict[str, list[float]] = {}
@@ -291,6 +308,9 @@ TABLES = {
     "checkpoints": Table("checkpoint | data | input | top-1 | top-5", checkpoints),
     "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
     "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
+    "compiled": Table(
+        "case | static | compiled | ours | compiled | composite, compiled | ours to static | both compiled", compiled
+    ),
     "layers": Table("layers | cases | fastest | median | slowest", layer_speed),
     "export": Table(None, exported),
     "int8": Table(

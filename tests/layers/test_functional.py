@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import assert_no_worse, naive_dynamic_conv2d
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parameternet.layers import STRATEGIES, dynamic_conv2d, strategies
 from parameternet.layers.dispatch import check_strategy, choose_strategy
@@ -246,6 +247,23 @@ def test_small_maps_gate_the_inputs_but_not_in_graphs():
     # Recorded for one batch size; graphs with a free batch are tested where they are recorded.
     assert choose_strategy(large, depthwise, routing, groups=6, recorded=True) == "grouped"
     assert choose_strategy(large, dense, routing, recorded=True) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("experts", "cin", "cout", "side", "strategy"),
+    [
+        (4, 152, 190, 4, "batched_matmul"),
+        (4, 212, 638, 4, "gated_inputs"),
+        (4, 1276, 106, 4, "wide"),
+        (4, 80, 240, 14, "batched_matmul"),
+        (1, 80, 240, 14, "wide"),
+    ],
+)
+def test_on_cuda_few_positions_gate_the_smaller_side(experts, cin, cout, side, strategy):
+    with FakeTensorMode():
+        x = torch.empty(8, cin, side, side, device="cuda")
+        weight = torch.empty(experts * cout, cin, 1, 1, device="cuda")
+        assert choose_strategy(x, weight, torch.empty(8, experts, device="cuda")) == strategy
 
 
 def test_one_expert_is_a_static_convolution_whose_output_is_scaled():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parameternet.layers import triton_depthwise
 
@@ -106,6 +107,20 @@ def test_dynamic_and_static_layers(errors):
     assert set(errors[-1]) == {"mixed", "static"} and max(errors[-1].values()) < 1e-6
 
 
-def test_cpus_use_torch():
-    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert not triton_depthwise.takes(x, torch.randn(16, 1, 3, 3), 4, 4)
+@pytest.mark.parametrize(
+    ("device", "batch", "memory_format", "kernel", "dtype", "taken"),
+    [
+        ("cuda", 2, torch.channels_last, (16, 1, 3, 3), torch.float32, True),
+        ("cuda", 2, torch.channels_last, (16, 1, 5, 5), torch.bfloat16, True),
+        ("cuda", 1, torch.channels_last, (16, 1, 3, 3), torch.float32, False),
+        ("cuda", 2, torch.contiguous_format, (16, 1, 3, 3), torch.float32, False),
+        ("cuda", 2, torch.channels_last, (16, 2, 3, 3), torch.float32, False),
+        ("cuda", 2, torch.channels_last, (16, 1, 3, 3), torch.float64, False),
+        ("cpu", 2, torch.channels_last, (16, 1, 3, 3), torch.float32, False),
+    ],
+)
+def test_what_runs_in_triton(device, batch, memory_format, kernel, dtype, taken):
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        x = torch.empty(batch, 4, 8, 8, device=device, dtype=dtype, memory_format=memory_format)
+        assert triton_depthwise.takes(x, torch.empty(kernel, device=device), 4 // kernel[1], 4) is taken
