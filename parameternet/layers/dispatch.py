@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import triton_depthwise
 from .autocast import autocast_dtype, without_autocast
-from .compiled import compiles_for_python, make_operator, records_a_graph, runs_eagerly
+from .compiled import compiles_for_python, make_operator, records_a_graph
 from .gradients import MixedConvolution, gains_by_float32_gradients, gains_by_own_gradient
 from .strategies import (
     ConvParams,
@@ -181,7 +181,7 @@ def convolve(
     """Compute `dynamic_conv2d` without checking shapes; a requested strategy is still checked."""
     if strategy is not None:
         check_strategy(strategy, weight, conv_params.padding, conv_params.groups, routing_weights.shape[1])
-    elif not torch.jit.is_scripting() and _infers_one(x):
+    elif not torch.jit.is_scripting() and _is_one(x):
         return _convolve_one(x, weight, routing_weights, bias, conv_params, output_bias)
     if torch.jit.is_scripting():
         routing_weights = routing_weights.to(weight.dtype)
@@ -204,9 +204,11 @@ def convolve(
 
 
 @torch.jit.unused
-def _infers_one(x: Tensor) -> bool:
-    """Return whether this is a single sample, without gradients, autocast and graph."""
-    return x.shape[0] == 1 and not torch.is_grad_enabled() and runs_eagerly(x.device.type)
+def _is_one(x: Tensor) -> bool:
+    """Return whether this is a single sample, in eager mode without gradients or in torch.compile's graph."""
+    if x.shape[0] != 1 or autocast_dtype(x.device.type) is not None:
+        return False
+    return compiles_for_python() if records_a_graph() else not torch.is_grad_enabled()
 
 
 @torch.jit.unused
@@ -218,10 +220,8 @@ def _convolve_one(
     conv_params: ConvParams,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """Convolve a single sample with its mixed kernel, in as few operations as possible.
-
-    Each costs as much as the arithmetic of a small layer: choosing a strategy and running it takes about twice as long.
-    """
+    """Convolve a single sample with its mixed kernel, in as few operations as possible: each takes as long as the
+    arithmetic of a small layer, and calling our operator from a compiled graph takes longer."""
     if routing_weights.dtype != weight.dtype:
         routing_weights = routing_weights.to(weight.dtype)
     channels, kh, kw = weight.shape[1:]

@@ -55,6 +55,21 @@ def test_gradients_of_a_compiled_layer(name):
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_single_image_is_written_out_in_the_graph(name, dynamic):
+    conv, graphs = layer(name), []
+    compiled = torch.compile(
+        conv, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for batch in (1, 2):
+        x = torch.randn(batch, 8, 7, 9)
+        for got, expected in zip(gradients(compiled, conv, x), gradients(conv, conv, x), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    one, two = ("parameternet.convolve" in str(graph.code) for graph in graphs)
+    assert two and not one
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_of_a_network_serves_all_batch_sizes(training):
     stages = (((3, 16, 16, 0, 1),), ((5, 72, 24, 0.25, 2), (3, 72, 24, 0.25, 1)))
