@@ -1,4 +1,4 @@
-"""Compare yolov8n with its dynamic variants and with timm backbones on small data.
+"""Compare yolov8n and yolo26n with their dynamic variants, and yolov8n with timm backbones, on small data.
 
     python benchmarks/detection.py --data bccd.yaml            missing networks and seeds, then the table
     python benchmarks/detection.py --table                     the table in Markdown and the plot only
@@ -53,6 +53,8 @@ NETWORKS = (
     "yolov8n-parameternet_50m+pretrained",
     "yolov8n-parameternet_600m",
     "yolov8n-parameternet_600m+pretrained",
+    "yolo26n",
+    "yolo26n-c2f-dynamicconv",
 )
 LAST = 5
 Row = dict[str, str]
