@@ -181,7 +181,7 @@ def convolve(
     """Compute `dynamic_conv2d` without checking shapes; a requested strategy is still checked."""
     if strategy is not None:
         check_strategy(strategy, weight, conv_params.padding, conv_params.groups, routing_weights.shape[1])
-    elif not torch.jit.is_scripting() and _is_one(x):
+    elif not torch.jit.is_scripting() and _compiles_one(x):
         return _convolve_one(x, weight, routing_weights, bias, conv_params, output_bias)
     if torch.jit.is_scripting():
         routing_weights = routing_weights.to(weight.dtype)
@@ -204,11 +204,9 @@ def convolve(
 
 
 @torch.jit.unused
-def _is_one(x: Tensor) -> bool:
-    """Return whether this is a single sample, in eager mode without gradients or in torch.compile's graph."""
-    if x.shape[0] != 1 or autocast_dtype(x.device.type) is not None:
-        return False
-    return compiles_for_python() if records_a_graph() else not torch.is_grad_enabled()
+def _compiles_one(x: Tensor) -> bool:
+    """Return whether torch.compile is recording a graph for a single sample; it always makes one for batch size 1."""
+    return x.shape[0] == 1 and compiles_for_python() and autocast_dtype(x.device.type) is None
 
 
 @torch.jit.unused
@@ -220,17 +218,19 @@ def _convolve_one(
     conv_params: ConvParams,
     output_bias: Tensor | None,
 ) -> Tensor:
-    """Convolve a single sample with its mixed kernel, in as few operations as possible: each takes as long as the
-    arithmetic of a small layer, and calling our operator from a compiled graph takes longer."""
-    if routing_weights.dtype != weight.dtype:
-        routing_weights = routing_weights.to(weight.dtype)
-    channels, kh, kw = weight.shape[1:]
-    kernel = mix(weight, routing_weights).view(-1, channels, kh, kw)
+    """Convolve a single sample with its mixed kernel, in operations that a compiler sees.
+
+    Calling our operator instead costs more than the arithmetic of a small layer. In eager mode this gains nothing on
+    one thread, and takes 1.06 to 1.09 times as long as matrix products on two (parameternet_600m).
+    """
+    dtype = weight.dtype
+    routing_weights = routing_weights.to(dtype)
+    kernel = mix(weight, routing_weights).view(-1, *weight.shape[1:])
     if bias is not None:
-        mixed_bias = mix(bias.to(weight.dtype), routing_weights).flatten()
+        mixed_bias = mix(bias.to(dtype), routing_weights).flatten()
         output_bias = mixed_bias if output_bias is None else mixed_bias + output_bias
-    if output_bias is not None and output_bias.dtype != weight.dtype:
-        output_bias = output_bias.to(weight.dtype)
+    if output_bias is not None:
+        output_bias = output_bias.to(dtype)
     stride, padding, dilation, groups = conv_params
     return F.conv2d(x, kernel, output_bias, stride, padding, dilation, groups)
 
