@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .autocast import autocast_dtype, without_autocast
 from .compiled import records_a_graph, runs_eagerly
 
@@ -162,8 +163,11 @@ class Router(_Affine):
 
         A graph must divide by the size of its actual input, not of the example that it was recorded with.
         """
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         hidden, temperature, last_bias = self.hidden, self.temperature, self.bias
+        if hidden is None and not self._needs_gradients(x) and native.ready(x, self.weight, last_bias):
+            divisor = 1.0 if temperature is None else float(temperature)
+            return native.route(x, self.weight, last_bias, last_bias.ndim == 2, self.softmax, divisor)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         first = self if hidden is None else hidden
         weight, bias = _cast(first.weight, dtype), _cast(last_bias if hidden is None else hidden.bias, dtype)
         positions = x.shape[2] * x.shape[3]
@@ -179,6 +183,12 @@ class Router(_Affine):
         if temperature is not None:
             return torch.softmax(logits / temperature.to(dtype), dim=1)
         return torch.sigmoid(logits)
+
+    @torch.jit.unused
+    def _needs_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            x.requires_grad or self.weight.requires_grad or self.bias.requires_grad
+        )
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

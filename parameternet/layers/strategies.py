@@ -1,7 +1,8 @@
 """Strategies: different ways to compute y_b = (sum_e alpha_be W_e) * x_b.
 
 A strategy is a plain function `(x, weight, routing_weights, output_bias, conv_params) -> y`. Those that end in
-`_in_parts` compute a batch in parts, when neither gradients nor a graph are needed. `dispatch.py` chooses among them.
+`_in_parts` are for when neither gradients nor a graph are needed: they run native kernels if there are any, and
+otherwise compute a batch in parts. `dispatch.py` chooses among them.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..deprecation import moved
+from . import native
 
 __all__ = [
     "ConvParams",
@@ -108,6 +110,13 @@ def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, con
 def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
+    stride, padding, dilation, groups = conv_params
+    if (
+        stride == dilation == (1, 1)
+        and is_depthwise(weight, groups, routing_weights.shape[1])
+        and native.ready(x, weight, routing_weights, output_bias)
+    ):
+        return native.depthwise(x, weight, routing_weights, output_bias, padding)
     # The outputs of the parts are concatenated, which pays off only for large kernels.
     if x.shape[0] == 1 or not kernels_are_large(weight, routing_weights):
         return grouped(x, weight, routing_weights, output_bias, conv_params)
@@ -141,9 +150,11 @@ def _product(a: Tensor, b: Tensor, output_bias: Tensor | None) -> Tensor:
 def batched_matmul_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    """Compute `batched_matmul` for as many samples at a time as have their kernels in the cache."""
+    """Compute `batched_matmul` by a native kernel, or for as many samples at a time as have kernels in the cache."""
     x = _subsample(x, conv_params.stride)
     batch, channels, height, width = x.shape
+    if native.ready(x, weight, routing_weights, output_bias):
+        return native.pointwise(x, weight, routing_weights, output_bias)
     if is_channels_last(x):
         return batched_matmul(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1)))
     columns = x.reshape(batch, channels, height * width)

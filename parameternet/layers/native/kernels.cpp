@@ -1,0 +1,151 @@
+// Dynamic convolutions for inference on x86 CPUs: average, route, mix and multiply, without temporary tensors.
+//
+// Plain C functions, called by native/__init__.py through ctypes: the library depends neither on the version of torch
+// nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width). Threads are those of torch:
+// its OpenMP runtime is already loaded, and this library is linked without one.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+namespace {
+
+// Below these sizes, starting threads costs more than it saves.
+constexpr long PARALLEL_FLOATS = 1 << 15;
+constexpr long PARALLEL_PRODUCTS = 1 << 17;
+// Experts of a block of rows: 256 KiB.
+constexpr long CACHED_FLOATS = 1 << 16;
+
+struct Routing {
+    const float *weight, *bias;
+    long batch, channels, positions, experts;
+    float temperature;
+    int normalised, softmax;
+};
+
+struct Pointwise {
+    const float *weight, *routing, *bias;
+    long batch, channels, positions, experts, out;
+};
+
+struct Depthwise {
+    const float *weight, *routing, *bias;
+    long batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
+};
+
+// Memory that a thread keeps between calls.
+struct Kept {
+    void *memory = nullptr;
+    long bytes = 0;
+    ~Kept() { std::free(memory); }
+    void *of(long wanted) {
+        if (bytes < wanted) {
+            std::free(memory);
+            bytes = (wanted + 4095) / 4096 * 4096;
+            memory = std::aligned_alloc(64, bytes);
+            if (!memory) std::abort();
+        }
+        return memory;
+    }
+};
+
+float *scratch(int purpose, long floats) {
+    static thread_local Kept kept[3];
+    return static_cast<float *>(kept[purpose].of(floats * sizeof(float)));
+}
+
+long *shifts(long count) {
+    static thread_local Kept kept;
+    return static_cast<long *>(kept.of(count * sizeof(long)));
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr long LANES = 8;
+constexpr int MOST_ROWS = 4, MOST_VECTORS = 3;
+using Vec = __m256;
+static inline Vec set(float value) { return _mm256_set1_ps(value); }
+static inline Vec load(const float *from) { return _mm256_loadu_ps(from); }
+static inline void store(float *to, Vec value) { _mm256_storeu_ps(to, value); }
+static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline __m256i first(long n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline Vec load_part(const float *from, long n) { return _mm256_maskload_ps(from, first(n)); }
+static inline void store_part(float *to, Vec value, long n) { _mm256_maskstore_ps(to, first(n), value); }
+static inline float total(Vec v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+static inline void copy(const float *from, float *to, long n) {
+    for (; n > 0; n -= LANES, from += LANES, to += LANES)
+        n < LANES ? store_part(to, load_part(from, n), n) : store(to, load(from));
+}
+#include "kernels.inc"
+} // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+namespace avx512 {
+constexpr long LANES = 16;
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;
+using Vec = __m512;
+static inline Vec set(float value) { return _mm512_set1_ps(value); }
+static inline Vec load(const float *from) { return _mm512_loadu_ps(from); }
+static inline void store(float *to, Vec value) { _mm512_storeu_ps(to, value); }
+static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline __mmask16 first(long n) { return static_cast<__mmask16>((1u << n) - 1); }
+static inline Vec load_part(const float *from, long n) { return _mm512_maskz_loadu_ps(first(n), from); }
+static inline void store_part(float *to, Vec value, long n) { _mm512_mask_storeu_ps(to, first(n), value); }
+static inline float total(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline void copy(const float *from, float *to, long n) {
+    for (; n > 0; n -= LANES, from += LANES, to += LANES)
+        n < LANES ? store_part(to, load_part(from, n), n) : store(to, load(from));
+}
+#include "kernels.inc"
+} // namespace avx512
+#pragma GCC pop_options
+
+} // namespace
+
+extern "C" {
+
+// 0: this processor cannot run any of the kernels; 1: AVX2; 2: AVX-512.
+int parameternet_level() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return wide ? 2 : 1;
+}
+
+void parameternet_route(int level, int threads, const float *x, const float *weight, const float *bias, float *routing,
+                        long batch, long channels, long positions, long experts, int normalised, int softmax,
+                        float temperature) {
+    const Routing r{weight, bias, batch, channels, positions, experts, temperature, normalised, softmax};
+    (level > 1 ? avx512::route : avx2::route)(x, r, routing, threads);
+}
+
+void parameternet_pointwise(int level, int threads, const float *x, const float *weight, const float *routing,
+                            const float *bias, float *y, long batch, long channels, long positions, long experts,
+                            long out) {
+    const Pointwise a{weight, routing, bias, batch, channels, positions, experts, out};
+    (level > 1 ? avx512::pointwise : avx2::pointwise)(x, a, y, threads);
+}
+
+void parameternet_depthwise(int level, int threads, const float *x, const float *weight, const float *routing,
+                            const float *bias, float *y, long batch, long channels, long height, long width,
+                            long experts, long kernel_h, long kernel_w, long pad_h, long pad_w) {
+    const Depthwise a{weight,  routing,  bias,     batch, channels, height, width,
+                      experts, kernel_h, kernel_w, pad_h, pad_w};
+    (level > 1 ? avx512::depthwise : avx2::depthwise)(x, a, y, threads);
+}
+}

@@ -1,0 +1,18 @@
+"""Build the native kernels, if a C++ compiler is at hand; everything else is in setup.cfg."""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+# Not linked with an OpenMP runtime: the kernels use the one of torch, whose threads are already running.
+kernels = Extension(
+    "parameternet.layers.native._kernels",
+    ["parameternet/layers/native/kernels.cpp"],
+    depends=["parameternet/layers/native/kernels.inc"],
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wno-maybe-uninitialized"],
+    language="c++",
+    optional=True,  # without a compiler, torch's operators compute the same
+)
+supported = sys.platform == "linux" and platform.machine() == "x86_64"
+setup(ext_modules=[kernels] if supported else [])
