@@ -9,18 +9,24 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers import DropPath, make_divisible
+from timm.layers import DropPath, HardSwish, make_divisible
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..deprecation import renamed_arguments
+from . import native
+from .compiled import runs_eagerly
 from .dynamic_conv import DynamicConv
 from .folding import fold_batch_norm
 from .static import DepthwiseConv, SqueezeExcite
+from .strategies import FEW_POSITIONS, is_pointwise
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 
 ConvLayer = Callable[..., nn.Module] | None
 ActLayer = type[nn.Module] | None
+# The activations that native kernels compute.
+ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hard_swish", HardSwish: "hard_swish"}
 
 
 def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Module]:
@@ -138,10 +144,51 @@ class GhostModule(nn.Module):
         self.has_surplus = primary + cheap > out_chs
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = self._infer(x)
+            if y is not None:
+                return y
         x = self.primary_conv(x)
         if self.has_cheap:
             x = torch.cat([x, self.cheap_operation(x)], dim=1)
         return x[:, : self.out_channels] if self.has_surplus else x
+
+    @torch.jit.unused
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """Let native kernels write both parts into one tensor, activated; return None if they cannot.
+
+        This saves a concatenation and two passes of the activation.
+        """
+        if not native.ready(x) or not runs_eagerly("cpu"):
+            return None
+        primary, cheap = _inferable(self.primary_conv), _inferable(self.cheap_operation)
+        if primary is None or cheap is None or self.has_surplus or _has_any_global_hook():
+            return None
+        (conv, activation), (cheap_conv, cheap_activation) = primary, cheap
+        batch, _, height, width = x.shape
+        middle, out = conv.out_channels, conv.out_channels + cheap_conv.out_channels
+        if not (
+            conv.in_channels == x.shape[1]
+            and is_pointwise(conv.weight, conv.padding, conv.groups)
+            and conv.stride == cheap_conv.stride == cheap_conv.dilation == (1, 1)
+            and height * width > FEW_POSITIONS
+            and cheap_conv.groups == cheap_conv.out_channels == middle
+            and all(side == 2 * pad + 1 for side, pad in zip(cheap_conv.kernel_size, cheap_conv.padding, strict=True))
+        ):
+            return None
+        y = torch.empty(batch, out, height, width)
+        half = y[:, :middle]
+        native.pointwise(x, conv.weight, conv.routing(x), conv.output_bias, activation, half)
+        native.depthwise(
+            half,
+            cheap_conv.weight,
+            cheap_conv.routing(half),
+            cheap_conv.output_bias,
+            cheap_conv.padding,
+            cheap_activation,
+            y[:, middle:],
+        )
+        return y
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -227,6 +274,26 @@ class GhostBottleneck(nn.Module):
         """Fold batch normalisation outside of the Ghost modules, in place; timm's `reparameterize_model` calls this."""
         self.bn_dw = fold_batch_norm(self.conv_dw, self.bn_dw)
         _fold_inside(self.shortcut)
+
+
+def _inferable(layers: nn.Sequential) -> tuple[DynamicConv, str] | None:
+    """Return a part's convolution and activation if native kernels compute the same as calling the part."""
+    if len(layers) != 3 or any(_is_observed(layer) for layer in (layers, *layers)):
+        return None
+    conv, norm, act = layers
+    activation = ACTIVATIONS.get(type(act))
+    if type(conv) is not DynamicConv or type(norm) is not nn.Identity or activation is None:
+        return None
+    if conv.routing is None or conv.strategy is not None or conv.bias is not None or conv.pad_same:
+        return None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in conv.parameters()):
+        return None
+    return (conv, activation) if native.ready(conv.weight, conv.output_bias) else None
+
+
+def _is_observed(layer: nn.Module) -> bool:
+    """Return whether calling this layer does more than its class says."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def _fold_inside(layers: nn.Sequential) -> None:

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["LEVELS", "convolves", "depthwise", "level", "pointwise", "ready", "route"]
+__all__ = ["ACTIVATIONS", "LEVELS", "depthwise", "level", "pointwise", "ready", "route"]
 
 LEVELS = ("none", "AVX2", "AVX-512")
-_NUMBER, _POINTER, _FLAG = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+ACTIVATIONS = {"none": 0, "relu": 1, "hard_swish": 2}
+_CODE, _NUMBER, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
+_SIGNATURES = {  # after the level and the number of threads
+    "route": [_POINTER] * 4 + [_NUMBER] * 5 + [_CODE] * 2 + [ctypes.c_float],
+    "pointwise": [_POINTER] * 5 + [_NUMBER] * 7 + [_CODE],
+    "depthwise": [_POINTER] * 5 + [_NUMBER] * 11 + [_CODE],
+}
 _TENSORS = (nn.Parameter, Tensor)
 
 
@@ -25,12 +31,9 @@ def _load() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
             library = ctypes.CDLL(str(path))
-            library.parameternet_route.argtypes = [_FLAG] * 2 + [_POINTER] * 4 + [_NUMBER] * 4 + [_FLAG] * 2 + [
-                ctypes.c_float
-            ]
-            library.parameternet_pointwise.argtypes = [_FLAG] * 2 + [_POINTER] * 5 + [_NUMBER] * 5
-            library.parameternet_depthwise.argtypes = [_FLAG] * 2 + [_POINTER] * 5 + [_NUMBER] * 9
-        except (OSError, AttributeError):  # another processor, or no OpenMP runtime
+            for name, types in _SIGNATURES.items():
+                getattr(library, f"parameternet_{name}").argtypes = [_CODE, _CODE, *types]
+        except (OSError, AttributeError):  # of another processor, or without an OpenMP runtime
             continue
         return library
     return None
@@ -51,36 +54,39 @@ def level() -> int:
 
 
 def ready(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether the kernels can read these tensors: contiguous float32 on a CPU that nothing else observes.
+    """Return whether the kernels can read these tensors: float32 on a CPU, contiguous, that nothing else observes.
 
-    Modes that see every operator (FlopCounterMode, FakeTensorMode), torch.func and forward-mode differentiation must
-    not be bypassed. Whether gradients are needed is for the caller to check.
+    `x` (B, C, H, W) may be a slice of the channels of a contiguous tensor. Modes that see every operator
+    (FlopCounterMode, FakeTensorMode), torch.func and forward-mode differentiation must not be bypassed. Whether
+    gradients are needed is for the caller to check.
     """
     if not _available or x.numel() == 0 or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return _readable(x) and all(t is None or _readable(t) for t in others)
+    return _plain(x) and _dense(x) and all(t is None or (_plain(t) and t.is_contiguous()) for t in others)
 
 
-def _readable(t: Tensor) -> bool:
+def _plain(t: Tensor) -> bool:
     return (
         t.dtype is torch.float32
         and t.device.type == "cpu"
         and type(t) in _TENSORS
         and t.layout is torch.strided
-        and t.is_contiguous()
         and not t.is_neg()
     )
 
 
-def route(
-    x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bool, temperature: float
-) -> Tensor:
+def _dense(x: Tensor) -> bool:
+    """Return whether each sample is contiguous."""
+    return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bool, temperature: float) -> Tensor:
     """Average x (B, C, H, W), and map it by weight (E, C) and bias (E values) to routing weights (B, E)."""
     batch, channels, height, width = x.shape
     experts = weight.shape[0]
-    routing_weights = x.new_empty(batch, experts)
+    routing_weights = torch.empty(batch, experts)
     _library.parameternet_route(  # type: ignore[union-attr]
         _available,
         torch.get_num_threads(),
@@ -88,6 +94,7 @@ def route(
         weight.data_ptr(),
         bias.data_ptr(),
         routing_weights.data_ptr(),
+        x.stride(0),
         batch,
         channels,
         height * width,
@@ -99,12 +106,23 @@ def route(
     return routing_weights
 
 
-def pointwise(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None) -> Tensor:
-    """Convolve x (B, C, H, W) with kernels mixed from weight (E * out, C, 1, 1) by routing_weights (B, E)."""
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    output_bias: Tensor | None,
+    activation: str = "none",
+    y: Tensor | None = None,
+) -> Tensor:
+    """Convolve x (B, C, H, W) with kernels mixed from weight (E * out, C, 1, 1) by routing_weights (B, E).
+
+    y: Where to write the output, which may be a slice of the channels of a contiguous tensor; None: a new tensor.
+    """
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
     out = weight.shape[0] // experts
-    y = x.new_empty(batch, out, height, width)
+    if y is None:
+        y = torch.empty(batch, out, height, width)
     _library.parameternet_pointwise(  # type: ignore[union-attr]
         _available,
         torch.get_num_threads(),
@@ -113,22 +131,35 @@ def pointwise(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: T
         routing_weights.data_ptr(),
         None if output_bias is None else output_bias.data_ptr(),
         y.data_ptr(),
+        x.stride(0),
+        y.stride(0),
         batch,
         channels,
         height * width,
         experts,
         out,
+        ACTIVATIONS[activation],
     )
     return y
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, padding: tuple[int, int]
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    output_bias: Tensor | None,
+    padding: tuple[int, int],
+    activation: str = "none",
+    y: Tensor | None = None,
 ) -> Tensor:
-    """Convolve x (B, C, H, W) depthwise, stride 1, with kernels mixed from weight (E * C, 1, kh, kw)."""
+    """Convolve x (B, C, H, W) depthwise, stride 1, with kernels mixed from weight (E * C, 1, kh, kw).
+
+    y: As in `pointwise`.
+    """
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
-    y = x.new_empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
+    if y is None:
+        y = torch.empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
     _library.parameternet_depthwise(  # type: ignore[union-attr]
         _available,
         torch.get_num_threads(),
@@ -137,6 +168,8 @@ def depthwise(
         routing_weights.data_ptr(),
         None if output_bias is None else output_bias.data_ptr(),
         y.data_ptr(),
+        x.stride(0),
+        y.stride(0),
         batch,
         channels,
         height,
@@ -145,5 +178,6 @@ def depthwise(
         kernel_h,
         kernel_w,
         *padding,
+        ACTIVATIONS[activation],
     )
     return y

@@ -19,21 +19,27 @@ constexpr long PARALLEL_PRODUCTS = 1 << 17;
 // Experts of a block of rows: 256 KiB.
 constexpr long CACHED_FLOATS = 1 << 16;
 
+// The activation after a convolution.
+enum { NONE, RELU, HARD_SWISH };
+
+// x_apart, y_apart: from the first channel of a sample to that of the next, for slices of channels of a larger tensor.
 struct Routing {
     const float *weight, *bias;
-    long batch, channels, positions, experts;
+    long x_apart, batch, channels, positions, experts;
     float temperature;
     int normalised, softmax;
 };
 
 struct Pointwise {
     const float *weight, *routing, *bias;
-    long batch, channels, positions, experts, out;
+    long x_apart, y_apart, batch, channels, positions, experts, out;
+    int activation;
 };
 
 struct Depthwise {
     const float *weight, *routing, *bias;
-    long batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
+    long x_apart, y_apart, batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
+    int activation;
 };
 
 // Memory that a thread keeps between calls.
@@ -72,6 +78,9 @@ static inline Vec set(float value) { return _mm256_set1_ps(value); }
 static inline Vec load(const float *from) { return _mm256_loadu_ps(from); }
 static inline void store(float *to, Vec value) { _mm256_storeu_ps(to, value); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+static inline Vec most(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline Vec least(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline __m256i first(long n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -101,6 +110,9 @@ static inline Vec set(float value) { return _mm512_set1_ps(value); }
 static inline Vec load(const float *from) { return _mm512_loadu_ps(from); }
 static inline void store(float *to, Vec value) { _mm512_storeu_ps(to, value); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+static inline Vec most(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline __mmask16 first(long n) { return static_cast<__mmask16>((1u << n) - 1); }
 static inline Vec load_part(const float *from, long n) { return _mm512_maskz_loadu_ps(first(n), from); }
@@ -128,24 +140,26 @@ int parameternet_level() {
 }
 
 void parameternet_route(int level, int threads, const float *x, const float *weight, const float *bias, float *routing,
-                        long batch, long channels, long positions, long experts, int normalised, int softmax,
-                        float temperature) {
-    const Routing r{weight, bias, batch, channels, positions, experts, temperature, normalised, softmax};
+                        long x_apart, long batch, long channels, long positions, long experts, int normalised,
+                        int softmax, float temperature) {
+    const Routing r{weight, bias, x_apart, batch, channels, positions, experts, temperature, normalised, softmax};
     (level > 1 ? avx512::route : avx2::route)(x, r, routing, threads);
 }
 
 void parameternet_pointwise(int level, int threads, const float *x, const float *weight, const float *routing,
-                            const float *bias, float *y, long batch, long channels, long positions, long experts,
-                            long out) {
-    const Pointwise a{weight, routing, bias, batch, channels, positions, experts, out};
+                            const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
+                            long positions, long experts, long out, int activation) {
+    const Pointwise a{weight,   routing,   bias,    x_apart, y_apart,   batch,
+                      channels, positions, experts, out,     activation};
     (level > 1 ? avx512::pointwise : avx2::pointwise)(x, a, y, threads);
 }
 
 void parameternet_depthwise(int level, int threads, const float *x, const float *weight, const float *routing,
-                            const float *bias, float *y, long batch, long channels, long height, long width,
-                            long experts, long kernel_h, long kernel_w, long pad_h, long pad_w) {
-    const Depthwise a{weight,  routing,  bias,     batch, channels, height, width,
-                      experts, kernel_h, kernel_w, pad_h, pad_w};
+                            const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
+                            long height, long width, long experts, long kernel_h, long kernel_w, long pad_h,
+                            long pad_w, int activation) {
+    const Depthwise a{weight, routing, bias,    x_apart,  y_apart,  batch, channels,
+                      height, width,   experts, kernel_h, kernel_w, pad_h, pad_w,    activation};
     (level > 1 ? avx512::depthwise : avx2::depthwise)(x, a, y, threads);
 }
 }
