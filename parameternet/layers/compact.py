@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .autocast import autocast_dtype, without_autocast
 from .compiled import records_a_graph
 from .dispatch import convolve
 from .dynamic_conv import DynamicConv, pad_same
 from .router import Router
-from .strategies import ConvParams, convolve_each, samples_in_cache
+from .strategies import FEW_POSITIONS, ConvParams, convolve_each, samples_in_cache
 
 __all__ = ["EXPERT_DTYPES", "SHORTEST_ROW", "CompactConv"]
 
@@ -89,6 +90,8 @@ class CompactConv(nn.Module):
             return self._convolve(x.to(dtype), routing_weights, conv_params)
 
     def _convolve(self, x: Tensor, routing_weights: Tensor, conv_params: ConvParams) -> Tensor:
+        if self.is_native(x) and native.ready(x, routing_weights, self.output_bias):
+            return native.pointwise(x, self.weight, routing_weights, self.output_bias)
         output_bias = None if self.output_bias is None else self.output_bias.to(x.dtype)
         kernel_size = self.kernel_size[0] * self.kernel_size[1]
         step = samples_in_cache(self.out_channels * self.in_channels // self.groups * kernel_size * x.element_size())
@@ -101,6 +104,17 @@ class CompactConv(nn.Module):
             return y
         biases = torch.mm(routing_weights.to(x.dtype), self.bias.view(self.num_experts, -1).to(x.dtype))
         return y + biases[:, :, None, None]
+
+    def is_native(self, x: Tensor) -> bool:
+        """Return whether a native kernel mixes and convolves this convolution's experts, given readable inputs."""
+        return (
+            self.groups == 1
+            and self.padding == (0, 0)
+            and self.kernel_size == self.stride == (1, 1)
+            and self.bias is None
+            and x.shape[2] * x.shape[3] > FEW_POSITIONS
+            and native.ready_compact(self.weight, self.num_experts)
+        )
 
     def kernels(self, routing_weights: Tensor) -> Tensor:
         """Mix experts by routing weights (B, E) -> kernels (B, out_channels, in_channels / groups, kh, kw). CPU."""

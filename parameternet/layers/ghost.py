@@ -15,11 +15,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..deprecation import renamed_arguments
 from . import native
+from .compact import CompactConv
 from .compiled import runs_eagerly
 from .dynamic_conv import DynamicConv
 from .folding import fold_batch_norm
+from .router import Router
 from .static import DepthwiseConv, SqueezeExcite
-from .strategies import FEW_POSITIONS, is_pointwise
+from .strategies import FEW_POSITIONS
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 
@@ -159,18 +161,20 @@ class GhostModule(nn.Module):
 
         This saves a concatenation and two passes of the activation.
         """
-        if not native.ready(x) or not runs_eagerly("cpu"):
+        if not native.ready(x) or not runs_eagerly("cpu") or (torch.is_grad_enabled() and x.requires_grad):
             return None
         primary, cheap = _inferable(self.primary_conv), _inferable(self.cheap_operation)
         if primary is None or cheap is None or self.has_surplus or _has_any_global_hook():
             return None
-        (conv, activation), (cheap_conv, cheap_activation) = primary, cheap
+        (conv, router, activation), (cheap_conv, cheap_router, cheap_activation) = primary, cheap
         batch, _, height, width = x.shape
         middle, out = conv.out_channels, conv.out_channels + cheap_conv.out_channels
         if not (
             conv.in_channels == x.shape[1]
-            and is_pointwise(conv.weight, conv.padding, conv.groups)
-            and conv.stride == cheap_conv.stride == cheap_conv.dilation == (1, 1)
+            and conv.kernel_size == conv.stride == cheap_conv.stride == cheap_conv.dilation == (1, 1)
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and type(cheap_conv) is DynamicConv
             and height * width > FEW_POSITIONS
             and cheap_conv.groups == cheap_conv.out_channels == middle
             and all(side == 2 * pad + 1 for side, pad in zip(cheap_conv.kernel_size, cheap_conv.padding, strict=True))
@@ -178,11 +182,11 @@ class GhostModule(nn.Module):
             return None
         y = torch.empty(batch, out, height, width)
         half = y[:, :middle]
-        native.pointwise(x, conv.weight, conv.routing(x), conv.output_bias, activation, half)
+        native.pointwise(x, conv.weight, router(x), conv.output_bias, activation, half)
         native.depthwise(
             half,
             cheap_conv.weight,
-            cheap_conv.routing(half),
+            cheap_router(half),
             cheap_conv.output_bias,
             cheap_conv.padding,
             cheap_activation,
@@ -276,19 +280,23 @@ class GhostBottleneck(nn.Module):
         _fold_inside(self.shortcut)
 
 
-def _inferable(layers: nn.Sequential) -> tuple[DynamicConv, str] | None:
-    """Return a part's convolution and activation if native kernels compute the same as calling the part."""
+def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router, str] | None:
+    """Return a part's convolution, router and activation if native kernels compute the same as calling the part."""
     if len(layers) != 3 or any(_is_observed(layer) for layer in (layers, *layers)):
         return None
     conv, norm, act = layers
     activation = ACTIVATIONS.get(type(act))
-    if type(conv) is not DynamicConv or type(norm) is not nn.Identity or activation is None:
+    if type(conv) not in (DynamicConv, CompactConv) or type(norm) is not nn.Identity or activation is None:
         return None
-    if conv.routing is None or conv.strategy is not None or conv.bias is not None or conv.pad_same:
+    if conv.routing is None or conv.bias is not None or conv.pad_same:
         return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in conv.parameters()):
         return None
-    return (conv, activation) if native.ready(conv.weight, conv.output_bias) else None
+    if type(conv) is CompactConv:
+        readable = native.ready_compact(conv.weight, conv.num_experts)
+    else:
+        readable = conv.strategy is None and native.ready(conv.weight, conv.output_bias)
+    return (conv, conv.routing, activation) if readable else None
 
 
 def _is_observed(layer: nn.Module) -> bool:

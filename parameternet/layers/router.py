@@ -186,9 +186,7 @@ class Router(_Affine):
 
     @torch.jit.unused
     def _needs_gradients(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            x.requires_grad or self.weight.requires_grad or self.bias.requires_grad
-        )
+        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad)
 
     def _route(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

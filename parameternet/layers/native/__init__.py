@@ -7,19 +7,23 @@
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["ACTIVATIONS", "LEVELS", "depthwise", "level", "pointwise", "ready", "route"]
+__all__ = ["ACTIVATIONS", "LEVELS", "depthwise", "level", "pointwise", "ready", "ready_compact", "route"]
 
 LEVELS = ("none", "AVX2", "AVX-512")
 ACTIVATIONS = {"none": 0, "relu": 1, "hard_swish": 2}
+# How experts are stored; uint8 as rows with a scale and an offset, see `CompactConv`.
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+MOST_COMPACT_EXPERTS = 64
 _CODE, _NUMBER, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
-_SIGNATURES = {  # after the level and the number of threads
+_SIGNATURES: dict[str, list[Any]] = {  # after the level and the number of threads
     "route": [_POINTER] * 4 + [_NUMBER] * 5 + [_CODE] * 2 + [ctypes.c_float],
-    "pointwise": [_POINTER] * 5 + [_NUMBER] * 7 + [_CODE],
+    "pointwise": [_POINTER] * 5 + [_NUMBER] * 7 + [_CODE] * 2,
     "depthwise": [_POINTER] * 5 + [_NUMBER] * 11 + [_CODE],
 }
 _TENSORS = (nn.Parameter, Tensor)
@@ -44,7 +48,7 @@ def _level(library: ctypes.CDLL | None) -> int:
     return min(found, 1) if os.environ.get("PARAMETERNET_NATIVE", "").lower() == "avx2" else found
 
 
-_library = _load()
+_library: Any = _load()
 _available = _level(_library)
 
 
@@ -67,10 +71,18 @@ def ready(x: Tensor, *others: Tensor | None) -> bool:
     return _plain(x) and _dense(x) and all(t is None or (_plain(t) and t.is_contiguous()) for t in others)
 
 
+def ready_compact(rows: Tensor, num_experts: int) -> bool:
+    """Return whether the kernels can read experts in 16 or 8 bits, as rows."""
+    return _visible(rows) and rows.is_contiguous() and rows.dtype in KINDS and num_experts <= MOST_COMPACT_EXPERTS
+
+
 def _plain(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and _visible(t)
+
+
+def _visible(t: Tensor) -> bool:
     return (
-        t.dtype is torch.float32
-        and t.device.type == "cpu"
+        t.device.type == "cpu"
         and type(t) in _TENSORS
         and t.layout is torch.strided
         and not t.is_neg()
@@ -87,7 +99,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bo
     batch, channels, height, width = x.shape
     experts = weight.shape[0]
     routing_weights = torch.empty(batch, experts)
-    _library.parameternet_route(  # type: ignore[union-attr]
+    _library.parameternet_route(
         _available,
         torch.get_num_threads(),
         x.data_ptr(),
@@ -116,6 +128,7 @@ def pointwise(
 ) -> Tensor:
     """Convolve x (B, C, H, W) with kernels mixed from weight (E * out, C, 1, 1) by routing_weights (B, E).
 
+    weight: Also in 16 or 8 bits, as rows (E * out, ...), see `CompactConv`.
     y: Where to write the output, which may be a slice of the channels of a contiguous tensor; None: a new tensor.
     """
     batch, channels, height, width = x.shape
@@ -123,7 +136,7 @@ def pointwise(
     out = weight.shape[0] // experts
     if y is None:
         y = torch.empty(batch, out, height, width)
-    _library.parameternet_pointwise(  # type: ignore[union-attr]
+    _library.parameternet_pointwise(
         _available,
         torch.get_num_threads(),
         x.data_ptr(),
@@ -139,6 +152,7 @@ def pointwise(
         experts,
         out,
         ACTIVATIONS[activation],
+        KINDS[weight.dtype],
     )
     return y
 
@@ -160,7 +174,7 @@ def depthwise(
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
     if y is None:
         y = torch.empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
-    _library.parameternet_depthwise(  # type: ignore[union-attr]
+    _library.parameternet_depthwise(
         _available,
         torch.get_num_threads(),
         x.data_ptr(),

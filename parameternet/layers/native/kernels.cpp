@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 
 namespace {
 
@@ -22,6 +23,10 @@ constexpr long CACHED_FLOATS = 1 << 16;
 // The activation after a convolution.
 enum { NONE, RELU, HARD_SWISH };
 
+// How experts are stored. A row of INT8 ends with the scale and the offset of its numbers, as torch packs embeddings.
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
+constexpr long MOST_EXPERTS = 64; // of those that are not FLOAT32
+
 // x_apart, y_apart: from the first channel of a sample to that of the next, for slices of channels of a larger tensor.
 struct Routing {
     const float *weight, *bias;
@@ -31,9 +36,10 @@ struct Routing {
 };
 
 struct Pointwise {
-    const float *weight, *routing, *bias;
+    const void *weight;
+    const float *routing, *bias;
     long x_apart, y_apart, batch, channels, positions, experts, out;
-    int activation;
+    int activation, kind;
 };
 
 struct Depthwise {
@@ -69,7 +75,7 @@ long *shifts(long count) {
 }
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 constexpr long LANES = 8;
 constexpr int MOST_ROWS = 4, MOST_VECTORS = 3;
@@ -82,6 +88,16 @@ static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 static inline Vec most(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec least(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec load_bytes(const void *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(from))));
+}
+static inline Vec load_half(const void *from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(from)));
+}
+static inline Vec load_bfloat16(const void *from) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i *>(from)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
 static inline __m256i first(long n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -101,7 +117,7 @@ static inline void copy(const float *from, float *to, long n) {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
 constexpr long LANES = 16;
 constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;
@@ -114,6 +130,16 @@ static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 static inline Vec most(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec load_bytes(const void *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(from))));
+}
+static inline Vec load_half(const void *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
+}
+static inline Vec load_bfloat16(const void *from) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i *>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
 static inline __mmask16 first(long n) { return static_cast<__mmask16>((1u << n) - 1); }
 static inline Vec load_part(const float *from, long n) { return _mm512_maskz_loadu_ps(first(n), from); }
 static inline void store_part(float *to, Vec value, long n) { _mm512_mask_storeu_ps(to, first(n), value); }
@@ -133,7 +159,8 @@ extern "C" {
 // 0: this processor cannot run any of the kernels; 1: AVX2; 2: AVX-512.
 int parameternet_level() {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     return wide ? 2 : 1;
@@ -146,11 +173,11 @@ void parameternet_route(int level, int threads, const float *x, const float *wei
     (level > 1 ? avx512::route : avx2::route)(x, r, routing, threads);
 }
 
-void parameternet_pointwise(int level, int threads, const float *x, const float *weight, const float *routing,
+void parameternet_pointwise(int level, int threads, const float *x, const void *weight, const float *routing,
                             const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
-                            long positions, long experts, long out, int activation) {
-    const Pointwise a{weight,   routing,   bias,    x_apart, y_apart,   batch,
-                      channels, positions, experts, out,     activation};
+                            long positions, long experts, long out, int activation, int kind) {
+    const Pointwise a{weight,   routing,   bias,    x_apart, y_apart,    batch,
+                      channels, positions, experts, out,     activation, kind};
     (level > 1 ? avx512::pointwise : avx2::pointwise)(x, a, y, threads);
 }
 
