@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .autocast import without_autocast
-from .strategies import ConvParams, is_pointwise, mix, samples_at_a_time
+from .strategies import ConvParams, is_pointwise, mix, runs_natively, samples_at_a_time
 
 __all__ = [
     "DepthwiseConvolution",
@@ -133,6 +134,11 @@ def mixed_gradients(
     x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, conv_params: ConvParams, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the `needed` gradients of input, experts and routing, mixing kernels again a few samples at a time."""
+    # With gradients enabled, this is itself being differentiated.
+    if not torch.is_grad_enabled() and runs_natively(x, weight, routing_weights, None, conv_params):
+        grad = grad.contiguous()
+        if native.ready(grad):
+            return _native_gradients(x, weight, routing_weights, grad, conv_params, needed)
     form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []
@@ -156,6 +162,15 @@ def mixed_gradients(
         None if grad_experts is None else grad_experts.to(weight.dtype).reshape(weight.shape),
         _joined(grads_routing) if needed[2] else None,
     ]
+
+
+def _native_gradients(x, weight, routing_weights, grad, conv_params, needed) -> list[Tensor | None]:
+    of_x, of_weight = needed[0], needed[1] or needed[2]
+    if is_pointwise(weight, conv_params.padding, conv_params.groups):
+        grads = native.pointwise_gradients(x, weight, routing_weights, grad, of_x, of_weight)
+    else:
+        grads = native.depthwise_gradients(x, weight, routing_weights, grad, conv_params.padding, of_x, of_weight)
+    return [g if wanted else None for g, wanted in zip(grads, needed, strict=False)]
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "is_pointwise",
     "kernels_are_large",
     "mix",
+    "runs_natively",
     "samples_at_a_time",
     "samples_in_cache",
     "shifted",
@@ -113,13 +114,10 @@ def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, con
 def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    stride, padding, dilation, groups = conv_params
-    if (
-        stride == dilation == (1, 1)
-        and is_depthwise(weight, groups, routing_weights.shape[1])
-        and native.ready(x, weight, routing_weights, output_bias)
+    if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]) and runs_natively(
+        x, weight, routing_weights, output_bias, conv_params
     ):
-        return native.depthwise(x, weight, routing_weights, output_bias, padding)
+        return native.depthwise(x, weight, routing_weights, output_bias, conv_params.padding)
     # The outputs of the parts are concatenated, which pays off only for large kernels.
     if x.shape[0] == 1 or not kernels_are_large(weight, routing_weights):
         return grouped(x, weight, routing_weights, output_bias, conv_params)
@@ -273,6 +271,23 @@ def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
     x = x[:, :, :: stride[0], :: stride[1]]
     # Otherwise torch.export would add guards on sizes for which the following reshape is a view.
     return x.contiguous() if torch.compiler.is_compiling() else x
+
+
+def runs_natively(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
+) -> bool:
+    """Return whether native kernels compute this convolution and its first gradients."""
+    stride, padding, dilation, groups = conv_params
+    if stride[0] != 1 or stride[1] != 1 or not native.ready(x, weight, routing_weights, output_bias):
+        return False
+    if is_pointwise(weight, padding, groups):
+        return True
+    return (
+        dilation[0] == dilation[1] == 1
+        and is_depthwise(weight, groups, routing_weights.shape[1])
+        and padding[0] < weight.shape[2]
+        and padding[1] < weight.shape[3]
+    )
 
 
 def is_channels_last(x: Tensor) -> bool:

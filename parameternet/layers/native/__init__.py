@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["ACTIVATIONS", "LEVELS", "depthwise", "level", "pointwise", "ready", "ready_compact", "route"]
+__all__ = [
+    "ACTIVATIONS",
+    "LEVELS",
+    "depthwise",
+    "depthwise_gradients",
+    "level",
+    "pointwise",
+    "pointwise_gradients",
+    "ready",
+    "ready_compact",
+    "route",
+]
 
 LEVELS = ("none", "AVX2", "AVX-512")
 ACTIVATIONS = {"none": 0, "relu": 1, "hard_swish": 2}
@@ -24,7 +35,9 @@ _CODE, _NUMBER, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {  # after the level and the number of threads
     "route": [_POINTER] * 4 + [_NUMBER] * 5 + [_CODE] * 2 + [ctypes.c_float],
     "pointwise": [_POINTER] * 5 + [_NUMBER] * 7 + [_CODE] * 2,
-    "depthwise": [_POINTER] * 5 + [_NUMBER] * 11 + [_CODE],
+    "depthwise": [_POINTER] * 5 + [_NUMBER] * 11 + [_CODE] * 2,
+    "pointwise_gradients": [_POINTER] * 7 + [_NUMBER] * 6,
+    "depthwise_grad_kernels": [_POINTER] * 3 + [_NUMBER] * 9,
 }
 _TENSORS = (nn.Parameter, Tensor)
 
@@ -81,12 +94,7 @@ def _plain(t: Tensor) -> bool:
 
 
 def _visible(t: Tensor) -> bool:
-    return (
-        t.device.type == "cpu"
-        and type(t) in _TENSORS
-        and t.layout is torch.strided
-        and not t.is_neg()
-    )
+    return t.device.type == "cpu" and type(t) in _TENSORS and t.layout is torch.strided and not t.is_neg()
 
 
 def _dense(x: Tensor) -> bool:
@@ -165,10 +173,11 @@ def depthwise(
     padding: tuple[int, int],
     activation: str = "none",
     y: Tensor | None = None,
+    flipped: bool = False,
 ) -> Tensor:
     """Convolve x (B, C, H, W) depthwise, stride 1, with kernels mixed from weight (E * C, 1, kh, kw).
 
-    y: As in `pointwise`.
+    y: As in `pointwise`. flipped: Turn kernels by 180 degrees, as for the gradient of the input.
     """
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
@@ -193,5 +202,74 @@ def depthwise(
         kernel_w,
         *padding,
         ACTIVATIONS[activation],
+        flipped,
     )
     return y
+
+
+def pointwise_gradients(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return gradients of x, weight and routing_weights for `pointwise`, given that of its output.
+
+    of_x: Whether the first is needed. of_weight: Whether the other two are.
+    """
+    batch, channels, height, width = x.shape
+    experts = routing_weights.shape[1]
+    grad_x = torch.empty(x.shape) if of_x else None
+    grad_weight = torch.empty(weight.shape) if of_weight else None
+    grad_routing = torch.empty(routing_weights.shape) if of_weight else None
+    _library.parameternet_pointwise_gradients(
+        _available,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        routing_weights.data_ptr(),
+        grad.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in (grad_x, grad_weight, grad_routing)),
+        x.stride(0),
+        batch,
+        channels,
+        height * width,
+        experts,
+        weight.shape[0] // experts,
+    )
+    return grad_x, grad_weight, grad_routing
+
+
+def depthwise_gradients(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    grad: Tensor,
+    padding: tuple[int, int],
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return gradients as `pointwise_gradients` does, for `depthwise` with padding smaller than the kernel."""
+    batch, channels, height, width = x.shape
+    kernel_h, kernel_w = weight.shape[2], weight.shape[3]
+    grad_x = grad_weight = grad_routing = None
+    if of_x:
+        rest = (kernel_h - 1 - padding[0], kernel_w - 1 - padding[1])
+        grad_x = depthwise(grad, weight, routing_weights, None, rest, flipped=True)
+    if of_weight:
+        grad_kernels = torch.empty(batch, channels * kernel_h * kernel_w)
+        _library.parameternet_depthwise_grad_kernels(
+            _available,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            grad.data_ptr(),
+            grad_kernels.data_ptr(),
+            x.stride(0),
+            batch,
+            channels,
+            height,
+            width,
+            kernel_h,
+            kernel_w,
+            *padding,
+        )
+        grad_weight = torch.mm(routing_weights.t(), grad_kernels).view(weight.shape)
+        grad_routing = torch.mm(grad_kernels, weight.detach().view(routing_weights.shape[1], -1).t())
+    return grad_x, grad_weight, grad_routing

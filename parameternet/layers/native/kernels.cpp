@@ -17,6 +17,8 @@ namespace {
 // Below these sizes, starting threads costs more than it saves.
 constexpr long PARALLEL_FLOATS = 1 << 15;
 constexpr long PARALLEL_PRODUCTS = 1 << 17;
+// Below this many positions, products over positions are too short for dot products.
+constexpr long FEW_FOR_DOTS = 128;
 // Experts of a block of rows: 256 KiB.
 constexpr long CACHED_FLOATS = 1 << 16;
 
@@ -45,7 +47,14 @@ struct Pointwise {
 struct Depthwise {
     const float *weight, *routing, *bias;
     long x_apart, y_apart, batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
-    int activation;
+    int activation, flipped;
+};
+
+// grad is that of the output; grad_x, or grad_weight and grad_routing, may be null.
+struct PointwiseGradients {
+    const float *x, *weight, *routing, *grad;
+    float *grad_x, *grad_weight, *grad_routing;
+    long x_apart, batch, channels, positions, experts, out;
 };
 
 // Memory that a thread keeps between calls.
@@ -65,7 +74,7 @@ struct Kept {
 };
 
 float *scratch(int purpose, long floats) {
-    static thread_local Kept kept[3];
+    static thread_local Kept kept[4];
     return static_cast<float *>(kept[purpose].of(floats * sizeof(float)));
 }
 
@@ -78,7 +87,7 @@ long *shifts(long count) {
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 constexpr long LANES = 8;
-constexpr int MOST_ROWS = 4, MOST_VECTORS = 3;
+constexpr int MOST_ROWS = 4, MOST_VECTORS = 3, DOT_ROWS = 2;
 using Vec = __m256;
 static inline Vec set(float value) { return _mm256_set1_ps(value); }
 static inline Vec load(const float *from) { return _mm256_loadu_ps(from); }
@@ -120,7 +129,7 @@ static inline void copy(const float *from, float *to, long n) {
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
 constexpr long LANES = 16;
-constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4, DOT_ROWS = 4;
 using Vec = __m512;
 static inline Vec set(float value) { return _mm512_set1_ps(value); }
 static inline Vec load(const float *from) { return _mm512_loadu_ps(from); }
@@ -184,9 +193,27 @@ void parameternet_pointwise(int level, int threads, const float *x, const void *
 void parameternet_depthwise(int level, int threads, const float *x, const float *weight, const float *routing,
                             const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
                             long height, long width, long experts, long kernel_h, long kernel_w, long pad_h,
-                            long pad_w, int activation) {
+                            long pad_w, int activation, int flipped) {
     const Depthwise a{weight, routing, bias,    x_apart,  y_apart,  batch, channels,
-                      height, width,   experts, kernel_h, kernel_w, pad_h, pad_w,    activation};
+                      height, width,   experts, kernel_h, kernel_w, pad_h, pad_w,    activation, flipped};
     (level > 1 ? avx512::depthwise : avx2::depthwise)(x, a, y, threads);
+}
+
+void parameternet_pointwise_gradients(int level, int threads, const float *x, const float *weight,
+                                      const float *routing, const float *grad, float *grad_x, float *grad_weight,
+                                      float *grad_routing, long x_apart, long batch, long channels, long positions,
+                                      long experts, long out) {
+    const PointwiseGradients a{x,           weight,       routing, grad,  grad_x,   grad_weight,
+                               grad_routing, x_apart,     batch,   channels, positions, experts, out};
+    (level > 1 ? avx512::pointwise_gradients : avx2::pointwise_gradients)(a, threads);
+}
+
+void parameternet_depthwise_grad_kernels(int level, int threads, const float *x, const float *grad,
+                                         float *grad_kernels, long x_apart, long batch, long channels, long height,
+                                         long width, long kernel_h, long kernel_w, long pad_h, long pad_w) {
+    Depthwise a{};
+    a.x_apart = x_apart, a.batch = batch, a.channels = channels, a.height = height, a.width = width;
+    a.kernel_h = kernel_h, a.kernel_w = kernel_w, a.pad_h = pad_h, a.pad_w = pad_w;
+    (level > 1 ? avx512::depthwise_grad_kernels : avx2::depthwise_grad_kernels)(x, grad, a, grad_kernels, threads);
 }
 }
