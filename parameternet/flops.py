@@ -59,8 +59,8 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), bat
 
     DynamicConv and timm's CondConv2d are counted by definition, whatever the strategy: each sample's kernel is mixed
     and then applied, so a batch of 8 mixes 8 times. The strategies 'grouped' and 'batched_matmul' do exactly that, so
-    `FlopCounterMode` agrees; 'wide' and 'gated_inputs' convolve with every expert instead, and 'shifted' multiplies
-    elementwise, which `FlopCounterMode` does not count.
+    `FlopCounterMode` agrees; 'wide', 'gated_inputs' and 'gated_outputs' convolve with every expert instead, and
+    'shifted' multiplies elementwise, which `FlopCounterMode` does not count.
 
     Among other counters, ptflops with `backend="aten"` and thop agree exactly, and fvcore, which counts a trace, agrees
     to within a few percent (tests/clients/test_counters.py). torchinfo, calflops and ptflops with its default backend

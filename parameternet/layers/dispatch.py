@@ -21,6 +21,7 @@ from .strategies import (
     batched_matmul,
     batched_matmul_in_parts,
     gated_inputs,
+    gated_outputs,
     grouped,
     grouped_in_parts,
     is_depthwise,
@@ -60,6 +61,7 @@ STRATEGIES = {
     "grouped": Strategy(grouped, grouped_in_parts, keeps_kernels=True),
     "batched_matmul": Strategy(batched_matmul, batched_matmul_in_parts, "pointwise", keeps_kernels=True),
     "gated_inputs": Strategy(gated_inputs, gated_inputs, "pointwise"),
+    "gated_outputs": Strategy(gated_outputs, gated_outputs, "pointwise"),
     "shifted": Strategy(shifted, shifted, "depthwise"),
     "wide": Strategy(wide, wide),
 }
@@ -98,7 +100,7 @@ def _takes(strategy: str) -> str:
 
 def _takes_scripted(strategy: str) -> str:
     """Return the column `takes` from a chain of ifs: TorchScript cannot read a table of functions."""
-    if strategy == "batched_matmul" or strategy == "gated_inputs":
+    if strategy == "batched_matmul" or strategy == "gated_inputs" or strategy == "gated_outputs":
         return "pointwise"
     if strategy == "shifted":
         return "depthwise"
@@ -129,10 +131,11 @@ def choose_strategy(
             return "batched_matmul"
         # Rounded up: the number of strided positions 0, s, 2s, ...
         positions = ((x.shape[2] + stride[0] - 1) // stride[0]) * ((x.shape[3] + stride[1] - 1) // stride[1])
+        out = weight.shape[0] // routing_weights.shape[1]
         if x.is_cuda:
             return _pointwise_on_cuda(x, weight, routing_weights, positions)
         if positions <= FEW_POSITIONS:
-            return "gated_inputs"
+            return "gated_outputs" if out <= 4 * x.shape[1] else "gated_inputs"
         return "wide" if one else "batched_matmul"
     if one and not is_depthwise(weight, groups, 1):
         return "wide"
@@ -289,6 +292,8 @@ def _convolve_scripted(
         return batched_matmul(x, weight, routing_weights, output_bias, conv_params)
     if strategy == "gated_inputs":
         return gated_inputs(x, weight, routing_weights, output_bias, conv_params)
+    if strategy == "gated_outputs":
+        return gated_outputs(x, weight, routing_weights, output_bias, conv_params)
     if strategy == "shifted":
         return shifted(x, weight, routing_weights, output_bias, conv_params)
     return wide(x, weight, routing_weights, output_bias, conv_params)

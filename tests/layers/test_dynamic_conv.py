@@ -212,7 +212,7 @@ def test_wrong_arguments_are_shown(arguments, message):
 
 # Shapes that some strategy does not take: (arguments, strategies that take it).
 STRATEGY_SHAPES = {
-    "pointwise": ({}, {"grouped", "batched_matmul", "gated_inputs", "wide"}),
+    "pointwise": ({}, {"grouped", "batched_matmul", "gated_inputs", "gated_outputs", "wide"}),
     "pointwise-padded": ({"padding": 1}, {"grouped", "wide"}),
     "pointwise-groups": ({"groups": 2}, {"grouped", "wide"}),
     "row": ({"kernel_size": (1, 3)}, {"grouped", "wide"}),

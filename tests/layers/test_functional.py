@@ -98,7 +98,7 @@ def outputs_and_gradients(function, case, values, dtype):
 def takes(strategy, case):
     pointwise = case["kernel"] == (1, 1) and case.get("groups", 1) == 1 and case.get("padding", (0, 0)) == (0, 0)
     depthwise = case.get("groups", 1) == case["cin"] == case["cout"]
-    return {"batched_matmul": pointwise, "gated_inputs": pointwise, "shifted": depthwise}.get(strategy, True)
+    return {"batched_matmul": pointwise, "gated_inputs": pointwise, "gated_outputs": pointwise, "shifted": depthwise}.get(strategy, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,13 +235,14 @@ def test_channels_last_inputs(name):
     assert torch.allclose(dynamic_conv2d(**values, **conv_args(CASES[name])), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_small_maps_gate_the_inputs_but_not_in_graphs():
+def test_small_maps_gate_inputs_or_outputs_but_not_in_graphs():
     routing = torch.rand(2, 4)
     pointwise, depthwise, dense = torch.rand(32, 6, 1, 1), torch.rand(24, 1, 3, 3), torch.rand(32, 6, 3, 3)
     small, large = torch.rand(2, 6, 2, 2), torch.rand(2, 6, 7, 7)
-    assert choose_strategy(small, pointwise, routing) == "gated_inputs"
+    assert choose_strategy(small, pointwise, routing) == "gated_outputs"
+    assert choose_strategy(small, torch.rand(4 * 30, 6, 1, 1), routing) == "gated_inputs"
     assert choose_strategy(large, pointwise, routing) == "batched_matmul"
-    assert choose_strategy(large, pointwise, routing, stride=(4, 4)) == "gated_inputs"
+    assert choose_strategy(large, pointwise, routing, stride=(4, 4)) == "gated_outputs"
     assert choose_strategy(small, pointwise, routing, recorded=True) == "batched_matmul"
     assert choose_strategy(large, depthwise, routing, groups=6) == "grouped"
     # Recorded for one batch size; graphs with a free batch are tested where they are recorded.
