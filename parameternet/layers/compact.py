@@ -12,7 +12,7 @@ from .compiled import records_a_graph
 from .dispatch import convolve
 from .dynamic_conv import DynamicConv, pad_same
 from .router import Router
-from .strategies import FEW_POSITIONS, ConvParams, convolve_each, samples_in_cache
+from .strategies import ConvParams, are_few, convolve_each, samples_in_cache
 
 __all__ = ["EXPERT_DTYPES", "SHORTEST_ROW", "CompactConv"]
 
@@ -112,7 +112,7 @@ class CompactConv(nn.Module):
             and self.padding == (0, 0)
             and self.kernel_size == self.stride == (1, 1)
             and self.bias is None
-            and x.shape[2] * x.shape[3] > FEW_POSITIONS
+            and not are_few(x.shape[2] * x.shape[3])
             and native.ready_compact(self.weight, self.num_experts)
         )
 

@@ -16,8 +16,8 @@ from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, make_operator, records_a_graph
 from .gradients import MixedConvolution, gains_by_float32_gradients, gains_by_own_gradient
 from .strategies import (
-    FEW_POSITIONS,
     ConvParams,
+    are_few,
     batched_matmul,
     batched_matmul_in_parts,
     gated_inputs,
@@ -134,7 +134,8 @@ def choose_strategy(
         out = weight.shape[0] // routing_weights.shape[1]
         if x.is_cuda:
             return _pointwise_on_cuda(x, weight, routing_weights, positions)
-        if positions <= FEW_POSITIONS:
+        # With many more outputs than inputs, gating these takes 0.9 to 1.0 of the time, otherwise up to twice as long.
+        if are_few(positions):
             return "gated_outputs" if out <= 4 * x.shape[1] else "gated_inputs"
         return "wide" if one else "batched_matmul"
     if one and not is_depthwise(weight, groups, 1):
@@ -313,8 +314,8 @@ def _convolve_nothing(
 def _gains_by_mixing_again(x: Tensor, weight: Tensor, routing_weights: Tensor, conv_params: ConvParams) -> bool:
     """Return whether mixing kernels again in backward is faster than keeping those of all samples.
 
-    It is in native kernels, for large kernels, and for depthwise ones with our own gradients. (Training parameternet_600m with batch 16 at
-    128 px on two cores takes 0.90 of the time of always mixing again.)
+    It is in native kernels, for large kernels, and for depthwise ones with our own gradients. (In torch's operators,
+    training parameternet_600m with batch 16 at 128 px on two cores takes 0.90 of the time of always mixing again.)
     """
     if runs_natively(x, weight, routing_weights, None, conv_params):
         return True

@@ -15,13 +15,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..deprecation import renamed_arguments
 from . import native
+from .autocast import autocast_dtype
 from .compact import CompactConv
-from .compiled import runs_eagerly
 from .dynamic_conv import DynamicConv
 from .folding import fold_batch_norm
 from .router import Router
 from .static import DepthwiseConv, SqueezeExcite
-from .strategies import FEW_POSITIONS
+from .strategies import are_few
 
 __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 
@@ -161,7 +161,7 @@ class GhostModule(nn.Module):
 
         This saves a concatenation and two passes of the activation.
         """
-        if not native.ready(x) or not runs_eagerly("cpu") or (torch.is_grad_enabled() and x.requires_grad):
+        if not native.ready(x) or autocast_dtype("cpu") is not None or (torch.is_grad_enabled() and x.requires_grad):
             return None
         primary, cheap = _inferable(self.primary_conv), _inferable(self.cheap_operation)
         if primary is None or cheap is None or self.has_surplus or _has_any_global_hook():
@@ -175,18 +175,18 @@ class GhostModule(nn.Module):
             and conv.padding == (0, 0)
             and conv.groups == 1
             and type(cheap_conv) is DynamicConv
-            and height * width > FEW_POSITIONS
+            and not are_few(height * width)
             and cheap_conv.groups == cheap_conv.out_channels == middle
             and all(side == 2 * pad + 1 for side, pad in zip(cheap_conv.kernel_size, cheap_conv.padding, strict=True))
         ):
             return None
-        y = torch.empty(batch, out, height, width)
+        y = x.new_empty(batch, out, height, width)
         half = y[:, :middle]
-        native.pointwise(x, conv.weight, router(x), conv.output_bias, activation, half)
+        native.pointwise(x, conv.weight, _readable(router(x)), conv.output_bias, activation, half)
         native.depthwise(
             half,
             cheap_conv.weight,
-            cheap_router(half),
+            _readable(cheap_router(half)),
             cheap_conv.output_bias,
             cheap_conv.padding,
             cheap_activation,
@@ -282,7 +282,7 @@ class GhostBottleneck(nn.Module):
 
 def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router, str] | None:
     """Return a part's convolution, router and activation if native kernels compute the same as calling the part."""
-    if len(layers) != 3 or any(_is_observed(layer) for layer in (layers, *layers)):
+    if type(layers) is not nn.Sequential or len(layers) != 3 or any(_is_observed(layer) for layer in (layers, *layers)):
         return None
     conv, norm, act = layers
     activation = ACTIVATIONS.get(type(act))
@@ -297,6 +297,11 @@ def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router
     else:
         readable = conv.strategy is None and native.ready(conv.weight, conv.output_bias)
     return (conv, conv.routing, activation) if readable else None
+
+
+def _readable(routing_weights: Tensor) -> Tensor:
+    """Return what a hook of a router may have changed to another dtype or memory format as the kernels read it."""
+    return routing_weights.float().contiguous()
 
 
 def _is_observed(layer: nn.Module) -> bool:

@@ -164,7 +164,8 @@ class Router(_Affine):
         A graph must divide by the size of its actual input, not of the example that it was recorded with.
         """
         hidden, temperature, last_bias = self.hidden, self.temperature, self.bias
-        if hidden is None and not self._needs_gradients(x) and native.ready(x, self.weight, last_bias):
+        readable = hidden is None and not self._needs_gradients(x) and native.ready(x, self.weight, last_bias)
+        if readable and x.shape[1] == self.in_features:
             divisor = 1.0 if temperature is None else float(temperature)
             return native.route(x, self.weight, last_bias, last_bias.ndim == 2, self.softmax, divisor)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

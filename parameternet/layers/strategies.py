@@ -17,6 +17,7 @@ from . import native
 
 __all__ = [
     "ConvParams",
+    "are_few",
     "batched_matmul",
     "batched_matmul_in_parts",
     "convolve_each",
@@ -58,10 +59,6 @@ HEAP_BYTES = 32 << 20
 # Each part reads all experts once, so very large kernels need larger parts: 960 -> 960, 3 x 3, batch 16 takes
 # 613 ms in parts of 2 and 533 in parts of 8, on two cores.
 FEWEST_SAMPLES = 8
-# Up to this many positions, gating inputs or outputs of a pointwise convolution is faster than mixing a kernel per
-# sample. Training 80 -> 240 channels, batch 128, on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at
-# 16. Gating outputs takes 0.5 to 1.0 of the time of gating inputs, if there are not many more outputs than inputs.
-FEW_POSITIONS = 4
 
 
 def mix(weight: Tensor, routing_weights: Tensor) -> Tensor:
@@ -80,6 +77,14 @@ def samples_at_a_time(weight: Tensor, routing_weights: Tensor) -> int:
 def samples_in_cache(kernel_bytes: int) -> int:
     """Return how many samples' kernels of this size to mix at once on a CPU."""
     return max(CACHED_BYTES // max(kernel_bytes, 1), FEWEST_SAMPLES)
+
+
+def are_few(positions: int) -> bool:
+    """Return whether gating inputs or outputs of a pointwise convolution is faster than mixing a kernel per sample.
+
+    Training 80 -> 240 channels, batch 128, on one core: 13 and 3.8 times as fast at 1 and 4 positions, 0.6 times at 16.
+    """
+    return positions <= 4
 
 
 def kernels_are_large(weight: Tensor, routing_weights: Tensor) -> bool:
@@ -300,6 +305,8 @@ def runs_natively(
         return True
     return (
         dilation[0] == dilation[1] == 1
+        and weight.shape[2] <= x.shape[2] + 2 * padding[0]
+        and weight.shape[3] <= x.shape[3] + 2 * padding[1]
         and is_depthwise(weight, groups, routing_weights.shape[1])
         and padding[0] < weight.shape[2]
         and padding[1] < weight.shape[3]

@@ -98,7 +98,12 @@ def outputs_and_gradients(function, case, values, dtype):
 def takes(strategy, case):
     pointwise = case["kernel"] == (1, 1) and case.get("groups", 1) == 1 and case.get("padding", (0, 0)) == (0, 0)
     depthwise = case.get("groups", 1) == case["cin"] == case["cout"]
-    return {"batched_matmul": pointwise, "gated_inputs": pointwise, "gated_outputs": pointwise, "shifted": depthwise}.get(strategy, True)
+    return {
+        "batched_matmul": pointwise,
+        "gated_inputs": pointwise,
+        "gated_outputs": pointwise,
+        "shifted": depthwise,
+    }.get(strategy, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

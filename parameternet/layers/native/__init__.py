@@ -6,6 +6,7 @@
 
 import ctypes
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,13 @@ _TENSORS = (nn.Parameter, Tensor)
 def _load() -> ctypes.CDLL | None:
     if os.environ.get("PARAMETERNET_NATIVE") == "0":
         return None
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, types in _SIGNATURES.items():
-                getattr(library, f"parameternet_{name}").argtypes = [_CODE, _CODE, *types]
-        except (OSError, AttributeError):  # of another processor, or without an OpenMP runtime
-            continue
-        return library
-    return None
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")))
+        for name, types in _SIGNATURES.items():
+            getattr(library, f"parameternet_{name}").argtypes = [_CODE, _CODE, *types]
+    except (OSError, AttributeError):  # not built, of another processor, or without an OpenMP runtime
+        return None
+    return library
 
 
 def _level(library: ctypes.CDLL | None) -> int:
@@ -77,7 +76,12 @@ def ready(x: Tensor, *others: Tensor | None) -> bool:
     (FlopCounterMode, FakeTensorMode), torch.func and forward-mode differentiation must not be bypassed. Whether
     gradients are needed is for the caller to check.
     """
-    if not _available or x.numel() == 0 or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    # In this order: torch.compile and torch.fx must not get to the later conditions.
+    if not _available or torch.compiler.is_compiling() or type(x) not in _TENSORS or torch.jit.is_tracing():
+        return False
+    if x.ndim != 4 or x.numel() == 0 or forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -94,7 +98,13 @@ def _plain(t: Tensor) -> bool:
 
 
 def _visible(t: Tensor) -> bool:
-    return t.device.type == "cpu" and type(t) in _TENSORS and t.layout is torch.strided and not t.is_neg()
+    return (
+        t.device.type == "cpu"
+        and type(t) in _TENSORS
+        and t.layout is torch.strided
+        and not t.is_neg()
+        and not t._is_zerotensor()  # which has no memory
+    )
 
 
 def _dense(x: Tensor) -> bool:
@@ -102,11 +112,19 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
 
 
+def _check_batch(x: Tensor, routing_weights: Tensor) -> None:
+    if routing_weights.ndim != 2 or routing_weights.shape[0] != x.shape[0]:  # a custom router's
+        raise ValueError(
+            f"expected routing_weights of shape (batch, num_experts) with batch = {x.shape[0]}, got "
+            f"{tuple(routing_weights.shape)}"
+        )
+
+
 def route(x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bool, temperature: float) -> Tensor:
     """Average x (B, C, H, W), and map it by weight (E, C) and bias (E values) to routing weights (B, E)."""
     batch, channels, height, width = x.shape
     experts = weight.shape[0]
-    routing_weights = torch.empty(batch, experts)
+    routing_weights = x.new_empty(batch, experts)
     _library.parameternet_route(
         _available,
         torch.get_num_threads(),
@@ -139,11 +157,12 @@ def pointwise(
     weight: Also in 16 or 8 bits, as rows (E * out, ...), see `CompactConv`.
     y: Where to write the output, which may be a slice of the channels of a contiguous tensor; None: a new tensor.
     """
+    _check_batch(x, routing_weights)
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
     out = weight.shape[0] // experts
     if y is None:
-        y = torch.empty(batch, out, height, width)
+        y = x.new_empty(batch, out, height, width)
     _library.parameternet_pointwise(
         _available,
         torch.get_num_threads(),
@@ -179,10 +198,11 @@ def depthwise(
 
     y: As in `pointwise`. flipped: Turn kernels by 180 degrees, as for the gradient of the input.
     """
+    _check_batch(x, routing_weights)
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
     if y is None:
-        y = torch.empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
+        y = x.new_empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
     _library.parameternet_depthwise(
         _available,
         torch.get_num_threads(),
@@ -216,9 +236,9 @@ def pointwise_gradients(
     """
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
-    grad_x = torch.empty(x.shape) if of_x else None
-    grad_weight = torch.empty(weight.shape) if of_weight else None
-    grad_routing = torch.empty(routing_weights.shape) if of_weight else None
+    grad_x = x.new_empty(x.shape) if of_x else None
+    grad_weight = x.new_empty(weight.shape) if of_weight else None
+    grad_routing = x.new_empty(routing_weights.shape) if of_weight else None
     _library.parameternet_pointwise_gradients(
         _available,
         torch.get_num_threads(),
@@ -254,7 +274,7 @@ def depthwise_gradients(
         rest = (kernel_h - 1 - padding[0], kernel_w - 1 - padding[1])
         grad_x = depthwise(grad, weight, routing_weights, None, rest, flipped=True)
     if of_weight:
-        grad_kernels = torch.empty(batch, channels * kernel_h * kernel_w)
+        grad_kernels = x.new_empty(batch, channels * kernel_h * kernel_w)
         _library.parameternet_depthwise_grad_kernels(
             _available,
             torch.get_num_threads(),
