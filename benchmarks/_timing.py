@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from parameternet import files
+from parameternet.layers import native
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.004  # seconds; a shorter run is repeated, so that the clock does not matter
 WARM_UP = 2
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PARAMETERNET_NATIVE")
 
 Runs = dict[str, Callable[[], object]]
 
@@ -165,7 +167,14 @@ def header(threads: int, device: str) -> list[str]:
         f"versions: torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
         f"date: {date.today().isoformat()}",
         f"commit: {_commit()}",
+        f"native kernels: {native.LEVELS[native.level()]}{_limits()}",
     ]
+
+
+def _limits() -> str:
+    """Return the variables that limit libraries to older instructions than the processor's."""
+    found = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return f"; limited by {' '.join(found)}" if found else ""
 
 
 def kind_of_processor(device: str) -> str:

