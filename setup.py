@@ -10,7 +10,8 @@ kernels = Extension(
     "parameternet.layers.native._kernels",
     ["parameternet/layers/native/kernels.cpp"],
     depends=["parameternet/layers/native/kernels.inc"],
-    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-g0", "-w"],
+    extra_link_args=["-s"],
     language="c++",
     optional=True,  # without a compiler, torch's operators compute the same
 )

@@ -96,6 +96,8 @@ ARMS = {
     "dense": Arm(None),
     "4 experts": Arm({}),
     "4 experts, half re-drawn": Arm({"redraw": 0.5}),
+    # Equal experts: whatever the shares of softmax, the network is still the dense one. Only gradients differ.
+    "4 experts, routers drawn": Arm({"noise": 0.0, "router_std": 2.0}),
     "4 experts, sigmoid": Arm({"routing": "sigmoid"}),
     "1 expert, sigmoid": Arm({"num_experts": 1, "routing": "sigmoid"}),
     f"dense, {2 * EPOCHS} epochs": Arm(None, 2 * EPOCHS),
