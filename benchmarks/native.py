@@ -1,7 +1,7 @@
 """What do native kernels gain over torch's operators?
 
-    python benchmarks/native.py                                        parameternet_600m: 5 minutes on two cores
-    python benchmarks/native.py --network dynamic_efficientnet_lite0 --modes inference
+    python benchmarks/native.py                                       10 minutes on two cores
+    python benchmarks/native.py --networks parameternet_50m --modes inference
 
 Inference at 224 pixels with batch norm folded in, and a training step at 128 pixels (batch 16), each in three ways:
 
@@ -35,7 +35,7 @@ WAYS = ("static", "torch", "native")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="parameternet_600m")
+    parser.add_argument("--networks", nargs="+", default=["parameternet_600m", "dynamic_efficientnet_lite0"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for inference")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=("inference", "training"))
     parser.add_argument("--threads", type=int, default=2)
@@ -48,10 +48,12 @@ def main() -> None:
     cases = [("inference", batch) for batch in options.batches if "inference" in options.modes]
     cases += [("training", 16)] if "training" in options.modes else []
     head, rows = header(options.threads, "cpu"), []
-    for mode, batch in cases:
-        for row in measure(mode, batch, options):
-            rows.append({"network": options.network, "mode": mode, "batch": batch, **row})
-            print(rows[-1], flush=True)
+    for name in options.networks:
+        options.network = name
+        for mode, batch in cases:
+            for row in measure(mode, batch, options):
+                rows.append({"network": name, "mode": mode, "batch": batch, **row})
+                print(rows[-1], flush=True)
     write_csv(RESULTS / f"native_{kind_of_processor('cpu')}.csv", head, rows)
 
 

