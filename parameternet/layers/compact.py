@@ -29,7 +29,7 @@ class CompactConv(nn.Module):
 
     `weight` is a buffer with one row per output channel of each expert, expert-major: (E * out_channels, in_channels /
     groups * kh * kw). With int8, a row has 8 more bytes for its scale and offset. Kernels are mixed in float32 from
-    int8, and in their own dtype from 16 bits. The convolution runs in the input's dtype.
+    int8 and, in native kernels, from 16 bits; otherwise in their own dtype. The convolution runs in the input's dtype.
 
     Args:
         conv: The convolution to convert; its router and biases are shared with it.
@@ -72,6 +72,7 @@ class CompactConv(nn.Module):
             if self.routing is None:
                 raise ValueError("this convolution has no router: pass routing_weights (batch, experts) with x")
             routing_weights = self.routing(x)
+            DynamicConv._check(cast(DynamicConv, self), x, routing_weights)  # a custom router's
         if torch.is_grad_enabled() and (x.requires_grad or routing_weights.requires_grad):
             raise RuntimeError(
                 f"experts in {self.expert_dtype} have no gradients: run the network in torch.inference_mode(), or use "

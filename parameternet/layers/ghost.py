@@ -182,11 +182,11 @@ class GhostModule(nn.Module):
             return None
         y = x.new_empty(batch, out, height, width)
         half = y[:, :middle]
-        native.pointwise(x, conv.weight, _readable(router(x)), conv.output_bias, activation, half)
+        native.pointwise(x, conv.weight, _readable(router(x), conv.num_experts), conv.output_bias, activation, half)
         native.depthwise(
             half,
             cheap_conv.weight,
-            _readable(cheap_router(half)),
+            _readable(cheap_router(half), cheap_conv.num_experts),
             cheap_conv.output_bias,
             cheap_conv.padding,
             cheap_activation,
@@ -299,8 +299,13 @@ def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router
     return (conv, conv.routing, activation) if readable else None
 
 
-def _readable(routing_weights: Tensor) -> Tensor:
+def _readable(routing_weights: Tensor, num_experts: int) -> Tensor:
     """Return what a hook of a router may have changed to another dtype or memory format as the kernels read it."""
+    if routing_weights.shape[1:] != (num_experts,):
+        raise ValueError(
+            f"expected routing_weights of shape (batch, num_experts) with num_experts={num_experts}, got "
+            f"{tuple(routing_weights.shape)}"
+        )
     return routing_weights.float().contiguous()
 
 

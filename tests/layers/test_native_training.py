@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from parameternet import DynamicConv, fuse
-from parameternet.layers import native
+from parameternet import DynamicConv, GhostModule, fuse
+from parameternet.layers import Router, native
 from parameternet.layers.compact import EXPERT_DTYPES, CompactConv
 
 pytestmark = needs_library
@@ -835,3 +835,22 @@ def test_compact_experts_of_few_positions_strides_and_biases_are_left_to_torch(c
         calls.clear()
         conv.weight.copy_(compact.experts())
         close(got, without_kernels(lambda: conv(x)), tolerance)  # noqa: B023
+
+
+def other_number(factor):
+    return lambda router, args, out: torch.cat([out] * 2, 1)[:, : factor * out.shape[1] // 2]
+
+
+@pytest.mark.parametrize("factor", [1, 3, 4])
+def test_a_router_with_another_number_of_experts_is_refused(factor):
+    layers = [
+        DynamicConv(32, 8, num_experts=2, routing_norm="none"),
+        CompactConv(DynamicConv(32, 8, num_experts=2), "int8"),
+        fuse(GhostModule(32, 8, num_experts=2).eval()),
+    ]
+    for layer in layers[1:] if factor in (1, 4) else layers:  # 1 and 4 experts can share 16 kernels
+        layer.eval().requires_grad_(False)
+        for router in [m for m in layer.modules() if isinstance(m, Router)][-1:]:
+            router.register_forward_hook(other_number(factor))
+        with pytest.raises(ValueError, match="expected routing_weights of shape"):
+            layer(torch.randn(2, 32, 5, 5))

@@ -112,11 +112,16 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
 
 
-def _check_batch(x: Tensor, routing_weights: Tensor) -> None:
-    if routing_weights.ndim != 2 or routing_weights.shape[0] != x.shape[0]:  # a custom router's
+def _check(x: Tensor, weight: Tensor, routing_weights: Tensor) -> None:
+    """Reject what a custom router may return, and the kernels would read beyond."""
+    if (
+        routing_weights.ndim != 2
+        or routing_weights.shape[0] != x.shape[0]
+        or weight.shape[0] % routing_weights.shape[1]
+    ):
         raise ValueError(
-            f"expected routing_weights of shape (batch, num_experts) with batch = {x.shape[0]}, got "
-            f"{tuple(routing_weights.shape)}"
+            f"expected routing_weights of shape (batch, num_experts) with batch = {x.shape[0]} and experts that share "
+            f"{weight.shape[0]} kernels evenly, got {tuple(routing_weights.shape)}"
         )
 
 
@@ -157,7 +162,7 @@ def pointwise(
     weight: Also in 16 or 8 bits, as rows (E * out, ...), see `CompactConv`.
     y: Where to write the output, which may be a slice of the channels of a contiguous tensor; None: a new tensor.
     """
-    _check_batch(x, routing_weights)
+    _check(x, weight, routing_weights)
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
     out = weight.shape[0] // experts
@@ -198,7 +203,7 @@ def depthwise(
 
     y: As in `pointwise`. flipped: Turn kernels by 180 degrees, as for the gradient of the input.
     """
-    _check_batch(x, routing_weights)
+    _check(x, weight, routing_weights)
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
     if y is None:

@@ -60,7 +60,9 @@ struct PointwiseGradients {
     long x_apart, batch, channels, positions, experts, out;
 };
 
-// Memory that a thread keeps between calls.
+// Memory that a thread keeps between calls, unless it is large.
+constexpr long MOST_KEPT_BYTES = 16 << 20;
+
 struct Kept {
     void *memory = nullptr;
     long bytes = 0;
@@ -74,16 +76,24 @@ struct Kept {
         }
         return memory;
     }
+    void drop_if_large() {
+        if (bytes <= MOST_KEPT_BYTES) return;
+        std::free(memory);
+        memory = nullptr;
+        bytes = 0;
+    }
 };
 
-float *scratch(int purpose, long floats) {
-    static thread_local Kept kept[4];
-    return static_cast<float *>(kept[purpose].of(floats * sizeof(float)));
+Kept &kept(int purpose) {
+    static thread_local Kept found[4];
+    return found[purpose];
 }
 
+float *scratch(int purpose, long floats) { return static_cast<float *>(kept(purpose).of(floats * sizeof(float))); }
+
 long *shifts(long count) {
-    static thread_local Kept kept;
-    return static_cast<long *>(kept.of(count * sizeof(long)));
+    static thread_local Kept found;
+    return static_cast<long *>(found.of(count * sizeof(long)));
 }
 
 #pragma GCC push_options
