@@ -1,4 +1,4 @@
-"""Build the native kernels, if a C++ compiler is at hand; everything else is in setup.cfg."""
+"""Build the native kernels, if g++ is installed; everything else is in setup.cfg."""
 
 import platform
 import sys
@@ -13,7 +13,7 @@ kernels = Extension(
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-g0", "-w"],
     extra_link_args=["-s"],
     language="c++",
-    optional=True,  # without a compiler, torch's operators compute the same
+    optional=True,  # without a compiler, torch's operators are used
 )
 supported = sys.platform == "linux" and platform.machine() == "x86_64"
 setup(ext_modules=[kernels] if supported else [])

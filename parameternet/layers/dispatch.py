@@ -134,7 +134,8 @@ def choose_strategy(
         out = weight.shape[0] // routing_weights.shape[1]
         if x.is_cuda:
             return _pointwise_on_cuda(x, weight, routing_weights, positions)
-        # With many more outputs than inputs, gating these takes 0.9 to 1.0 of the time, otherwise up to twice as long.
+        # With more than 4 times as many outputs as inputs, gating the inputs takes 0.9 to 1.0 of the time of gating the
+        # outputs; otherwise up to twice as long.
         if are_few(positions):
             return "gated_outputs" if out <= 4 * x.shape[1] else "gated_inputs"
         return "wide" if one else "batched_matmul"

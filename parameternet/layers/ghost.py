@@ -28,7 +28,7 @@ __all__ = ["ConvBnAct", "GhostBottleneck", "GhostModule"]
 ConvLayer = Callable[..., nn.Module] | None
 ActLayer = type[nn.Module] | None
 # The activations that native kernels compute.
-ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hard_swish", HardSwish: "hard_swish"}
+NATIVE_ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hard_swish", HardSwish: "hard_swish"}
 
 
 def _conv_layer(conv_layer: ConvLayer, num_experts: int) -> Callable[..., nn.Module]:
@@ -285,12 +285,15 @@ def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router
     if type(layers) is not nn.Sequential or len(layers) != 3 or any(_is_observed(layer) for layer in (layers, *layers)):
         return None
     conv, norm, act = layers
-    activation = ACTIVATIONS.get(type(act))
+    activation = NATIVE_ACTIVATIONS.get(type(act))
     if type(conv) not in (DynamicConv, CompactConv) or type(norm) is not nn.Identity or activation is None:
         return None
     if conv.routing is None or conv.bias is not None or conv.pad_same:
         return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in conv.parameters()):
+    if torch.is_grad_enabled() and (
+        _is_observed(conv.routing)  # a hook may return what requires gradients
+        or any(t is not None and t.requires_grad for t in (conv.weight, conv.output_bias, *conv.routing.parameters()))
+    ):
         return None
     if type(conv) is CompactConv:
         readable = native.ready_compact(conv.weight, conv.num_experts)
@@ -300,7 +303,7 @@ def _inferable(layers: nn.Sequential) -> tuple[DynamicConv | CompactConv, Router
 
 
 def _readable(routing_weights: Tensor, num_experts: int) -> Tensor:
-    """Return what a hook of a router may have changed to another dtype or memory format as the kernels read it."""
+    """Convert routing weights to contiguous float32; a router's hook may have changed them."""
     if routing_weights.shape[1:] != (num_experts,):
         raise ValueError(
             f"expected routing_weights of shape (batch, num_experts) with num_experts={num_experts}, got "

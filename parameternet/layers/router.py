@@ -165,7 +165,7 @@ class Router(_Affine):
         """
         hidden, temperature, last_bias = self.hidden, self.temperature, self.bias
         readable = hidden is None and not self._needs_gradients(x) and native.ready(x, self.weight, last_bias)
-        if readable and x.shape[1] == self.in_features:
+        if readable and x.shape[1] == self.weight.shape[1] and last_bias.numel() == len(self.weight):
             divisor = 1.0 if temperature is None else float(temperature)
             return native.route(x, self.weight, last_bias, last_bias.ndim == 2, self.softmax, divisor)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -185,7 +185,6 @@ class Router(_Affine):
             return torch.softmax(logits / temperature.to(dtype), dim=1)
         return torch.sigmoid(logits)
 
-    @torch.jit.unused
     def _needs_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad)
 

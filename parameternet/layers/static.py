@@ -169,7 +169,7 @@ def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.jit.unused
 def _is_linear(x: Tensor) -> bool:
     used = compiles_for_python() or not records_a_graph()
-    return used and x.shape[2] == 1 and x.shape[3] == 1
+    return used and x.ndim == 4 and x.shape[2] == 1 and x.shape[3] == 1
 
 
 class SqueezeExcite(timm.layers.SqueezeExcite):

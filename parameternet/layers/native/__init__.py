@@ -1,12 +1,13 @@
-"""Native kernels for inference on x86 CPUs: routing, and dynamic convolutions without temporary tensors.
+"""Native kernels for x86 CPUs: routers, dynamic convolutions and their gradients, in float32.
 
-`kernels.cpp` is built with the package if a C++ compiler is at hand. Without it, torch's operators compute the same.
-`PARAMETERNET_NATIVE=0` in the environment disables the kernels; `avx2` limits them to AVX2.
+`kernels.cpp` is built when the package is installed, if g++ is installed. Without it, torch's operators are used, which
+are slower. The environment variable `PARAMETERNET_NATIVE=0` disables the kernels; `avx2` limits them to AVX2.
 """
 
 import ctypes
 import os
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,35 @@ _SIGNATURES: dict[str, list[Any]] = {  # after the level and the number of threa
     "pointwise_gradients": [_POINTER] * 7 + [_NUMBER] * 6,
     "depthwise_grad_kernels": [_POINTER] * 3 + [_NUMBER] * 9,
 }
+_INTERFACE = 1  # of the library: one that was built from other sources is not used
 _TENSORS = (nn.Parameter, Tensor)
 
 
+def _is_observed() -> bool:
+    """Return whether something observes torch's operators: modes, torch.func, forward-mode differentiation."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get("PARAMETERNET_NATIVE") == "0":
+    wanted = os.environ.get("PARAMETERNET_NATIVE", "")
+    if wanted == "0":
         return None
+    if wanted.lower() not in ("", "1", "avx2"):
+        warnings.warn(f"PARAMETERNET_NATIVE must be 0, 1 or avx2, got {wanted!r}; native kernels stay on", stacklevel=2)
     try:
         library = ctypes.CDLL(str(Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")))
         for name, types in _SIGNATURES.items():
             getattr(library, f"parameternet_{name}").argtypes = [_CODE, _CODE, *types]
-    except (OSError, AttributeError):  # not built, of another processor, or without an OpenMP runtime
+        if library.parameternet_interface() != _INTERFACE:
+            return None
+        _is_observed()
+    except (OSError, AttributeError):
+        # Not built, of another processor, without OpenMP, or a torch without the functions of `_is_observed`.
         return None
     return library
 
@@ -79,11 +98,7 @@ def ready(x: Tensor, *others: Tensor | None) -> bool:
     # In this order: torch.compile and torch.fx must not get to the later conditions.
     if not _available or torch.compiler.is_compiling() or type(x) not in _TENSORS or torch.jit.is_tracing():
         return False
-    if x.ndim != 4 or x.numel() == 0 or forward_ad._current_level >= 0:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if x.ndim != 4 or x.numel() == 0 or _is_observed():
         return False
     return _plain(x) and _dense(x) and all(t is None or (_plain(t) and t.is_contiguous()) for t in others)
 
@@ -112,17 +127,24 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
 
 
-def _check(x: Tensor, weight: Tensor, routing_weights: Tensor) -> None:
-    """Reject what a custom router may return, and the kernels would read beyond."""
-    if (
-        routing_weights.ndim != 2
-        or routing_weights.shape[0] != x.shape[0]
-        or weight.shape[0] % routing_weights.shape[1]
-    ):
+def _check(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, columns: int) -> None:
+    """Reject what the kernels would read beyond: routing weights of a custom router, pruned weights.
+
+    columns: Numbers of a kernel, without the scale and offset of 8-bit rows.
+    """
+    if routing_weights.ndim != 2 or routing_weights.shape[0] != x.shape[0]:
         raise ValueError(
-            f"expected routing_weights of shape (batch, num_experts) with batch = {x.shape[0]} and experts that share "
-            f"{weight.shape[0]} kernels evenly, got {tuple(routing_weights.shape)}"
+            f"expected routing_weights of shape (batch, num_experts) with batch = {x.shape[0]}, got "
+            f"{tuple(routing_weights.shape)}"
         )
+    experts, extra = routing_weights.shape[1], 8 if weight.dtype == torch.uint8 else 0
+    if weight.shape[0] % experts or weight[0].numel() != columns + extra:
+        raise ValueError(
+            f"expected routing_weights of shape (batch, num_experts) and num_experts * out kernels of {columns} "
+            f"numbers, got {tuple(routing_weights.shape)} and a weight of shape {tuple(weight.shape)}"
+        )
+    if output_bias is not None and output_bias.numel() != weight.shape[0] // experts:
+        raise ValueError(f"expected output_bias of {weight.shape[0] // experts} numbers, got {output_bias.numel()}")
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bool, temperature: float) -> Tensor:
@@ -162,8 +184,8 @@ def pointwise(
     weight: Also in 16 or 8 bits, as rows (E * out, ...), see `CompactConv`.
     y: Where to write the output, which may be a slice of the channels of a contiguous tensor; None: a new tensor.
     """
-    _check(x, weight, routing_weights)
     batch, channels, height, width = x.shape
+    _check(x, weight, routing_weights, output_bias, channels)
     experts = routing_weights.shape[1]
     out = weight.shape[0] // experts
     if y is None:
@@ -203,9 +225,11 @@ def depthwise(
 
     y: As in `pointwise`. flipped: Turn kernels by 180 degrees, as for the gradient of the input.
     """
-    _check(x, weight, routing_weights)
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
+    _check(x, weight, routing_weights, output_bias, kernel_h * kernel_w)
+    if weight.shape[0] != routing_weights.shape[1] * channels:
+        raise ValueError(f"expected {channels} kernels for each expert, got a weight of shape {tuple(weight.shape)}")
     if y is None:
         y = x.new_empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
     _library.parameternet_depthwise(

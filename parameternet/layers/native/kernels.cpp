@@ -1,4 +1,4 @@
-// Dynamic convolutions for inference on x86 CPUs: average, route, mix and multiply, without temporary tensors.
+// Routers, dynamic convolutions and their gradients on x86 CPUs.
 //
 // Plain C functions, called by native/__init__.py through ctypes: the library depends neither on the version of torch
 // nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width). Threads are those of torch:
@@ -32,10 +32,10 @@ enum { NONE, RELU, HARD_SWISH };
 enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 constexpr long MOST_EXPERTS = 64; // of those that are not FLOAT32
 
-// x_apart, y_apart: from the first channel of a sample to that of the next, for slices of channels of a larger tensor.
+// x_stride, y_stride: from the first channel of a sample to that of the next, for slices of channels of a larger tensor.
 struct Routing {
     const float *weight, *bias;
-    long x_apart, batch, channels, positions, experts;
+    long x_stride, batch, channels, positions, experts;
     float temperature;
     int normalised, softmax;
 };
@@ -43,13 +43,13 @@ struct Routing {
 struct Pointwise {
     const void *weight;
     const float *routing, *bias;
-    long x_apart, y_apart, batch, channels, positions, experts, out;
+    long x_stride, y_stride, batch, channels, positions, experts, out;
     int activation, kind;
 };
 
 struct Depthwise {
     const float *weight, *routing, *bias;
-    long x_apart, y_apart, batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
+    long x_stride, y_stride, batch, channels, height, width, experts, kernel_h, kernel_w, pad_h, pad_w;
     int activation, flipped;
 };
 
@@ -57,17 +57,19 @@ struct Depthwise {
 struct PointwiseGradients {
     const float *x, *weight, *routing, *grad;
     float *grad_x, *grad_weight, *grad_routing;
-    long x_apart, batch, channels, positions, experts, out;
+    long x_stride, batch, channels, positions, experts, out;
 };
 
 // Memory that a thread keeps between calls, unless it is large.
 constexpr long MOST_KEPT_BYTES = 16 << 20;
 
-struct Kept {
+enum { PADDED, KERNEL, COLUMN, PARTIAL };
+
+struct Buffer {
     void *memory = nullptr;
     long bytes = 0;
-    ~Kept() { std::free(memory); }
-    void *of(long wanted) {
+    ~Buffer() { std::free(memory); }
+    void *reserve(long wanted) {
         if (bytes < wanted) {
             std::free(memory);
             bytes = (wanted + 4095) / 4096 * 4096;
@@ -84,16 +86,20 @@ struct Kept {
     }
 };
 
-Kept &kept(int purpose) {
-    static thread_local Kept found[4];
+Buffer &buffer(int purpose) {
+    static thread_local Buffer found[4];
     return found[purpose];
 }
 
-float *scratch(int purpose, long floats) { return static_cast<float *>(kept(purpose).of(floats * sizeof(float))); }
+void drop_large_buffers() {
+    for (int purpose : {PADDED, KERNEL, COLUMN, PARTIAL}) buffer(purpose).drop_if_large();
+}
+
+float *scratch(int purpose, long floats) { return static_cast<float *>(buffer(purpose).reserve(floats * sizeof(float))); }
 
 long *shifts(long count) {
-    static thread_local Kept found;
-    return static_cast<long *>(found.of(count * sizeof(long)));
+    static thread_local Buffer found;
+    return static_cast<long *>(found.reserve(count * sizeof(long)));
 }
 
 #pragma GCC push_options
@@ -107,8 +113,8 @@ static inline Vec load(const float *from) { return _mm256_loadu_ps(from); }
 static inline void store(float *to, Vec value) { _mm256_storeu_ps(to, value); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-static inline Vec most(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-static inline Vec least(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec load_bytes(const void *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(from))));
@@ -149,8 +155,8 @@ static inline Vec load(const float *from) { return _mm512_loadu_ps(from); }
 static inline void store(float *to, Vec value) { _mm512_storeu_ps(to, value); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-static inline Vec most(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec load_bytes(const void *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(from))));
@@ -178,6 +184,9 @@ static inline void copy(const float *from, float *to, long n) {
 
 extern "C" {
 
+// The version of the functions below, which native/__init__.py must know.
+int parameternet_interface() { return 1; }
+
 // 0: this processor cannot run any of the kernels; 1: AVX2; 2: AVX-512.
 int parameternet_level() {
     __builtin_cpu_init();
@@ -189,43 +198,43 @@ int parameternet_level() {
 }
 
 void parameternet_route(int level, int threads, const float *x, const float *weight, const float *bias, float *routing,
-                        long x_apart, long batch, long channels, long positions, long experts, int normalised,
+                        long x_stride, long batch, long channels, long positions, long experts, int normalised,
                         int softmax, float temperature) {
-    const Routing r{weight, bias, x_apart, batch, channels, positions, experts, temperature, normalised, softmax};
+    const Routing r{weight, bias, x_stride, batch, channels, positions, experts, temperature, normalised, softmax};
     (level > 1 ? avx512::route : avx2::route)(x, r, routing, threads);
 }
 
 void parameternet_pointwise(int level, int threads, const float *x, const void *weight, const float *routing,
-                            const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
+                            const float *bias, float *y, long x_stride, long y_stride, long batch, long channels,
                             long positions, long experts, long out, int activation, int kind) {
-    const Pointwise a{weight,   routing,   bias,    x_apart, y_apart,    batch,
+    const Pointwise a{weight,   routing,   bias,    x_stride, y_stride,    batch,
                       channels, positions, experts, out,     activation, kind};
     (level > 1 ? avx512::pointwise : avx2::pointwise)(x, a, y, threads);
 }
 
 void parameternet_depthwise(int level, int threads, const float *x, const float *weight, const float *routing,
-                            const float *bias, float *y, long x_apart, long y_apart, long batch, long channels,
+                            const float *bias, float *y, long x_stride, long y_stride, long batch, long channels,
                             long height, long width, long experts, long kernel_h, long kernel_w, long pad_h,
                             long pad_w, int activation, int flipped) {
-    const Depthwise a{weight, routing, bias,    x_apart,  y_apart,  batch, channels,
+    const Depthwise a{weight, routing, bias,    x_stride,  y_stride,  batch, channels,
                       height, width,   experts, kernel_h, kernel_w, pad_h, pad_w,    activation, flipped};
     (level > 1 ? avx512::depthwise : avx2::depthwise)(x, a, y, threads);
 }
 
 void parameternet_pointwise_gradients(int level, int threads, const float *x, const float *weight,
                                       const float *routing, const float *grad, float *grad_x, float *grad_weight,
-                                      float *grad_routing, long x_apart, long batch, long channels, long positions,
+                                      float *grad_routing, long x_stride, long batch, long channels, long positions,
                                       long experts, long out) {
     const PointwiseGradients a{x,           weight,       routing, grad,  grad_x,   grad_weight,
-                               grad_routing, x_apart,     batch,   channels, positions, experts, out};
+                               grad_routing, x_stride,     batch,   channels, positions, experts, out};
     (level > 1 ? avx512::pointwise_gradients : avx2::pointwise_gradients)(a, threads);
 }
 
 void parameternet_depthwise_grad_kernels(int level, int threads, const float *x, const float *grad,
-                                         float *grad_kernels, long x_apart, long batch, long channels, long height,
+                                         float *grad_kernels, long x_stride, long batch, long channels, long height,
                                          long width, long kernel_h, long kernel_w, long pad_h, long pad_w) {
     Depthwise a{};
-    a.x_apart = x_apart, a.batch = batch, a.channels = channels, a.height = height, a.width = width;
+    a.x_stride = x_stride, a.batch = batch, a.channels = channels, a.height = height, a.width = width;
     a.kernel_h = kernel_h, a.kernel_w = kernel_w, a.pad_h = pad_h, a.pad_w = pad_w;
     (level > 1 ? avx512::depthwise_grad_kernels : avx2::depthwise_grad_kernels)(x, grad, a, grad_kernels, threads);
 }
