@@ -150,27 +150,26 @@ class PooledConv(nn.Conv2d):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return pooled_conv2d(x, self.weight, self.bias)
+        return pooled_conv2d(x, self.weight, self.bias, self.training)
 
 
-def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pooled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
     """Compute a static 1 x 1 convolution, (B, C, H, W) by (out, C, 1, 1), plus a bias (out,) or None.
 
-    For several maps of one position it is a linear layer, except in traced and exported graphs: at batch 8, 960 -> 240 channels
-    take 0.12 ms instead of 0.28 (two cores with AVX-512), and backward of 1,824 -> 456 channels 0.6 ms instead of 13.5
-    (128 samples, bfloat16, two cores with AMX). Also, torch.compile on a CPU specialises a graph with such a
-    convolution on the batch size, below 16 and from 16 on (torch 2.15), which it does not do for a linear layer.
+    On maps of one position it is a linear layer in training and for torch.compile. Backward of 1,824 -> 456 channels
+    then takes 0.6 ms instead of 13.5 (128 samples, bfloat16, two cores with AMX). Also, torch.compile on a CPU
+    specialises a graph with such a convolution on the batch size, below 16 and from 16 on (torch 2.15), which it does
+    not do for a linear layer.
     """
-    if not torch.jit.is_scripting() and _is_linear(x):
+    if not torch.jit.is_scripting() and _is_linear(x, training):
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
     return F.conv2d(x, weight, bias)
 
 
 @torch.jit.unused
-def _is_linear(x: Tensor) -> bool:
-    # For a single sample, a convolution is as fast.
-    used = compiles_for_python() if records_a_graph() else x.shape[0] > 1
-    return used and x.ndim == 4 and x.shape[2] == 1 and x.shape[3] == 1
+def _is_linear(x: Tensor, training: bool) -> bool:
+    used = compiles_for_python() if records_a_graph() else training
+    return used and x.shape[2] == 1 and x.shape[3] == 1
 
 
 class SqueezeExcite(timm.layers.SqueezeExcite):
