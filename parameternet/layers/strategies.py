@@ -303,8 +303,11 @@ def runs_natively(
         return False
     if is_pointwise(weight, padding, groups):
         return True
+    # For several samples, torch's operators are faster for large kernels: 0.57 to 0.87 of the time for 7 x 7.
+    large = weight.shape[2] * weight.shape[3] > 25 and x.shape[0] > 1
     return (
-        dilation[0] == dilation[1] == 1
+        not large
+        and dilation[0] == dilation[1] == 1
         and weight.shape[2] <= x.shape[2] + 2 * padding[0]
         and weight.shape[3] <= x.shape[3] + 2 * padding[1]
         and is_depthwise(weight, groups, routing_weights.shape[1])
