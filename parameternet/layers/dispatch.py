@@ -28,6 +28,7 @@ from .strategies import (
     is_pointwise,
     kernels_are_large,
     mix,
+    runs_channels_last,
     runs_natively,
     shifted,
     wide,
@@ -318,7 +319,8 @@ def _gains_by_mixing_again(x: Tensor, weight: Tensor, routing_weights: Tensor, c
     It is in native kernels, for large kernels, and for depthwise ones with our own gradients. (In torch's operators,
     training parameternet_600m with batch 16 at 128 px on two cores takes 0.90 of the time of always mixing again.)
     """
-    if runs_natively(x, weight, routing_weights, None, conv_params):
+    tensors = (x, weight, routing_weights, None, conv_params)
+    if runs_natively(*tensors) or runs_channels_last(*tensors):
         return True
     slow = gains_by_own_gradient(x, weight) or gains_by_float32_gradients(x)
     own = is_depthwise(weight, conv_params.groups, routing_weights.shape[1]) and slow

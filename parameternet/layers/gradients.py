@@ -14,7 +14,15 @@ from torch import Tensor
 
 from . import native
 from .autocast import without_autocast
-from .strategies import ConvParams, is_pointwise, mix, runs_natively, samples_at_a_time
+from .strategies import (
+    ConvParams,
+    is_channels_last,
+    is_pointwise,
+    mix,
+    runs_channels_last,
+    runs_natively,
+    samples_at_a_time,
+)
 
 __all__ = [
     "DepthwiseConvolution",
@@ -135,10 +143,15 @@ def mixed_gradients(
 ) -> list[Tensor | None]:
     """Return the `needed` gradients of input, experts and routing, mixing kernels again a few samples at a time."""
     # With gradients enabled, this is itself being differentiated.
-    if not torch.is_grad_enabled() and runs_natively(x, weight, routing_weights, None, conv_params):
-        grad = grad.contiguous()
-        if native.ready(grad):
-            return _native_gradients(x, weight, routing_weights, grad, conv_params, needed)
+    if not torch.is_grad_enabled():
+        if runs_channels_last(x, weight, routing_weights, None, conv_params):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            if native.readable(grad):
+                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last=True)
+        elif runs_natively(x, weight, routing_weights, None, conv_params):
+            grad = grad.contiguous()
+            if native.ready(grad):
+                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last=False)
     form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []
@@ -164,10 +177,12 @@ def mixed_gradients(
     ]
 
 
-def _native_gradients(x, weight, routing_weights, grad, conv_params, needed) -> list[Tensor | None]:
+def _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last) -> list[Tensor | None]:
     of_x, of_weight = needed[0], needed[1] or needed[2]
     if is_pointwise(weight, conv_params.padding, conv_params.groups):
         grads = native.pointwise_gradients(x, weight, routing_weights, grad, of_x, of_weight)
+    elif channels_last:
+        grads = native.depthwise_last_gradients(x, weight, routing_weights, grad, *conv_params[:3], of_x, of_weight)
     else:
         grads = native.depthwise_gradients(x, weight, routing_weights, grad, conv_params.padding, of_x, of_weight)
     return [g if wanted else None for g, wanted in zip(grads, needed, strict=False)]
@@ -190,11 +205,15 @@ def _matmul_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Ten
     strided = (stride_h, stride_w) != (1, 1)
     seen = x[:, :, ::stride_h, ::stride_w] if strided else x
     columns = seen.reshape(batch, channels, -1)
+    kernels = kernels.reshape(batch, -1, channels)
     grad = grad.reshape(batch, grad.shape[1], -1)
-    if needed[0]:
-        grad_x = torch.bmm(kernels.reshape(batch, -1, channels).transpose(1, 2), grad).reshape(seen.shape)
-        if strided:
-            grad_x = _spread(grad_x, x.shape, conv_params.stride)
+    if needed[0] and is_channels_last(x):  # as its input, so that nothing after it copies
+        rows = torch.bmm(grad.transpose(1, 2), kernels)
+        grad_x = rows.reshape(batch, *seen.shape[2:], channels).permute(0, 3, 1, 2)
+    elif needed[0]:
+        grad_x = torch.bmm(kernels.transpose(1, 2), grad).reshape(seen.shape)
+    if grad_x is not None and strided:
+        grad_x = _spread(grad_x, x.shape, conv_params.stride)
     if needed[1] or needed[2]:
         grad_kernels = torch.bmm(grad, columns.transpose(1, 2)).reshape(batch, -1)
     return grad_x, grad_kernels

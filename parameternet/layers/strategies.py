@@ -30,6 +30,7 @@ __all__ = [
     "is_pointwise",
     "kernels_are_large",
     "mix",
+    "runs_channels_last",
     "runs_natively",
     "samples_at_a_time",
     "samples_in_cache",
@@ -121,10 +122,11 @@ def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, con
 def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
-    if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]) and runs_natively(
-        x, weight, routing_weights, output_bias, conv_params
-    ):
-        return native.depthwise(x, weight, routing_weights, output_bias, conv_params.padding)
+    if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]):
+        if runs_natively(x, weight, routing_weights, output_bias, conv_params):
+            return native.depthwise(x, weight, routing_weights, output_bias, conv_params.padding)
+        if runs_channels_last(x, weight, routing_weights, output_bias, conv_params):
+            return native.depthwise_last(x, weight, routing_weights, output_bias, *conv_params[:3])
     # The outputs of the parts are concatenated, which pays off only for large kernels.
     if x.shape[0] == 1 or not kernels_are_large(weight, routing_weights):
         return grouped(x, weight, routing_weights, output_bias, conv_params)
@@ -163,6 +165,8 @@ def batched_matmul_in_parts(
     batch, channels, height, width = x.shape
     if native.ready(x, weight, routing_weights, output_bias):
         return native.pointwise(x, weight, routing_weights, output_bias)
+    if runs_channels_last(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1))):
+        return native.pointwise_last(x, weight, routing_weights, output_bias)
     if is_channels_last(x):
         return batched_matmul(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1)))
     columns = x.reshape(batch, channels, height * width)
@@ -297,7 +301,7 @@ def _subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
 def runs_natively(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> bool:
-    """Return whether native kernels compute this convolution and its first gradients."""
+    """Return whether native kernels compute this convolution and its first gradients, channels first."""
     stride, padding, dilation, groups = conv_params
     if stride[0] != 1 or stride[1] != 1 or not native.ready(x, weight, routing_weights, output_bias):
         return False
@@ -313,6 +317,23 @@ def runs_natively(
         and is_depthwise(weight, groups, routing_weights.shape[1])
         and padding[0] < weight.shape[2]
         and padding[1] < weight.shape[3]
+    )
+
+
+def runs_channels_last(
+    x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
+) -> bool:
+    """Return whether native kernels compute this convolution and its first gradients in channels last."""
+    stride, padding, dilation, groups = conv_params
+    if not native.ready_channels_last(x, weight, routing_weights, output_bias):
+        return False
+    if is_pointwise(weight, padding, groups):
+        # They transpose all experts, which pays off if these are mixed for several samples.
+        return stride[0] == stride[1] == 1 and x.shape[0] >= routing_weights.shape[1]
+    return (
+        is_depthwise(weight, groups, routing_weights.shape[1])
+        and dilation[0] * (weight.shape[2] - 1) < x.shape[2] + 2 * padding[0]
+        and dilation[1] * (weight.shape[3] - 1) < x.shape[3] + 2 * padding[1]
     )
 
 

@@ -29,7 +29,7 @@ from parameternet.layers import native, record_routing_weights
 
 LEVEL = native.level()
 FOLDER = Path(native.__file__).parent
-KERNELS = ("route", "pointwise", "depthwise")
+KERNELS = ("route", "pointwise", "depthwise", "pointwise_last", "depthwise_last")
 needs_library = pytest.mark.skipif(LEVEL == 0, reason="the native kernels are not built, or this CPU lacks AVX2")
 
 

@@ -38,7 +38,7 @@ from parameternet.layers.compact import EXPERT_DTYPES, CompactConv
 
 pytestmark = needs_library
 
-GRADIENTS = ("pointwise_gradients", "depthwise_gradients")
+GRADIENTS = ("pointwise_gradients", "depthwise_gradients", "depthwise_last_gradients")
 
 
 @pytest.fixture
@@ -285,6 +285,9 @@ def last(*shape, dtype=torch.float32):
     t.copy_(torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 2, shape))
     return t.as_subclass(Last)
 
+def channels_last(t):
+    return last(t.shape[0], *t.shape[2:], t.shape[1]).copy_(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
 most = native.level()
 for native._available in range(1, most + 1):
     for channels, out, size in ((1, 1, (1, 1)), (3, 5, (1, 5)), (17, 2, (7, 7)), (33, 7, (3, 11)), (47, 40, (5, 10)),
@@ -296,10 +299,18 @@ for native._available in range(1, most + 1):
             native.pointwise(x, last(3 * out, width, dtype=dtype), r, bias)
         weight, grad = last(3 * out, channels, 1, 1), last(2, out, *size)
         native.pointwise_gradients(x, weight, r, grad, True, True)
+        both = channels > 1 and size != (1, 1)  # otherwise channels first and last are the same
+        if both:
+            native.pointwise_last(channels_last(x), weight, r, bias)
+            native.pointwise_gradients(channels_last(x), weight, r, channels_last(grad), True, True)
         for kernel in (1, 3, 5):
             weight, pad = last(3 * channels, 1, kernel, kernel), kernel // 2
             native.depthwise(x, weight, r, last(channels), (pad, pad))
             native.depthwise_gradients(x, weight, r, last(2, channels, *size), (pad, pad), True, True)
+            for stride in (1, 2) if both else ():
+                axes = (stride, stride), (pad, pad), (1, 1)
+                y = native.depthwise_last(channels_last(x), weight, r, last(channels), *axes)
+                native.depthwise_last_gradients(channels_last(x), weight, r, channels_last(y), *axes, True, True)
         kept.clear()
 print("no fault")
 """
@@ -408,9 +419,9 @@ def test_channels_last_gradients_of_a_channels_last_neighbour(layer, x, gradient
 
 
 def test_inputs_that_kernels_cannot_read_train_as_without(layer, gradient_calls):
-    last = torch.randn(X).to(memory_format=torch.channels_last)
+    part = torch.randn(X[0], X[1] + 1, X[2], X[3]).to(memory_format=torch.channels_last)[:, 1:]
     turned = torch.randn(X[0], X[1], X[3], X[2]).transpose(2, 3)
-    for x in (last, turned):
+    for x in (part, turned):
         x.requires_grad_()
         got = gradients(layer, x, squares)
         assert_same(got, without_kernels(lambda: gradients(layer, x, squares)))  # noqa: B023
@@ -566,7 +577,8 @@ def test_saved_tensors_may_be_packed(layer, x, gradient_calls, precision):
         y = layer(x)
     squares(y).backward()
     assert_same(taken(layer, x), gradients(layer, x, squares), 0.05 if precision == "bfloat16" else 1e-5)
-    assert len(gradient_calls) == (1 if precision == "channels-last" else 2)
+    # In channels last there is no kernel for fewer samples than experts.
+    assert len(gradient_calls) >= (1 if precision == "channels-last" else 2)
 
 
 @pytest.mark.parametrize("changed", ["x", "weight"])

@@ -8,6 +8,7 @@ import ctypes
 import os
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ __all__ = [
     "LEVELS",
     "depthwise",
     "depthwise_gradients",
+    "depthwise_last",
+    "depthwise_last_gradients",
     "level",
     "pointwise",
     "pointwise_gradients",
+    "pointwise_last",
+    "readable",
     "ready",
+    "ready_channels_last",
     "ready_compact",
     "route",
 ]
@@ -38,10 +44,13 @@ _SIGNATURES: dict[str, list[Any]] = {  # after the level and the number of threa
     "route": [_POINTER] * 4 + [_NUMBER] * 5 + [_CODE] * 2 + [ctypes.c_float],
     "pointwise": [_POINTER] * 5 + [_NUMBER] * 7 + [_CODE] * 2,
     "depthwise": [_POINTER] * 5 + [_NUMBER] * 11 + [_CODE] * 2,
-    "pointwise_gradients": [_POINTER] * 7 + [_NUMBER] * 6,
+    "pointwise_last": [_POINTER] * 4 + [_NUMBER] * 5,
+    "pointwise_gradients": [_POINTER] * 7 + [_NUMBER] * 6 + [_CODE],
     "depthwise_grad_kernels": [_POINTER] * 3 + [_NUMBER] * 9,
+    "depthwise_last": [_POINTER] * 5 + [_NUMBER] * 15 + [_CODE],
+    "depthwise_last_grad_kernels": [_POINTER] * 3 + [_NUMBER] * 14,
 }
-_INTERFACE = 1  # of the library: one that was built from other sources is not used
+_INTERFACE = 2  # of the library: one that was built from other sources is not used
 _TENSORS = (nn.Parameter, Tensor)
 
 
@@ -95,12 +104,29 @@ def ready(x: Tensor, *others: Tensor | None) -> bool:
     (FlopCounterMode, FakeTensorMode), torch.func and forward-mode differentiation must not be bypassed. Whether
     gradients are needed is for the caller to check.
     """
+    return readable(x) and _dense(x) and _all_plain(others)
+
+
+def ready_channels_last(x: Tensor, *others: Tensor | None) -> bool:
+    """Return `ready` for `x` in torch.channels_last, and not contiguous as well, as a single position is."""
+    return (
+        readable(x)
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _all_plain(others)
+    )
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the kernels can read `x` (B, C, H, W), if its memory is laid out as they expect."""
     # In this order: torch.compile and torch.fx must not get to the later conditions.
     if not _available or torch.compiler.is_compiling() or type(x) not in _TENSORS or torch.jit.is_tracing():
         return False
-    if x.ndim != 4 or x.numel() == 0 or _is_observed():
-        return False
-    return _plain(x) and _dense(x) and all(t is None or (_plain(t) and t.is_contiguous()) for t in others)
+    return x.ndim == 4 and x.numel() > 0 and not _is_observed() and _plain(x)
+
+
+def _all_plain(tensors: Sequence[Tensor | None]) -> bool:
+    return all(t is None or (_plain(t) and t.is_contiguous()) for t in tensors)
 
 
 def ready_compact(rows: Tensor, num_experts: int) -> bool:
@@ -125,6 +151,14 @@ def _visible(t: Tensor) -> bool:
 def _dense(x: Tensor) -> bool:
     """Return whether each sample is contiguous."""
     return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
+
+
+def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
+    """Return a tensor of x's shape whose memory is laid out as the kernels write it."""
+    batch, channels, height, width = x.shape
+    if channels_last:
+        return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    return x.new_empty(batch, channels, height, width)
 
 
 def _check(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, columns: int) -> None:
@@ -259,13 +293,14 @@ def depthwise(
 def pointwise_gradients(
     x: Tensor, weight: Tensor, routing_weights: Tensor, grad: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return gradients of x, weight and routing_weights for `pointwise`, given that of its output.
+    """Return gradients of x, weight and routing_weights for `pointwise` or `pointwise_last`, given that of its output.
 
-    of_x: Whether the first is needed. of_weight: Whether the other two are.
+    grad: In the memory format of x. of_x: Whether the first is needed. of_weight: Whether the other two are.
     """
     batch, channels, height, width = x.shape
     experts = routing_weights.shape[1]
-    grad_x = x.new_empty(x.shape) if of_x else None
+    last = not _dense(x)
+    grad_x = _empty_like(x, last) if of_x else None
     grad_weight = x.new_empty(weight.shape) if of_weight else None
     grad_routing = x.new_empty(routing_weights.shape) if of_weight else None
     _library.parameternet_pointwise_gradients(
@@ -282,6 +317,7 @@ def pointwise_gradients(
         height * width,
         experts,
         weight.shape[0] // experts,
+        last,
     )
     return grad_x, grad_weight, grad_routing
 
@@ -319,6 +355,133 @@ def depthwise_gradients(
             kernel_w,
             *padding,
         )
-        grad_weight = torch.mm(routing_weights.t(), grad_kernels).view(weight.shape)
-        grad_routing = torch.mm(grad_kernels, weight.detach().view(routing_weights.shape[1], -1).t())
+        grad_weight, grad_routing = _unmix(grad_kernels, weight, routing_weights)
     return grad_x, grad_weight, grad_routing
+
+
+def pointwise_last(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None) -> Tensor:
+    """Compute `pointwise` for x (B, C, H, W) in channels last and experts in float32."""
+    batch, channels, height, width = x.shape
+    _check(x, weight, routing_weights, output_bias, channels)
+    experts = routing_weights.shape[1]
+    out = weight.shape[0] // experts
+    y = x.new_empty(batch, height, width, out)
+    _library.parameternet_pointwise_last(
+        _available,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        routing_weights.data_ptr(),
+        y.data_ptr(),
+        batch,
+        channels,
+        height * width,
+        experts,
+        out,
+    )
+    return (y if output_bias is None else y.add_(output_bias)).permute(0, 3, 1, 2)
+
+
+def depthwise_last(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    output_bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Convolve x (B, C, H, W), channels last, depthwise with kernels mixed from weight (E * C, 1, kh, kw)."""
+    _check(x, weight, routing_weights, output_bias, weight.shape[2] * weight.shape[3])
+    if weight.shape[0] != routing_weights.shape[1] * x.shape[1]:
+        raise ValueError(f"expected {x.shape[1]} kernels for each expert, got a weight of shape {tuple(weight.shape)}")
+    out = [
+        (side + 2 * pad - step * (kernel - 1) - 1) // jump + 1
+        for side, pad, step, kernel, jump in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    y = x.new_empty(x.shape[0], *out, x.shape[1]).permute(0, 3, 1, 2)
+    axes = _axes(x, y, weight, stride, padding, dilation)
+    _gather(x, weight, routing_weights, output_bias, y, axes, transposed=False)
+    return y
+
+
+def depthwise_last_gradients(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    grad: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return gradients as `pointwise_gradients` does, for `depthwise_last`; grad is channels last, too."""
+    axes = _axes(x, grad, weight, stride, padding, dilation)
+    grad_x = grad_weight = grad_routing = None
+    if of_x:
+        grad_x = _empty_like(x, channels_last=True)
+        _gather(grad, weight, routing_weights, None, grad_x, axes, transposed=True)
+    if of_weight:
+        batch, channels = x.shape[:2]
+        grad_kernels = x.new_empty(batch, channels * weight[0].numel())
+        _library.parameternet_depthwise_last_grad_kernels(
+            _available,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            grad.data_ptr(),
+            grad_kernels.data_ptr(),
+            batch,
+            channels,
+            *axes,
+        )
+        grad_weight, grad_routing = _unmix(grad_kernels, weight, routing_weights)
+    return grad_x, grad_weight, grad_routing
+
+
+def _axes(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, ...]:
+    """Return what describes a convolution from x to y, as the kernels of channels last expect it."""
+    return (*x.shape[2:], *y.shape[2:], *weight.shape[2:], *stride, *padding, *dilation)
+
+
+def _gather(
+    x: Tensor,
+    weight: Tensor,
+    routing_weights: Tensor,
+    output_bias: Tensor | None,
+    y: Tensor,
+    axes: tuple[int, ...],
+    transposed: bool,
+) -> None:
+    height, width, out_h, out_w, *rest = axes
+    _library.parameternet_depthwise_last(
+        _available,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        routing_weights.data_ptr(),
+        None if output_bias is None else output_bias.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        height,
+        width,
+        out_h,
+        out_w,
+        routing_weights.shape[1],
+        *rest,
+        transposed,
+    )
+
+
+def _unmix(grad_kernels: Tensor, weight: Tensor, routing_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gradients of experts and routing weights, given those of mixed kernels (B, numbers of a kernel)."""
+    experts = weight.detach().view(routing_weights.shape[1], -1)
+    return torch.mm(routing_weights.t(), grad_kernels).view(weight.shape), torch.mm(grad_kernels, experts.t())

@@ -1,7 +1,8 @@
 // Routers, dynamic convolutions and their gradients on x86 CPUs.
 //
 // Plain C functions, called by native/__init__.py through ctypes: the library depends neither on the version of torch
-// nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width). Threads are those of torch:
+// nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width), or channels last in functions called so. Threads are
+// those of torch:
 // its OpenMP runtime is already loaded, and this library is linked without one.
 
 #include <immintrin.h>
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -53,11 +55,25 @@ struct Depthwise {
     int activation, flipped;
 };
 
+// Along one axis, the sources and taps of each of `size` targets: those of target i are from start[i] up to start[i + 1].
+struct Axis {
+    const long *start, *source, *tap;
+    long size;
+};
+
+// A depthwise convolution of channels last from an input of `width` columns, as the sums that `rows` and `columns` list.
+struct Gather {
+    const float *weight, *routing, *bias;
+    long batch, channels, height, width, experts, kernel_h, kernel_w;
+    Axis rows, columns;
+};
+
 // grad is that of the output; grad_x, or grad_weight and grad_routing, may be null.
 struct PointwiseGradients {
     const float *x, *weight, *routing, *grad;
     float *grad_x, *grad_weight, *grad_routing;
     long x_stride, batch, channels, positions, experts, out;
+    int channels_last;
 };
 
 // Memory that a thread keeps between calls, unless it is large.
@@ -100,6 +116,39 @@ float *scratch(int purpose, long floats) { return static_cast<float *>(buffer(pu
 long *shifts(long count) {
     static thread_local Buffer found;
     return static_cast<long *>(found.reserve(count * sizeof(long)));
+}
+
+// The memory of an axis. Vectors are used here only: what the regions below compile of them, they might share.
+struct Lists {
+    std::vector<long> start{0}, source, tap;
+    void add(long from, long through) {
+        source.push_back(from);
+        tap.push_back(through);
+    }
+    void end_target() { start.push_back(static_cast<long>(source.size())); }
+    Axis axis() const { return {start.data(), source.data(), tap.data(), static_cast<long>(start.size()) - 1}; }
+};
+
+// The inputs that each output of a convolution sees: output i sees input i * stride - pad + tap * dilation.
+Lists inputs_of_outputs(long size, long out, long taps, long stride, long pad, long dilation) {
+    Lists lists;
+    for (long i = 0; i < out; i++, lists.end_target())
+        for (long tap = 0; tap < taps; tap++) {
+            const long source = i * stride - pad + tap * dilation;
+            if (source >= 0 && source < size) lists.add(source, tap);
+        }
+    return lists;
+}
+
+// The outputs that see each input.
+Lists outputs_of_inputs(long size, long out, long taps, long stride, long pad, long dilation) {
+    Lists lists;
+    for (long i = 0; i < size; i++, lists.end_target())
+        for (long tap = 0; tap < taps; tap++) {
+            const long offset = i + pad - tap * dilation;
+            if (offset >= 0 && offset % stride == 0 && offset / stride < out) lists.add(offset / stride, tap);
+        }
+    return lists;
 }
 
 #pragma GCC push_options
@@ -185,7 +234,7 @@ static inline void copy(const float *from, float *to, long n) {
 extern "C" {
 
 // The version of the functions below, which native/__init__.py must know.
-int parameternet_interface() { return 1; }
+int parameternet_interface() { return 2; }
 
 // 0: this processor cannot run any of the kernels; 1: AVX2; 2: AVX-512.
 int parameternet_level() {
@@ -212,6 +261,14 @@ void parameternet_pointwise(int level, int threads, const float *x, const void *
     (level > 1 ? avx512::pointwise : avx2::pointwise)(x, a, y, threads);
 }
 
+// x (batch, positions, channels) -> y (batch, positions, out), in float32, without bias and activation.
+void parameternet_pointwise_last(int level, int threads, const float *x, const float *weight, const float *routing,
+                                 float *y, long batch, long channels, long positions, long experts, long out) {
+    const Pointwise a{weight,   routing,   nullptr, 0,   0,    batch,
+                      channels, positions, experts, out, NONE, FLOAT32};
+    (level > 1 ? avx512::pointwise_last : avx2::pointwise_last)(x, a, y, threads);
+}
+
 void parameternet_depthwise(int level, int threads, const float *x, const float *weight, const float *routing,
                             const float *bias, float *y, long x_stride, long y_stride, long batch, long channels,
                             long height, long width, long experts, long kernel_h, long kernel_w, long pad_h,
@@ -224,9 +281,9 @@ void parameternet_depthwise(int level, int threads, const float *x, const float 
 void parameternet_pointwise_gradients(int level, int threads, const float *x, const float *weight,
                                       const float *routing, const float *grad, float *grad_x, float *grad_weight,
                                       float *grad_routing, long x_stride, long batch, long channels, long positions,
-                                      long experts, long out) {
-    const PointwiseGradients a{x,           weight,       routing, grad,  grad_x,   grad_weight,
-                               grad_routing, x_stride,     batch,   channels, positions, experts, out};
+                                      long experts, long out, int channels_last) {
+    const PointwiseGradients a{x,        weight, routing,  grad,      grad_x,  grad_weight, grad_routing,
+                               x_stride, batch,  channels, positions, experts, out,         channels_last};
     (level > 1 ? avx512::pointwise_gradients : avx2::pointwise_gradients)(a, threads);
 }
 
@@ -237,5 +294,33 @@ void parameternet_depthwise_grad_kernels(int level, int threads, const float *x,
     a.x_stride = x_stride, a.batch = batch, a.channels = channels, a.height = height, a.width = width;
     a.kernel_h = kernel_h, a.kernel_w = kernel_w, a.pad_h = pad_h, a.pad_w = pad_w;
     (level > 1 ? avx512::depthwise_grad_kernels : avx2::depthwise_grad_kernels)(x, grad, a, grad_kernels, threads);
+}
+
+// x (batch, height, width, channels) -> y (batch, out_h, out_w, channels); if `transposed`, from y's gradient to x's.
+void parameternet_depthwise_last(int level, int threads, const float *x, const float *weight, const float *routing,
+                                 const float *bias, float *y, long batch, long channels, long height, long width,
+                                 long out_h, long out_w, long experts, long kernel_h, long kernel_w, long stride_h,
+                                 long stride_w, long pad_h, long pad_w, long dilation_h, long dilation_w,
+                                 int transposed) {
+    const auto lists = transposed ? outputs_of_inputs : inputs_of_outputs;
+    const Lists rows = lists(height, out_h, kernel_h, stride_h, pad_h, dilation_h);
+    const Lists columns = lists(width, out_w, kernel_w, stride_w, pad_w, dilation_w);
+    const long from_h = transposed ? out_h : height, from_w = transposed ? out_w : width;
+    const Gather a{weight,  routing,  bias,     batch,       channels,      from_h, from_w,
+                   experts, kernel_h, kernel_w, rows.axis(), columns.axis()};
+    (level > 1 ? avx512::depthwise_last : avx2::depthwise_last)(x, a, y, threads);
+}
+
+void parameternet_depthwise_last_grad_kernels(int level, int threads, const float *x, const float *grad,
+                                              float *grad_kernels, long batch, long channels, long height, long width,
+                                              long out_h, long out_w, long kernel_h, long kernel_w, long stride_h,
+                                              long stride_w, long pad_h, long pad_w, long dilation_h,
+                                              long dilation_w) {
+    const Lists rows = inputs_of_outputs(height, out_h, kernel_h, stride_h, pad_h, dilation_h);
+    const Lists columns = inputs_of_outputs(width, out_w, kernel_w, stride_w, pad_w, dilation_w);
+    const Gather a{nullptr, nullptr,  nullptr,  batch,       channels,      height, width,
+                   0,       kernel_h, kernel_w, rows.axis(), columns.axis()};
+    (level > 1 ? avx512::depthwise_last_grad_kernels : avx2::depthwise_last_grad_kernels)(x, grad, a, grad_kernels,
+                                                                                         threads);
 }
 }
