@@ -1,17 +1,23 @@
 """What do native kernels gain over torch's operators?
 
     python benchmarks/native.py                                       10 minutes on two cores
+    python benchmarks/native.py --channels-last                       the same in channels last
     python benchmarks/native.py --networks parameternet_50m --modes inference
 
-Inference at 224 pixels with batch norm folded in, and a training step at 128 pixels (batch 16), each in three ways:
+Inference at 224 pixels with batch norm folded in, and a training step at 128 pixels (batch 16), each in several ways:
 
 static    the static baseline (`dynamic=False`), in torch's operators
 torch     ours in torch's operators, as where the kernels were not built
 native    ours with the kernels of parameternet/layers/native
 
+With --channels-last all are in this memory format, and there is one more way:
+
+first     ours with the kernels, in contiguous memory, where there are kernels for more cases
+
 Times are medians of runs that take turns; a ratio is the median over rounds, with quartiles. Outputs with and without
 kernels, and in training the losses, have to agree. Results go to benchmarks/results/native_KIND.csv, by kind of
-processor. To measure AVX2 on a processor with AVX-512, limit all libraries:
+processor, and with --channels-last to native_channels_last_KIND.csv. To measure AVX2 on a processor with AVX-512, limit
+all libraries:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 PARAMETERNET_NATIVE=avx2 \\
         python benchmarks/native.py
@@ -40,13 +46,14 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=("inference", "training"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--channels-last", action="store_true")
     options = parser.parse_args()
-    options.channels_last = False
     torch.set_num_threads(options.threads)
     if not native.level():
         raise SystemExit("there are no native kernels here: a C++ compiler builds them when the package is installed")
     cases = [("inference", batch) for batch in options.batches if "inference" in options.modes]
     cases += [("training", 16)] if "training" in options.modes else []
+    options.ways = (*WAYS, "first") if options.channels_last else WAYS
     head, rows = header(options.threads, "cpu"), []
     for name in options.networks:
         options.network = name
@@ -54,33 +61,40 @@ def main() -> None:
             for row in measure(mode, batch, options):
                 rows.append({"network": name, "mode": mode, "batch": batch, **row})
                 print(rows[-1], flush=True)
-    write_csv(RESULTS / f"native_{kind_of_processor('cpu')}.csv", head, rows)
+    layout = "_channels_last" if options.channels_last else ""
+    write_csv(RESULTS / f"native{layout}_{kind_of_processor('cpu')}.csv", head, rows)
 
 
 def measure(mode: str, batch: int, options: argparse.Namespace) -> list[Row]:
     """A row for each way."""
     make = inference if mode == "inference" else training
-    runs = {way: in_the_way(way, make(way, batch, options)) for way in WAYS}
+    runs = {way: in_the_way(way, make(way, batch, laid_out(way, options))) for way in options.ways}
     error = relative_error(runs["native"]().double(), runs["torch"]().double())
     if not error <= TOLERANCE:
         raise SystemExit(f"{mode}, batch {batch}: with native kernels the result differs by {error:.1e}")
     with torch.inference_mode(mode == "inference"):
         times = interleave(runs, options.rounds, "cpu")
-    return [row_of(way, times) for way in WAYS]
+    return [row_of(way, times) for way in options.ways]
+
+
+def laid_out(way: str, options: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "channels_last": options.channels_last and way != "first"})
 
 
 def in_the_way(way: str, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Without kernels, unless the way is "native"."""
+    """Without kernels, if the way is "static" or "torch"."""
 
     def without() -> torch.Tensor:
         with mock.patch.object(native, "_available", 0):
             return run()
 
-    return run if way == "native" else without
+    return run if way in ("native", "first") else without
 
 
 def inference(way: str, batch: int, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     model = network("static" if way == "static" else "ours", options.network, False)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     x = pictures(batch, 224, "cpu", "float32", options)
     return torch.inference_mode()(lambda: model(x))
 

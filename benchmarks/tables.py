@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -144,18 +144,27 @@ def _ratio(row: Row, base: str) -> str:
 
 def native_kernels() -> list[str]:
     """A row per network, mode and batch size: milliseconds of static, torch's operators and kernels, and ratios."""
+    return _native("native", ("static", "torch", "native"), (("native", "static"), ("native", "torch")))
+
+
+def native_channels_last() -> list[str]:
+    """The same in channels last, and ours in contiguous memory."""
+    ratios = ("native", "static"), ("native", "torch"), ("first", "static")
+    return _native("native_channels_last", ("static", "torch", "native", "first"), ratios)
+
+
+def _native(what: str, ways: Sequence[str], ratios: Sequence[tuple[str, str]]) -> list[str]:
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    for processor, rows in measured("native"):
+    for processor, rows in measured(what):
         for row in rows:
             key = (processor, f"`{row['network']}`", row["mode"], f"batch {row['batch']}")
             cases.setdefault(key, {})[row["way"]] = row
-    rows = []
+    lines = []
     for key, found in cases.items():
-        ours = found["native"]
-        cells = [", ".join(key), *(f"{found[way]['ms']} ms" for way in ("static", "torch", "native"))]
-        cells += [f"{ours[f'to {base}']} ({ours[f'to {base}, quartiles']})" for base in ("static", "torch")]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        cells = [", ".join(key), *(f"{found[way]['ms']} ms" for way in ways)]
+        cells += [f"{found[way][f'to {base}']} ({found[way][f'to {base}, quartiles']})" for way, base in ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 COMPILED = ("static", "static compiled", "ours", "ours compiled", "ours composite, compiled")
@@ -325,6 +334,11 @@ TABLES = {
     "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
     "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
     "native": Table("case | static | torch's operators | native kernels | to static | to torch's", native_kernels),
+    "native-channels-last": Table(
+        "case | static | torch's operators | native kernels | contiguous | native to static | native to torch's | "
+        "contiguous to static",
+        native_channels_last,
+    ),
     "compiled": Table(
         "case | static | compiled | ours | compiled | composite, compiled | ours to static | both compiled", compiled
     ),
