@@ -78,6 +78,7 @@ PLANS = {
             "2 experts": {"model_kwargs": {"num_experts": 2}},
             "8 experts": {"model_kwargs": {"num_experts": 8}},
             "4 experts, softmax": {"model_kwargs": {"routing": "softmax"}},
+            "8 experts, softmax": {"model_kwargs": {"num_experts": 8, "routing": "softmax"}},
             "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
             "4 experts, softmax MLP": {"model_kwargs": {"routing": "softmax", "routing_hidden": 32}},
             "1 expert, MLP router": {"model_kwargs": {"num_experts": 1, "routing_hidden": 32}},
