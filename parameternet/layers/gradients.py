@@ -182,7 +182,10 @@ def _native_gradients(x, weight, routing_weights, grad, conv_params, needed, cha
     if is_pointwise(weight, conv_params.padding, conv_params.groups):
         grads = native.pointwise_gradients(x, weight, routing_weights, grad, of_x, of_weight)
     elif channels_last:
-        grads = native.depthwise_last_gradients(x, weight, routing_weights, grad, *conv_params[:3], of_x, of_weight)
+        stride, padding, dilation, _ = conv_params
+        grads = native.depthwise_last_gradients(
+            x, weight, routing_weights, grad, stride, padding, dilation, of_x, of_weight
+        )
     else:
         grads = native.depthwise_gradients(x, weight, routing_weights, grad, conv_params.padding, of_x, of_weight)
     return [g if wanted else None for g, wanted in zip(grads, needed, strict=False)]
