@@ -144,14 +144,12 @@ def mixed_gradients(
     """Return the `needed` gradients of input, experts and routing, mixing kernels again a few samples at a time."""
     # With gradients enabled, this is itself being differentiated.
     if not torch.is_grad_enabled():
-        if runs_channels_last(x, weight, routing_weights, None, conv_params):
-            grad = grad.contiguous(memory_format=torch.channels_last)
+        tensors = (x, weight, routing_weights, None, conv_params)
+        channels_last = runs_channels_last(*tensors)
+        if channels_last or runs_natively(*tensors):
+            grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             if native.readable(grad):
-                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last=True)
-        elif runs_natively(x, weight, routing_weights, None, conv_params):
-            grad = grad.contiguous()
-            if native.ready(grad):
-                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last=False)
+                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last)
     form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []

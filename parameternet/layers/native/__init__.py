@@ -153,6 +153,12 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x[:1].is_contiguous())
 
 
+def _run(name: str, *arguments: Any) -> None:
+    """Call a kernel with these arguments; tensors are passed as pointers, None as a null pointer."""
+    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(_library, f"parameternet_{name}")(_available, torch.get_num_threads(), *passed)
+
+
 def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
     """Return a tensor of x's shape whose memory is laid out as the kernels write it."""
     batch, channels, height, width = x.shape
@@ -181,27 +187,20 @@ def _check(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tens
         raise ValueError(f"expected output_bias of {weight.shape[0] // experts} numbers, got {output_bias.numel()}")
 
 
+def _check_depthwise(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None) -> None:
+    _check(x, weight, routing_weights, output_bias, weight.shape[2] * weight.shape[3])
+    if weight.shape[0] != routing_weights.shape[1] * x.shape[1]:
+        raise ValueError(f"expected {x.shape[1]} kernels for each expert, got a weight of shape {tuple(weight.shape)}")
+
+
 def route(x: Tensor, weight: Tensor, bias: Tensor, normalised: bool, softmax: bool, temperature: float) -> Tensor:
     """Average x (B, C, H, W), and map it by weight (E, C) and bias (E values) to routing weights (B, E)."""
     batch, channels, height, width = x.shape
     experts = weight.shape[0]
     routing_weights = x.new_empty(batch, experts)
-    _library.parameternet_route(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        routing_weights.data_ptr(),
-        x.stride(0),
-        batch,
-        channels,
-        height * width,
-        experts,
-        normalised,
-        softmax,
-        temperature,
-    )
+    tensors = x, weight, bias, routing_weights
+    sizes = x.stride(0), batch, channels, height * width, experts
+    _run("route", *tensors, *sizes, normalised, softmax, temperature)
     return routing_weights
 
 
@@ -224,24 +223,9 @@ def pointwise(
     out = weight.shape[0] // experts
     if y is None:
         y = x.new_empty(batch, out, height, width)
-    _library.parameternet_pointwise(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        routing_weights.data_ptr(),
-        None if output_bias is None else output_bias.data_ptr(),
-        y.data_ptr(),
-        x.stride(0),
-        y.stride(0),
-        batch,
-        channels,
-        height * width,
-        experts,
-        out,
-        ACTIVATIONS[activation],
-        KINDS[weight.dtype],
-    )
+    tensors = x, weight, routing_weights, output_bias, y
+    sizes = x.stride(0), y.stride(0), batch, channels, height * width, experts, out
+    _run("pointwise", *tensors, *sizes, ACTIVATIONS[activation], KINDS[weight.dtype])
     return y
 
 
@@ -261,19 +245,11 @@ def depthwise(
     """
     batch, channels, height, width = x.shape
     kernel_h, kernel_w = weight.shape[2], weight.shape[3]
-    _check(x, weight, routing_weights, output_bias, kernel_h * kernel_w)
-    if weight.shape[0] != routing_weights.shape[1] * channels:
-        raise ValueError(f"expected {channels} kernels for each expert, got a weight of shape {tuple(weight.shape)}")
+    _check_depthwise(x, weight, routing_weights, output_bias)
     if y is None:
         y = x.new_empty(batch, channels, height + 2 * padding[0] - kernel_h + 1, width + 2 * padding[1] - kernel_w + 1)
-    _library.parameternet_depthwise(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        routing_weights.data_ptr(),
-        None if output_bias is None else output_bias.data_ptr(),
-        y.data_ptr(),
+    tensors = x, weight, routing_weights, output_bias, y
+    sizes = (
         x.stride(0),
         y.stride(0),
         batch,
@@ -284,9 +260,8 @@ def depthwise(
         kernel_h,
         kernel_w,
         *padding,
-        ACTIVATIONS[activation],
-        flipped,
     )
+    _run("depthwise", *tensors, *sizes, ACTIVATIONS[activation], flipped)
     return y
 
 
@@ -303,22 +278,9 @@ def pointwise_gradients(
     grad_x = _empty_like(x, last) if of_x else None
     grad_weight = x.new_empty(weight.shape) if of_weight else None
     grad_routing = x.new_empty(routing_weights.shape) if of_weight else None
-    _library.parameternet_pointwise_gradients(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        routing_weights.data_ptr(),
-        grad.data_ptr(),
-        *(None if t is None else t.data_ptr() for t in (grad_x, grad_weight, grad_routing)),
-        x.stride(0),
-        batch,
-        channels,
-        height * width,
-        experts,
-        weight.shape[0] // experts,
-        last,
-    )
+    tensors = x, weight, routing_weights, grad, grad_x, grad_weight, grad_routing
+    sizes = x.stride(0), batch, channels, height * width, experts, weight.shape[0] // experts
+    _run("pointwise_gradients", *tensors, *sizes, last)
     return grad_x, grad_weight, grad_routing
 
 
@@ -340,12 +302,11 @@ def depthwise_gradients(
         grad_x = depthwise(grad, weight, routing_weights, None, rest, flipped=True)
     if of_weight:
         grad_kernels = x.new_empty(batch, channels * kernel_h * kernel_w)
-        _library.parameternet_depthwise_grad_kernels(
-            _available,
-            torch.get_num_threads(),
-            x.data_ptr(),
-            grad.data_ptr(),
-            grad_kernels.data_ptr(),
+        _run(
+            "depthwise_grad_kernels",
+            x,
+            grad,
+            grad_kernels,
             x.stride(0),
             batch,
             channels,
@@ -366,19 +327,7 @@ def pointwise_last(x: Tensor, weight: Tensor, routing_weights: Tensor, output_bi
     experts = routing_weights.shape[1]
     out = weight.shape[0] // experts
     y = x.new_empty(batch, height, width, out)
-    _library.parameternet_pointwise_last(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        routing_weights.data_ptr(),
-        y.data_ptr(),
-        batch,
-        channels,
-        height * width,
-        experts,
-        out,
-    )
+    _run("pointwise_last", x, weight, routing_weights, y, batch, channels, height * width, experts, out)
     return (y if output_bias is None else y.add_(output_bias)).permute(0, 3, 1, 2)
 
 
@@ -392,9 +341,7 @@ def depthwise_last(
     dilation: tuple[int, int],
 ) -> Tensor:
     """Convolve x (B, C, H, W), channels last, depthwise with kernels mixed from weight (E * C, 1, kh, kw)."""
-    _check(x, weight, routing_weights, output_bias, weight.shape[2] * weight.shape[3])
-    if weight.shape[0] != routing_weights.shape[1] * x.shape[1]:
-        raise ValueError(f"expected {x.shape[1]} kernels for each expert, got a weight of shape {tuple(weight.shape)}")
+    _check_depthwise(x, weight, routing_weights, output_bias)
     out = [
         (side + 2 * pad - step * (kernel - 1) - 1) // jump + 1
         for side, pad, step, kernel, jump in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
@@ -425,16 +372,7 @@ def depthwise_last_gradients(
     if of_weight:
         batch, channels = x.shape[:2]
         grad_kernels = x.new_empty(batch, channels * weight[0].numel())
-        _library.parameternet_depthwise_last_grad_kernels(
-            _available,
-            torch.get_num_threads(),
-            x.data_ptr(),
-            grad.data_ptr(),
-            grad_kernels.data_ptr(),
-            batch,
-            channels,
-            *axes,
-        )
+        _run("depthwise_last_grad_kernels", x, grad, grad_kernels, batch, channels, *axes)
         grad_weight, grad_routing = _unmix(grad_kernels, weight, routing_weights)
     return grad_x, grad_weight, grad_routing
 
@@ -460,25 +398,11 @@ def _gather(
     axes: tuple[int, ...],
     transposed: bool,
 ) -> None:
-    height, width, out_h, out_w, *rest = axes
-    _library.parameternet_depthwise_last(
-        _available,
-        torch.get_num_threads(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        routing_weights.data_ptr(),
-        None if output_bias is None else output_bias.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        height,
-        width,
-        out_h,
-        out_w,
-        routing_weights.shape[1],
-        *rest,
-        transposed,
-    )
+    batch, channels = x.shape[:2]
+    sides, rest = axes[:4], axes[4:]
+    experts = routing_weights.shape[1]
+    tensors = x, weight, routing_weights, output_bias, y
+    _run("depthwise_last", *tensors, batch, channels, *sides, experts, *rest, transposed)
 
 
 def _unmix(grad_kernels: Tensor, weight: Tensor, routing_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 // Routers, dynamic convolutions and their gradients on x86 CPUs.
 //
 // Plain C functions, called by native/__init__.py through ctypes: the library depends neither on the version of torch
-// nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width), or channels last in functions called so. Threads are
-// those of torch:
-// its OpenMP runtime is already loaded, and this library is linked without one.
+// nor on that of Python. Tensors are contiguous float32, (batch, channels, height, width); functions ending in `_last`
+// take channels last, (batch, height, width, channels). Threads are those of torch: its OpenMP runtime is already
+// loaded, and this library is linked without one.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -61,7 +61,7 @@ struct Axis {
     long size;
 };
 
-// A depthwise convolution of channels last from an input of `width` columns, as the sums that `rows` and `columns` list.
+// A depthwise convolution in channels last: `rows` and `columns` list what each output adds up.
 struct Gather {
     const float *weight, *routing, *bias;
     long batch, channels, height, width, experts, kernel_h, kernel_w;
@@ -118,7 +118,8 @@ long *shifts(long count) {
     return static_cast<long *>(found.reserve(count * sizeof(long)));
 }
 
-// The memory of an axis. Vectors are used here only: what the regions below compile of them, they might share.
+// The memory of an axis. Not used in the regions below: they would compile std::vector for their instruction set, and
+// the linker might keep that copy for all processors.
 struct Lists {
     std::vector<long> start{0}, source, tap;
     void add(long from, long through) {
