@@ -7,9 +7,9 @@
     python benchmarks/compare.py claim RECIPE --table --card weights/NAME           the same, for a checkpoint's card
 
 claim: do experts buy accuracy at equal FLOPs? For every seed: the static baseline; a static network widened to the
-multiply-adds of 4 experts at the training size; 4 experts; and 1 expert, which has the router but no choice. Then, for
-the first seed alone: other learning rates, other numbers of experts, other routers, and those of 0.1.0, which read the
-averages without normalisation (benchmarks/routers.py has more routers).
+multiply-adds of 4 experts at the training size; and 4 and 8 experts. Then, for the first seed alone: other learning
+rates, other routers, and those of 0.1.0, which read the averages without normalisation (benchmarks/routers.py has more
+routers). One expert with softmax is the static baseline; with sigmoid, it is scaled for each image.
 transfer: what are pretrained weights worth? The network from the recipe's `init`, and from random weights.
 freezing: what does the recipe's `freeze` cost in accuracy? With and without it.
 
@@ -60,7 +60,9 @@ class Plan(NamedTuple):
 
 # Widths at which static networks have the multiply-adds of 4 experts at 64 pixels.
 WIDER = {"parameternet_50m": 0.56, "parameternet_300m": 1.73}
-OLD = {"routing_norm": "none"}
+SIGMOID = {"routing": "sigmoid"}
+OLD = {"routing": "sigmoid", "routing_norm": "none"}
+MLP = {"routing_hidden": 32}
 
 PLANS = {
     "claim": Plan(
@@ -68,30 +70,30 @@ PLANS = {
         always={
             "static": {"model_kwargs": {"dynamic": False}},
             "static, wider": {"model_kwargs": lambda r: {"dynamic": False, "width": WIDER[r.model]}},
-            "1 expert": {"model_kwargs": {"num_experts": 1}},
             "4 experts": {},
+            "8 experts": {"model_kwargs": {"num_experts": 8}},
         },
         once={
             "static, lr / 2": {"model_kwargs": {"dynamic": False}, "lr": lambda r: r.lr / 2},
             "static, lr x 2": {"model_kwargs": {"dynamic": False}, "lr": lambda r: r.lr * 2},
             "4 experts, lr x 2": {"lr": lambda r: r.lr * 2},
-            "2 experts": {"model_kwargs": {"num_experts": 2}},
-            "8 experts": {"model_kwargs": {"num_experts": 8}},
-            "4 experts, softmax": {"model_kwargs": {"routing": "softmax"}},
-            "8 experts, softmax": {"model_kwargs": {"num_experts": 8, "routing": "softmax"}},
-            "4 experts, MLP router": {"model_kwargs": {"routing_hidden": 32}},
-            "4 experts, softmax MLP": {"model_kwargs": {"routing": "softmax", "routing_hidden": 32}},
-            "1 expert, MLP router": {"model_kwargs": {"num_experts": 1, "routing_hidden": 32}},
-            "8 experts, MLP router": {"model_kwargs": {"num_experts": 8, "routing_hidden": 32}},
-            "8 experts, softmax MLP": {"model_kwargs": {"num_experts": 8, "routing": "softmax", "routing_hidden": 32}},
+            "4 experts, MLP router": {"model_kwargs": MLP},
+            "8 experts, MLP router": {"model_kwargs": {"num_experts": 8, **MLP}},
+            "1 expert, sigmoid": {"model_kwargs": {"num_experts": 1, **SIGMOID}},
+            "2 experts, sigmoid": {"model_kwargs": {"num_experts": 2, **SIGMOID}},
+            "4 experts, sigmoid": {"model_kwargs": SIGMOID},
+            "8 experts, sigmoid": {"model_kwargs": {"num_experts": 8, **SIGMOID}},
+            "1 expert, sigmoid MLP": {"model_kwargs": {"num_experts": 1, **SIGMOID, **MLP}},
+            "4 experts, sigmoid MLP": {"model_kwargs": {**SIGMOID, **MLP}},
+            "8 experts, sigmoid MLP": {"model_kwargs": {"num_experts": 8, **SIGMOID, **MLP}},
             "1 expert, router of 0.1.0": {"model_kwargs": {"num_experts": 1, **OLD}},
             "2 experts, router of 0.1.0": {"model_kwargs": {"num_experts": 2, **OLD}},
             "4 experts, router of 0.1.0": {"model_kwargs": OLD},
             "4 experts, router of 0.1.0, slower": {"model_kwargs": OLD, "scale_router_lr": True},
             "8 experts, router of 0.1.0": {"model_kwargs": {"num_experts": 8, **OLD}},
-            "4 experts, softmax of 0.1.0": {"model_kwargs": {"routing": "softmax", **OLD}},
-            "4 experts, softmax of 0.1.0 at 30": {"model_kwargs": {"routing": "softmax", "temperature": 30.0, **OLD}},
-            "4 experts, MLP router of 0.1.0": {"model_kwargs": {"routing_hidden": 32, **OLD}},
+            "4 experts, softmax of 0.1.0": {"model_kwargs": {**OLD, "routing": "softmax"}},
+            "4 experts, softmax of 0.1.0 at 30": {"model_kwargs": {**OLD, "routing": "softmax", "temperature": 30.0}},
+            "4 experts, MLP router of 0.1.0": {"model_kwargs": {**OLD, **MLP}},
             "static, no clipping": {"model_kwargs": {"dynamic": False}, "clip_grad": None},
             "4 experts, router of 0.1.0, no clipping": {"model_kwargs": OLD, "clip_grad": None},
         },

@@ -33,8 +33,8 @@ EVERY, IMAGES = 15, 128
 COLUMNS = ("drift", "saturated", "experts", "relative_step")
 VARIANTS = {
     "static": {"dynamic": False},
-    "none": {"routing_norm": "none"},
-    "layer": {},
+    "none": {"routing": "sigmoid", "routing_norm": "none"},
+    "layer": {"routing": "sigmoid"},
     "none, softmax": {"routing_norm": "none", "routing": "softmax"},
     "layer, softmax": {"routing": "softmax"},
 }

@@ -150,7 +150,7 @@ class Probe(Router):
     def __init__(
         self, channels, num_experts, norm=None, start=None, act="sigmoid", hidden=False, scale=1.0, blend=0, cool=0
     ) -> None:
-        super().__init__(channels, num_experts, norm=None)
+        super().__init__(channels, num_experts, "sigmoid", norm=None)
         self.normalise, self.act, self.factor = Normalise(channels, norm), act, scale or channels**-0.5
         self.blend, self.cool = blend, cool
         width = max(16, channels // 16) if hidden else channels

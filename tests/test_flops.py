@@ -101,7 +101,7 @@ def test_the_count_is_of_the_definition_whatever_runs():
     assert counts[0].convolution == 2 * 8 * kernel * 35
     assert counts[0].mixing == 2 * 3 * (8 * kernel + 8)
     assert counts[0].routing == 2 * 6 * 3
-    assert dict(counts[0].not_counted)["sigmoid"] == 1  # how it pools is the router's business
+    assert dict(counts[0].not_counted)["softmax"] == 1  # how it pools is the router's business
 
 
 def test_a_fused_network_has_the_same_convolutions():

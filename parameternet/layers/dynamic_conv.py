@@ -29,7 +29,7 @@ class DynamicConv(nn.Module):
             (the output has ceil(size / stride) positions, the odd zero comes last); 'valid' is none; or a number or a
             pair.
         num_experts: Number of kernels to mix.
-        routing: 'sigmoid', 'softmax', or a `Router` shared with other convolutions that read the same tensor; None: no
+        routing: 'softmax', 'sigmoid', or a `Router` shared with other convolutions that read the same tensor; None: no
             router, every call takes routing weights.
         routing_hidden, temperature, routing_norm: As in `Router`; a shared router has its own.
         strategy: A name in `STRATEGIES`; None: the fastest for each input. The attribute can be changed later.
@@ -39,7 +39,7 @@ class DynamicConv(nn.Module):
 
     To route once for several convolutions, pass the routing weights: `r = router(x); a(x, r) + b(x, r)`.
     Cost: E times the parameters of the static convolution, and E more multiply-adds per sample for each of its
-    parameters. Source: ParameterNet, arXiv:2306.14525, with the routing of the released code.
+    parameters. Source: ParameterNet, arXiv:2306.14525, with softmax over the experts; the released code has sigmoid.
     """
 
     if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class DynamicConv(nn.Module):
         groups: int = 1,
         bias: bool = False,
         num_experts: int = 4,
-        routing: str | Router | None = "sigmoid",
+        routing: str | Router | None = "softmax",
         routing_hidden: int | None = None,
         temperature: float = 1.0,
         strategy: str | None = None,

@@ -1,5 +1,6 @@
 """Router: compute routing weights from an image's features."""
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ __all__ = ["Router", "match_routers", "set_temperature"]
 
 ROUTING = ("sigmoid", "softmax")
 NORMS = ("layer", "none")
+KEYS = ("weight", "bias", "temperature")
 
 
 class _Affine(nn.Module):
@@ -41,7 +43,7 @@ class _Affine(nn.Module):
 
 
 class Router(_Affine):
-    """Map each image to its routing weights: global average -> linear -> sigmoid or softmax.
+    """Map each image to its routing weights: global average -> linear -> softmax or sigmoid.
 
     Input (B, in_channels, H, W) -> output (B, num_experts) in float32 (float64 for float64 input), also under autocast:
     a saturated half-precision sigmoid has no gradient.
@@ -49,7 +51,7 @@ class Router(_Affine):
     Args:
         in_channels: Channels of the input.
         num_experts: Number of routing weights per image.
-        activation: 'sigmoid' (the weights are independent) or 'softmax' (they sum to one).
+        activation: 'softmax' (the weights sum to one) or 'sigmoid' (they are independent, as in the released code).
         hidden: None for a single linear layer; a width for a two-layer perceptron with a ReLU in between.
         temperature: Divides the logits of softmax. A float buffer, so that EMA and checkpoints include it; anneal it
             with `set_temperature`. A sigmoid router has no buffer.
@@ -60,8 +62,9 @@ class Router(_Affine):
             logits, until routers saturate (benchmarks/router_dynamics.py). None means 'none', but timm.create_model
             drops it.
 
-    `bias` is (1, num_experts) with normalisation and (num_experts,) without, as in 0.1.0. Loading a state dict switches
-    the router to the kind given by its bias. Images do not depend on each other, so training with a batch of one works.
+    `bias` is (1, num_experts) with normalisation and (num_experts,) without, as in 0.1.0; only a softmax router has a
+    `temperature`. Loading a state dict switches the router to the kind that its tensors show. Images do not depend on
+    each other, so training with a batch of one works.
     Source: ParameterNet, arXiv:2306.14525; the normalisation is ours.
     """
 
@@ -73,7 +76,7 @@ class Router(_Affine):
         self,
         in_channels: int,
         num_experts: int = 4,
-        activation: str = "sigmoid",
+        activation: str = "softmax",
         hidden: int | None = None,
         temperature: float = 1.0,
         device=None,
@@ -109,12 +112,17 @@ class Router(_Affine):
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)
 
-    __jit_unused_properties__ = ("norm",)
+    __jit_unused_properties__ = ("norm", "activation")
 
     @property
     def norm(self) -> str:
         """Return 'layer' or 'none'."""
         return "layer" if self.bias.ndim == 2 else "none"
+
+    @property
+    def activation(self) -> str:
+        """Return 'softmax' or 'sigmoid'."""
+        return "softmax" if self.softmax else "sigmoid"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; in 0.1.0 the hidden layer was a torch.nn.Linear, and sigmoid routers had a temperature."""
@@ -128,20 +136,34 @@ class Router(_Affine):
             self.hidden.weight, self.hidden.bias = linear.weight, linear.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
-        if weight is not None and bias is None:
+        found = _of_router(state_dict, prefix)
+        if "weight" in found and "bias" not in found:
             # A filter by shape drops a bias of the other kind but keeps the weight, which would be misinterpreted.
             raise RuntimeError(
                 f"{prefix}weight comes without {prefix}bias, whose shape says whether the router normalises: load both"
             )
-        self.match(bias)
+        was_softmax = self.softmax
+        self.match(found)
+        if was_softmax and not self.softmax:
+            warnings.warn(
+                "a router's state dict has no temperature, so it is loaded as a sigmoid router. Build the network with "
+                "routing='sigmoid' if it is one; if not, its buffers were not saved",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
-    def match(self, bias: Tensor | None) -> None:
-        """Switch to the kind of router that has this `bias`, in place: optimizers keep the parameter."""
-        if bias is not None and bias.ndim != self.bias.ndim:
+    def match(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Switch to the kind of router that has this state dict, in place: optimizers keep the parameters."""
+        weight, bias = state_dict.get("weight"), state_dict.get("bias")
+        if bias is None or (weight is not None and weight.shape != self.weight.shape):
+            return  # they will not be loaded
+        if bias.ndim != self.bias.ndim:
             self.bias.data = self.bias.data.flatten() if bias.ndim == 1 else self.bias.data[None]
+        softmax = "temperature" in state_dict
+        if softmax != self.softmax and weight is not None:
+            self.softmax = softmax
+            self.temperature = torch.ones((), device=self.bias.device) if softmax else None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -182,7 +204,7 @@ class Router(_Affine):
         if hidden is not None:
             logits = torch.addmm(_cast(last_bias, dtype), F.relu(logits), _cast(self.weight, dtype).t())
         if temperature is not None:
-            return torch.softmax(logits / temperature.to(dtype), dim=1)
+            return torch.softmax(logits / _cast(temperature, dtype), dim=1)
         return torch.sigmoid(logits)
 
     def _needs_gradients(self, x: Tensor) -> bool:
@@ -204,11 +226,11 @@ class Router(_Affine):
             logits = F.linear(F.relu(logits), _cast(self.weight, dtype), _cast(self.bias, dtype).flatten())
         temperature = self.temperature
         if temperature is not None:
-            return torch.softmax(logits / temperature.to(dtype), dim=1)
+            return torch.softmax(logits / _cast(temperature, dtype), dim=1)
         return torch.sigmoid(logits)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={'softmax' if self.softmax else 'sigmoid'}" + (
+        return f"{super().extra_repr()}, activation={self.activation}" + (
             "" if self.norm == "layer" else ", norm='none'"
         )
 
@@ -245,4 +267,8 @@ def match_routers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """
     for name, router in model.named_modules():
         if isinstance(router, Router):
-            router.match(state_dict.get(f"{name}.bias"))
+            router.match(_of_router(state_dict, f"{name}."))
+
+
+def _of_router(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}

@@ -29,6 +29,7 @@ __all__ = [
     "hub_layout",
     "model_arguments",
     "public_config",
+    "router_arguments",
 ]
 
 # Arguments of timm that control where weights come from and how they are loaded. A config that came with weights must
@@ -192,19 +193,27 @@ def hub_layout(model: nn.Module, model_args: Mapping[str, Any], **config: Any) -
         del cfg[name]
     # transformers passes the number of classes itself, and computes in the dtype of the file by default.
     written["model_args"] = {n: v for n, v in written.get("model_args", {}).items() if n != "num_classes"}
-    written["model_args"] |= _routing_norm(model, written)
+    written["model_args"] |= router_arguments(model, written)
     return {**written, "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
-def _routing_norm(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return `routing_norm` if the routers of `model` differ from its config's, as with weights of 0.1.0.
+def router_arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return `routing` and `routing_norm` if the routers of `model` differ from its config's, as with older weights.
 
-    Our loaders adapt routers to their weights, but transformers compares shapes, so the config must name the norm.
+    Our loaders adapt routers to their weights, but transformers does not, so the config must name the kind.
     """
-    norms, default = (
-        {m.norm for m in net.modules() if isinstance(m, Router)} for net in (model, build_on_meta(config))
-    )
-    return {"routing_norm": norms.pop()} if len(norms) == 1 and norms != default else {}
+    if not timm.is_model(config["architecture"]):
+        return {}
+    found, default = _kinds(model), _kinds(build_on_meta(config))
+    return {name: kinds[0] for name, kinds in found.items() if len(kinds) == 1 and kinds != default[name]}
+
+
+def _kinds(model: nn.Module) -> dict[str, list[str]]:
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return {
+        "routing": sorted({router.activation for router in routers}),
+        "routing_norm": sorted({router.norm for router in routers}),
+    }
 
 
 def forget_tensors(module: nn.Module, source: str | None) -> None:

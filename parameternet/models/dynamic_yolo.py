@@ -132,7 +132,7 @@ class YoloBackbone(nn.Module):
         scale: Scale = SCALES["n"],
         kind: str = "dynamicconv",
         num_experts: int = 4,
-        routing: str = "sigmoid",
+        routing: str = "softmax",
         dynamic: bool = True,
         num_classes: int = 1000,
         in_chans: int = 3,

@@ -26,7 +26,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import ConvBnAct, DynamicConv, GhostBottleneck
+from ..layers import ConvBnAct, DynamicConv, GhostBottleneck, match_routers
 from ..layers.static import PooledConv, static_conv2d
 from ..surgery.dilate import dilate
 from .builder import build_model
@@ -93,7 +93,7 @@ class ParameterNet(nn.Module):
         stages: tuple = GHOSTNET_STAGES,
         width: float = 1.0,
         num_experts: int = 4,
-        routing: str = "sigmoid",
+        routing: str = "softmax",
         routing_hidden: int | None = None,
         temperature: float = 1.0,
         dynamic: bool = True,
@@ -289,7 +289,7 @@ _STEM = {"conv_stem.": "stem.conv.", "bn1.": "stem.bn1."}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Convert a state dict of the released code or of this package for `model` and its input channels.
+    """Convert a state dict of the released code or of this package for `model`, and `model`'s routers for it.
 
     The released code stores the experts of a convolution as a matrix with one row per expert, whose elements are in the
     same order as our (experts * out, in / groups, kh, kw).
@@ -310,6 +310,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             value = value.reshape(shape[0], -1, *shape[2:]) if len(shape) == 4 else value.reshape(-1)
         out[new] = value
     _adapt_stem_router(out, model)
+    match_routers(model, out)  # timm loads weights for another number of classes without `strict`
     return out
 
 
@@ -407,5 +408,5 @@ def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 @register_model
 def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     """Build the official 600M network of the released code: its own stages at width 1.9, Hardswish, 4 experts."""
-    defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing_norm": "none"}
+    defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing": "sigmoid", "routing_norm": "none"}
     return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))

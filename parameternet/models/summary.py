@@ -178,7 +178,7 @@ def _experts(model: nn.Module) -> dict[str, Any]:
         "dynamic_convolutions": len(convolutions),
         "routers": len(routers),
         "num_experts": sorted({convolution.num_experts for convolution in convolutions}),
-        "routing": sorted({"softmax" if router.softmax else "sigmoid" for router in routers}),
+        "routing": sorted({router.activation for router in routers}),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from parameternet.models.builder import router_arguments
 from parameternet.text import address_error, printable
 from parameternet.training.errors import DataError
 from parameternet.training.recipe import Recipe
@@ -74,7 +75,7 @@ def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[s
     }
     if r.test_size != r.input_size:
         pretrained_cfg["test_input_size"] = data["input_size"]
-    return {
+    config = {
         "architecture": own.get("architecture") or r.model.split(".")[0],
         "num_classes": model.num_classes,
         "num_features": model.num_features,
@@ -83,3 +84,5 @@ def hub_config(model: nn.Module, r: Recipe, labels: dict[str, Any], data: dict[s
         "model_args": {name: value for name, value in r.model_kwargs.items() if name != "num_classes"},
         "pretrained_cfg": pretrained_cfg,
     }
+    config["model_args"] |= router_arguments(model, config)
+    return config

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
+from parameternet.layers import match_routers
 from parameternet.training import build
 from parameternet.training.cuda_graph import GraphedLoss
 from parameternet.training.distributed import Place
@@ -174,8 +175,10 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state that `state_dict` returned, ignoring other keys."""
+        match_routers(self.model, state["model"])  # of a run that an older release began
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
+            match_routers(self.ema.module, state["ema"])
             self.ema.module.load_state_dict(state["ema"])

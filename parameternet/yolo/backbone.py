@@ -16,6 +16,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from parameternet import fuse
+from parameternet.layers import match_routers
 
 __all__ = ["Features", "TimmBackbone", "TimmStage", "features_of"]
 
@@ -119,6 +120,7 @@ class TimmBackbone(nn.Module):
         )
         cfg = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
         if seen is not None:
+            match_routers(net, seen)
             net.load_state_dict(seen)
         elif pretrained:
             _SEEN[self._key] = {name: value.clone() for name, value in net.state_dict().items()}
@@ -168,6 +170,7 @@ class TimmBackbone(nn.Module):
             return
         buffers = self._buffers
         self._build(False)
+        match_routers(self.net, tensors)
         self.net.load_state_dict(tensors, assign=True)
         self._buffers.update(buffers)
         for name, parameter in self.net.named_parameters():

@@ -151,7 +151,7 @@ class C3k_DynamicConv(C3k):
 class C3k2_DynamicConv(C3k2):
     """C3k2 with the bottlenecks of `C2f_DynamicConv`; `rebuild` converts a C3k2 built by Ultralytics."""
 
-    def __init__(self, *args: Any, num_experts: int = 4, routing: str = "sigmoid", **kwargs: Any):
+    def __init__(self, *args: Any, num_experts: int = 4, routing: str = "softmax", **kwargs: Any):
         super().__init__(*args, **kwargs)
         make_bottlenecks_dynamic(self, {"num_experts": num_experts, "routing": routing})
 
@@ -167,7 +167,7 @@ class C3k2_DynamicConv(C3k2):
 class C3k2_GhostModule_DynamicConv(C3k2):
     """C3k2 whose blocks are Ghost modules, like `C2f_GhostModule_DynamicConv`."""
 
-    def __init__(self, *args: Any, num_experts: int = 4, routing: str = "sigmoid", **kwargs: Any):
+    def __init__(self, *args: Any, num_experts: int = 4, routing: str = "softmax", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rebuild(self, num_experts=num_experts, routing=routing)
 

@@ -6,6 +6,7 @@ YOLO("yolov8n-dynamicconv.yaml").load("best.safetensors")  # a classifier's, int
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,18 @@ def _under_backbone(state: dict[str, Tensor], model: nn.Module) -> tuple[str | N
     """
     for place, module in model.named_modules():
         if isinstance(module, TimmBackbone) and not any(name.startswith(f"{place}.net.") for name in state):
-            own = {_plain(name): name for name in module.net.state_dict()}
+            own = {_plain(name): name for name in _with_temperatures(module.net.state_dict())}
             given = {_plain(name): value for name, value in _as_checkpoint(state, module).items()}
             found = {f"{place}.net.{own[name]}": value for name, value in given.items() if name in own}
             if any(value.is_floating_point() for value in found.values()):
                 return f"{place}.net", found
     return None, state
+
+
+def _with_temperatures(names: Iterable[str]) -> list[str]:
+    """Add the buffer that sigmoid routers get when they are switched to softmax."""
+    routers = [name.removesuffix("weight") for name in names if name.endswith("routing.weight")]
+    return [*names, *(f"{router}temperature" for router in routers)]
 
 
 def _as_checkpoint(state: dict[str, Tensor], backbone: TimmBackbone) -> dict[str, Tensor]:

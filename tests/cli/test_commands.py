@@ -179,7 +179,7 @@ def test_info_adds_up(recorded):
 
 def test_info_in_words():
     words = run("info", "parameternet_150m").stdout
-    for part in ("8.61 M  100.0%", "convolutions of 4 experts, sigmoid routing", "3 x 224 x 224", "112 x 112"):
+    for part in ("8.61 M  100.0%", "convolutions of 4 experts, softmax routing", "3 x 224 x 224", "112 x 112"):
         assert part in words, words
     last = words.splitlines()[-1]
     assert last.startswith("not counted: ") and "batch_norm x 80, sum x 76, layer_norm x 76, " in last

@@ -11,7 +11,7 @@ import parameternet
 from parameternet import Router
 from parameternet.export import export
 
-ARGUMENTS = ({}, {"routing_hidden": 8}, {"routing": "softmax"})
+ARGUMENTS = ({}, {"routing_hidden": 8}, {"routing": "sigmoid"})
 
 
 def network(**arguments):
@@ -123,7 +123,7 @@ def test_torchs_dynamic_quantisation_leaves_routers_alone(arguments, images):
 def test_opacus_computes_the_gradient_of_each_image(kernel):
     opacus = pytest.importorskip("opacus")
     groups = 1 if kernel == 1 else 4
-    layer = parameternet.DynamicConv(4, 4, kernel, groups=groups, routing_hidden=3)
+    layer = parameternet.DynamicConv(4, 4, kernel, groups=groups, routing="sigmoid", routing_hidden=3)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4 * 36, 3))
     assert not opacus.validators.ModuleValidator.validate(model, strict=False)
     x = torch.randn(3, 4, 6, 6)

@@ -93,12 +93,14 @@ def test_inductor_computes_the_same():
             assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-# Normalised routers add three nodes to each of 76 layers.
-@pytest.mark.parametrize("norm, times", [("none", 2.0), ("layer", 2.25)])
+# Normalised routers add three nodes to each of 76 layers, and the temperature of softmax two.
+@pytest.mark.parametrize(
+    ("routing", "norm", "times"), [("sigmoid", "none", 2.0), ("sigmoid", "layer", 2.25), ("softmax", "layer", 2.5)]
+)
 @pytest.mark.parametrize("free_batch", [False, True])
-def test_an_exported_program_is_small_and_serves_its_batches(free_batch, norm, times):
+def test_an_exported_program_is_small_and_serves_its_batches(free_batch, routing, norm, times):
     torch.manual_seed(0)
-    ours = timm.create_model("parameternet_50m", routing_norm=norm).eval()
+    ours = timm.create_model("parameternet_50m", routing=routing, routing_norm=norm).eval()
     plain = timm.create_model("ghostnet_050").eval()
     x = torch.randn(2, 3, 64, 64)
 

@@ -102,7 +102,7 @@ def test_experts_start_as_static_convolutions_do():
 
 
 def test_softmax_sums_to_one_and_anneals():
-    layer = nn.Sequential(DynamicConv(8, 8, routing="softmax", temperature=30.0), DynamicConv(8, 8))
+    layer = nn.Sequential(DynamicConv(8, 8, routing="softmax", temperature=30.0), DynamicConv(8, 8, routing="sigmoid"))
     x = torch.randn(5, 8, 4, 4) * 10
     hot = layer[0].routing(x)
     assert torch.allclose(hot.sum(1), torch.ones(5))

@@ -665,7 +665,8 @@ def test_threads_of_python_train_at_the_same_time(threads):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    model = timm.create_model("parameternet_50m", num_classes=5).train()
+    # With drawn softmax routers, the gradients of this untrained network are ten times as large, and rounding grows.
+    model = timm.create_model("parameternet_50m", num_classes=5, routing="sigmoid").train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # residual branches start at zero, and would hide errors
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from pictures import draw
+from safetensors import safe_open
 from stopping import Stop
 
 from parameternet import weights
@@ -449,3 +450,24 @@ def test_dynamic_network_initialises_from_its_static_baseline(tmp_path, recipe):
     first, second, *_ = dynamic.stem.conv.weight.unflatten(0, (4, -1))
     assert not torch.equal(first, second)  # experts that are alike would stay alike
     assert dynamic.stem.conv.routing.weight.abs().max() == 0
+
+
+@pytest.mark.filterwarnings("error:a router's state dict has no temperature")
+def test_a_run_keeps_the_routers_of_its_start_and_its_config_names_them(tmp_path, recipe):
+    """Weights of older releases have sigmoid routers, which the network's default no longer is."""
+    plain = dict(model="parameternet_50m", drop_path_rate=0.0, drop_rate=0.0, epochs=1)
+    run(recipe(**plain, model_kwargs={"routing": "sigmoid"}), tmp_path / "old")
+    old = make_model(recipe(**plain, init=str(tmp_path / "old")), 3).eval()
+    assert old.stem.conv.routing.activation == "sigmoid"
+    run(recipe(**plain, init=str(tmp_path / "old")), tmp_path / "new")
+    with safe_open(tmp_path / "new" / "best.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"])["model_args"] == {"routing": "sigmoid"}
+    place = Place(0, 1, torch.device("cpu"))
+    begun, default = (
+        Trainer(recipe(**plain, model_kwargs=kwargs, ema_decay=0.9), tmp_path, place, Reporter()).learner
+        for kwargs in ({"routing": "sigmoid"}, {})
+    )
+    default.load_state_dict(begun.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    for ours, theirs in ((default.model, begun.model), (default.ema.module, begun.ema.module)):
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))

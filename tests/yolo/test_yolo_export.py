@@ -67,7 +67,7 @@ def wide_awake(model):
         norm.momentum = 1.0
     with torch.no_grad():
         for router in (module for module in model.modules() if isinstance(module, Router)):
-            router.weight.div_(router.in_features**0.5)
+            router.weight.div_(router.in_features**0.25)
         for branch in ("cv2", "cv3", "one2one_cv2", "one2one_cv3"):
             for level in getattr(model.model[-1], branch, None) or ():
                 weight = level[-1].weight
