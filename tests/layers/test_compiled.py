@@ -95,7 +95,7 @@ def test_inductor_computes_the_same():
 
 # Normalised routers add three nodes to each of 76 layers, and the temperature of softmax two.
 @pytest.mark.parametrize(
-    ("routing", "norm", "times"), [("sigmoid", "none", 2.0), ("sigmoid", "layer", 2.25), ("softmax", "layer", 2.5)]
+    ("routing", "norm", "times"), [("sigmoid", "none", 2.0), ("sigmoid", "layer", 2.25), ("softmax", "layer", 2.45)]
 )
 @pytest.mark.parametrize("free_batch", [False, True])
 def test_an_exported_program_is_small_and_serves_its_batches(free_batch, routing, norm, times):
