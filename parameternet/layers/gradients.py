@@ -243,11 +243,21 @@ def _grouped_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Te
 
 
 def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
-    """Return gradients of a static convolution; for depthwise ones use float32 or our own formula if faster."""
+    """Return gradients of a static convolution; for depthwise ones use float32 or our own formulas if faster."""
     grad, dtype = grad.to(x.dtype), x.dtype
     depthwise = kernels.shape[0] == conv_params.groups == x.shape[1]
-    if depthwise and gains_by_float32_gradients(x):
+    half = depthwise and gains_by_float32_gradients(x)
+    if half:
         x, kernels, grad = x.float(), kernels.float(), grad.float()
+    if half and _gains_by_native_gradients(x, kernels, grad, conv_params):
+        grads = _static_gradients(x, kernels, grad, conv_params, of_x, of_kernels)
+    else:
+        grads = _torch_gradients(x, kernels, grad, conv_params, of_x, of_kernels, depthwise)
+    grad_x, grad_kernels = (None if g is None else g.to(dtype) for g in grads)
+    return grad_x, grad_kernels
+
+
+def _torch_gradients(x, kernels, grad, conv_params, of_x, of_kernels, depthwise) -> tuple[Tensor | None, Tensor | None]:
     own = of_kernels and depthwise and x.shape[0] == 1 and gains_by_own_gradient(x, kernels)
     stride, padding, dilation, groups = conv_params
     mask = [of_x, of_kernels and not own, False]
@@ -260,9 +270,36 @@ def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tu
         taps = grad.reshape(x.shape[1], 1, grad.shape[2], grad.shape[3])
         seen = F.conv2d(x, taps, None, dilation, padding, stride, groups)
         grad_kernels = seen.narrow(2, 0, kernels.shape[2]).narrow(3, 0, kernels.shape[3]).reshape(kernels.shape)
-    return grad_x if grad_x is None else grad_x.to(dtype), grad_kernels if grad_kernels is None else grad_kernels.to(
-        dtype
+    return grad_x, grad_kernels
+
+
+def _gains_by_native_gradients(x: Tensor, kernels: Tensor, grad: Tensor, conv_params: ConvParams) -> bool:
+    """Return whether native kernels compute the gradients of this depthwise convolution of several samples.
+
+    They take 0.2 to 1.0 of the time of torch's: 7 ms instead of 16 for 164 channels at 8 x 8 with 5 x 5 kernels and
+    stride 2, 28 instead of 51 for 68 channels at 32 x 32 with 3 x 3 kernels (128 samples of bfloat16, converted to
+    float32, one core with AVX-512). For tensors in float32, training gained nothing.
+    """
+    (pad_h, pad_w), dilation = conv_params.padding, conv_params.dilation
+    return (
+        not torch.is_grad_enabled()  # otherwise this is being differentiated
+        and x.shape[0] > 1
+        and dilation[0] == dilation[1] == 1
+        and pad_h < kernels.shape[2] <= x.shape[2] + 2 * pad_h
+        and pad_w < kernels.shape[3] <= x.shape[3] + 2 * pad_w
+        and native.ready(x, kernels)
+        and native.ready(grad)
     )
+
+
+def _static_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
+    """Return gradients of a depthwise convolution by native kernels: one expert, and zeros between strided outputs."""
+    (stride_h, stride_w), (pad_h, pad_w) = conv_params.stride, conv_params.padding
+    if (stride_h, stride_w) != (1, 1):
+        rows, columns = x.shape[2] + 2 * pad_h - kernels.shape[2] + 1, x.shape[3] + 2 * pad_w - kernels.shape[3] + 1
+        grad = _spread(grad, torch.Size((*x.shape[:2], rows, columns)), conv_params.stride)
+    alone = x.new_ones(x.shape[0], 1)
+    return native.depthwise_gradients(x, kernels, alone, grad, (pad_h, pad_w), of_x, of_kernels)[:2]
 
 
 def gains_by_own_gradient(x: Tensor, weight: Tensor) -> bool:

@@ -73,7 +73,9 @@ def test_static_depthwise_convolution_trains_as_torchs(side, kernel, stride):
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize(("side", "kernel", "stride"), [(8, 3, 2), (9, 5, 2), (2, 3, 1), (7, 3, 1)])
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride"), [(8, 3, 2), (9, 5, 2), (4, 5, 2), (10, 3, 3), (2, 3, 1), (7, 3, 1)]
+)
 def test_static_depthwise_convolution_is_as_exact_as_torchs_in_half_precision(side, kernel, stride, form):
     torch.manual_seed(0)
     ours = DepthwiseConv(6, 6, kernel, stride=stride, padding=kernel // 2, groups=6, bias=False)

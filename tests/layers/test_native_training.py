@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from parameternet import DynamicConv, GhostModule, fuse
 from parameternet.layers import Router, native
 from parameternet.layers.compact import EXPERT_DTYPES, CompactConv
+from parameternet.layers.static import DepthwiseConv
 
 pytestmark = needs_library
 
@@ -622,6 +623,58 @@ def test_autocast_does_not_meet_the_kernels(layer, x, gradient_calls):
     assert not gradient_calls
     assert_same(got, without_kernels(run), 1e-6)
     assert_same(got, gradients(layer, x, squares), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("conv", "kernel"),
+    [({}, 3), ({"stride": (2, 1)}, 3), ({"stride": 3, "padding": 2}, 5), ({"padding": (0, 1)}, 3), ({"padding": 1}, 2)],
+    ids=str,
+)
+def test_static_depthwise_convolutions_in_half_precision_have_native_gradients(gradient_calls, conv, kernel):
+    x, layer = static_depthwise(kernel=kernel, **conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    slope = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, layer.weight), slope)
+    assert gradient_calls == ["depthwise_gradients"]
+    exact = F.conv2d(x.double(), layer.weight.double(), None, layer.stride, layer.padding, 1, layer.groups)
+    expected = torch.autograd.grad(exact, (x, layer.weight), slope.double())
+    for ours, theirs in zip(got, expected, strict=True):
+        close(ours, theirs, tolerance=2**-8)  # one rounding to bfloat16
+
+
+@pytest.mark.parametrize(
+    "conv", [{"padding": 3}, {"dilation": 2}, {"form": torch.channels_last}, {"batch": 1}], ids=str
+)
+def test_static_depthwise_convolutions_beyond_the_kernels_have_torchs_gradients(gradient_calls, conv):
+    x, layer = static_depthwise(**conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(torch.randn_like(y))
+    assert gradient_calls == []
+    assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
+
+
+def test_static_depthwise_convolutions_take_expanded_gradients(gradient_calls):
+    x, layer = static_depthwise()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    slope = torch.ones((), dtype=y.dtype).expand_as(y)
+    expanded = torch.autograd.grad(y, (x, layer.weight), slope, retain_graph=True)
+    dense = torch.autograd.grad(y, (x, layer.weight), slope.contiguous())
+    assert gradient_calls == ["depthwise_gradients"] * 2
+    for got, expected in zip(expanded, dense, strict=True):
+        close(got, expected, tolerance=2**-7)
+
+
+def static_depthwise(kernel=3, form=torch.contiguous_format, batch=4, size=(9, 8), padding=1, **conv):
+    """Return an input and a static depthwise layer, with numbers that bfloat16 has."""
+    torch.manual_seed(0)
+    layer = DepthwiseConv(6, 6, kernel, padding=padding, groups=6, bias=False, **conv)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.bfloat16())
+    x = torch.randn(batch, 6, *size).bfloat16().float()
+    return x.contiguous(memory_format=form).requires_grad_(), layer
 
 
 def test_backward_in_autocast_is_that_outside(layer, x, gradient_calls):
