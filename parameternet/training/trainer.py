@@ -22,7 +22,6 @@ from parameternet.training.evaluate import evaluate
 from parameternet.training.hub_config import hub_config
 from parameternet.training.learner import Learner
 from parameternet.training.loaders import stop_workers
-from parameternet.training.memory import keep_freed_memory
 from parameternet.training.meters import EpochMeter, Progress
 from parameternet.training.recipe import Recipe
 from parameternet.training.report import Reporter
@@ -52,8 +51,6 @@ def run(recipe: Recipe, folder: str | Path, reporter: Reporter | None = None) ->
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with distributed.place(recipe.device) as place:
-        if place.device.type == "cpu":
-            keep_freed_memory()
         return _run(recipe, Path(folder), place, reporter if reporter and place.first else Reporter())
 
 
