@@ -66,7 +66,7 @@ MLP = {"routing_hidden": 32}
 
 PLANS = {
     "claim": Plan(
-        "Do experts buy accuracy at equal FLOPs?",
+        "How much accuracy do experts add? Only `static, wider` has the multiply-adds of 4 experts.",
         always={
             "static": {"model_kwargs": {"dynamic": False}},
             "static, wider": {"model_kwargs": lambda r: {"dynamic": False, "width": WIDER[r.model]}},

@@ -25,6 +25,7 @@ from _timing import ROOT, read_csv
 import parameternet  # noqa: F401  registers the networks
 from parameternet import weights
 from parameternet.flops import count_flops
+from parameternet.layers import Router
 from parameternet.models.dynamic_timm import SOURCES
 from parameternet.training import Recipe, load_recipe
 from parameternet.training.recipe import allowed
@@ -103,6 +104,17 @@ def checkpoints(linked: bool = True) -> list[str]:
     return rows
 
 
+def routers() -> list[str]:
+    """A row per checkpoint: the type of its routers."""
+    rows = []
+    for name in weights.known():
+        config = weights.config(name)
+        model = create(config["architecture"], **config["model_args"])
+        router = next(module for module in model.modules() if isinstance(module, Router))
+        rows.append(f"| `{name}` | {router.activation} | {'yes' if router.norm == 'layer' else 'no'} |")
+    return rows
+
+
 Row = dict[str, str]
 
 
@@ -167,6 +179,31 @@ def _native(what: str, ways: Sequence[str], ratios: Sequence[tuple[str, str]]) -
     return lines
 
 
+THROUGHPUT = ("ours float32", "ours bfloat16", "static float32", "static bfloat16", "static bfloat16 channels last")
+
+
+def throughput() -> list[str]:
+    """A row per network and image size: images per second in training, ours and static."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for processor, rows in measured("throughput"):
+        for row in rows:
+            cases.setdefault((processor, f"`{row['network']}`", f"{row['side']} px"), {})[row["way"]] = row
+    return [
+        f"| {', '.join(key)} | {' | '.join(found[way]['images/s'] for way in THROUGHPUT)} |"
+        for key, found in cases.items()
+    ]
+
+
+def training_time() -> list[str]:
+    """A row per network and image size: shares of a training step by kind of operator."""
+    lines = []
+    for processor, rows in measured("throughput_profile"):
+        for row in rows:
+            shares = [f"{value} %" for name, value in row.items() if name not in ("network", "side", "batch")]
+            lines.append(f"| {processor}, `{row['network']}`, {row['side']} px | {' | '.join(shares)} |")
+    return lines
+
+
 COMPILED = ("static", "static compiled", "ours", "ours compiled", "ours composite, compiled")
 
 
@@ -210,6 +247,16 @@ def exported() -> list[str]:
     names = ["network, runtime", "static", *forms, "file, static / ours", "difference"]
     head = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     return head + [_exported(*key, found) for key, found in cases.items()]
+
+
+def export_profile() -> list[str]:
+    """A row per kind of node: milliseconds of the static baseline and of ours, and the difference."""
+    path = ROOT / "benchmarks" / "results" / "export_profile.csv"
+    rows = []
+    for row in read_csv(path)[1] if path.exists() else []:
+        static, ours = float(row["static, ms"]), float(row["ours, ms"])
+        rows.append(f"| {row['kind']} | {static:.1f} | {ours:.1f} | {ours - static:+.1f} |")
+    return rows
 
 
 def int8() -> list[str]:
@@ -332,6 +379,7 @@ TABLES = {
     "upcycled": Table("name | dense | dynamic | MACs, dense | dynamic | input | top-1 | top-5", upcycled),
     "checkpoints": Table("checkpoint | data | input | top-1 | top-5", checkpoints),
     "weights": Table("checkpoint | data | input | top-1 | top-5", partial(checkpoints, linked=False)),
+    "routers": Table("checkpoint | routers | normalised", routers),
     "speed": Table("case | static | CondConv2d | ours | to static | to CondConv2d | peak memory", speed),
     "native": Table("case | static | torch's operators | native kernels | to static | to torch's", native_kernels),
     "native-channels-last": Table(
@@ -339,11 +387,20 @@ TABLES = {
         "contiguous to static",
         native_channels_last,
     ),
+    "throughput": Table(
+        "case | ours, float32 | ours, bfloat16 | static, float32 | static, bfloat16 | static, bfloat16, channels last",
+        throughput,
+    ),
+    "training-time": Table(
+        "case | batch norm | convolutions | matrix products | copies and casts | update | activations | the rest",
+        training_time,
+    ),
     "compiled": Table(
         "case | static | compiled | ours | compiled | composite, compiled | ours to static | both compiled", compiled
     ),
     "layers": Table("layers | cases | fastest | median | slowest", layer_speed),
     "export": Table(None, exported),
+    "export-profile": Table("ms of one image | static | computed | difference", export_profile),
     "int8": Table(
         "network, format | file (of float32) | same class, % | top-1 lost | same expert, % (worst) | latency, float32",
         int8,

@@ -21,7 +21,7 @@ _CARD = """\
 ## Model Details
 
 - **Task:** image classification among {card.num_classes} classes; feature maps and embeddings
-- **Network:** `{card.architecture}`, whose convolutions mix their kernels for each image, after
+- **Network:** `{card.architecture}`, whose convolutions mix their kernels per image, after
   [ParameterNet](https://arxiv.org/abs/2306.14525)
 - **Software:** timm, and the package `parameternet`, which registers the network and verifies every file it loads
 {details}
@@ -129,7 +129,7 @@ As the backbone of a detector, with the package `ultralytics` (both it and `para
 ```python
 from pathlib import Path
 
-import parameternet.yolo  # teaches Ultralytics the network
+import parameternet.yolo  # registers the network with Ultralytics
 from ultralytics import YOLO
 
 Path("detector.yaml").write_text(\"\"\"
@@ -169,7 +169,7 @@ def render(card: CardData) -> str:
     text = _CARD.format(
         card=card,
         intro=_intro(card),
-        details=f"- **Licence of the weights:** {card.license}\n" if card.license else "",
+        details=_licence(card),
         results="\n".join(f"| {key} | {value} |" for key, value in _table(card).items()),
         measured=_measured(card),
         routing=_routing(card),
@@ -183,6 +183,13 @@ def render(card: CardData) -> str:
     return printable_lines(str(ModelCard(f"---\n{_header(card).to_yaml()}\n---\n{text}")))
 
 
+def _licence(card: CardData) -> str:
+    if not card.license:
+        return ""
+    terms = ", and the terms of the training data (see Data)" if _terms(card) else ""
+    return f"- **Licence of the weights:** {card.license}{terms}\n"
+
+
 # The header ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,13 +198,20 @@ def _header(card: CardData) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license=card.license,
+        **_header_licence(card),
         base_model=card.dense and card.dense.repository,
         datasets=[_identifier(data)] if data else None,
         tags=["image-classification", "timm", "parameternet", "dynamic-convolution"],
         model_name=card.name if figures else None,
         eval_results=figures or None,
     )
+
+
+def _header_licence(card: CardData) -> dict[str, str | None]:
+    """The Hub knows 'other' as the licence of what has further terms."""
+    if card.license and _terms(card):
+        return {"license": "other", "license_name": f"{card.license}-and-terms-of-the-data"}
+    return {"license": card.license}
 
 
 def _identifier(data: str) -> str:
@@ -282,10 +296,10 @@ def _routing(card: CardData) -> str:
     if not found:
         return ""
     return (
-        f"\n### Experts\n\nOver {found['images']:,} validation images, a layer uses {found['experts_in_use']:.2f} of "
-        f"{found['num_experts']} experts (effective number, mean of {found['layers']} layers). Routing depends most on "
-        f"the image in `{found['chooses_most']}`, which mixes {found['experts_in_use_by_an_image']:.2f} experts per "
-        "image.\n\n"
+        f"\n### Experts\n\nAveraged over {found['images']:,} validation images, a layer uses "
+        f"{found['experts_in_use']:.2f} of {found['num_experts']} experts (effective number, mean of {found['layers']} "
+        f"layers). A single image uses {found['experts_in_use_by_an_image']:.2f} in the layer that chooses most, "
+        f"`{found['chooses_most']}`; {found['num_experts']} would mean the same mix for every image.\n\n"
         "![Routing weights by layer and class](routing.png)\n\n"
         f"Plotted by `parameternet routing {card.name} VAL`.\n" + _ablation(card)
     )
@@ -305,9 +319,9 @@ def _ablation(card: CardData) -> str:
 
 _ABLATED = {
     "own": "the image's own",
-    "mean shares": "the image's own sum, mean shares: no choice among experts",
-    "mean sum": "the image's own shares, mean sum: no gain per image",
-    "mean weights": "their mean over the images: a static network",
+    "mean shares": "average choice among experts, the image's own scale",
+    "mean sum": "the image's own choice, average scale",
+    "mean weights": "average of both: a static network",
 }
 
 
@@ -341,8 +355,9 @@ def _training(card: CardData) -> str:
     if not card.runs:
         return _origin(card.dense)
     again = (
-        "`recipe.yaml` is the whole recipe; `history.csv` and `curves.png` show the run. To repeat it:\n"
-        "`parameternet train recipe.yaml --set train=TRAIN --set val=VAL`."
+        "`recipe.yaml` has every setting of this run; `history.csv` and `curves.png` show it. To repeat it:\n"
+        "`parameternet train recipe.yaml --set train=TRAIN --set val=VAL --set class_names=NAMES`.\n"
+        "A run that starts from another one (`init`) needs that one first, or `--set init=...`."
     )
     if len(card.runs) == 1:
         return f"{_run(card.runs[0])}\n\n{again}"
@@ -352,7 +367,8 @@ def _training(card: CardData) -> str:
         then = "whose experts started as parts of those kernels, with the same function"
     else:
         first, then = f"`{before.recipe.model}`", "from those weights"
-    heading = f"First {first} (`init_recipe.yaml`, `init_history.csv`):"
+    order = "The run before, of" if before.recipe.init else "First"
+    heading = f"{order} {first} (`init_recipe.yaml`, `init_history.csv`):"
     return "\n\n".join((heading, _run(before), f"Then this network, {then}:", _run(own), again))
 
 

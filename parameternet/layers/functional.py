@@ -56,8 +56,8 @@ def dynamic_conv2d(
     Raises:
         ValueError: Shapes, groups or the strategy do not match; the message shows the values.
 
-    Large kernels are not kept for backward, but mixed again. Source: CondConv,
-    arXiv:1904.04971; the expert-major 4-D weight is ours.
+    Backward mixes kernels again where that is faster or saves memory. Source: CondConv, arXiv:1904.04971; the
+    expert-major 4-D weight is ours.
     """
     if shift is not None:
         output_bias = shift

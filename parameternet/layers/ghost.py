@@ -96,7 +96,8 @@ class GhostModule(nn.Module):
         ratio: Output channels per primary channel, at least 1.
         dw_size: Kernel of the cheap convolution, odd (an even one changes height and width).
         act_layer: After each part; None for none.
-        num_experts, conv_layer: See this file's first lines.
+        num_experts: Kernels per convolution.
+        conv_layer: Builds convolutions from the arguments of torch.nn.Conv2d; None: DynamicConv with `num_experts`.
 
     Source: GhostNet, arXiv:1911.11907.
     """
@@ -214,7 +215,7 @@ class GhostBottleneck(nn.Module):
         se_ratio: Width of squeeze-and-excitation relative to the middle; 0 or None for none.
         drop_path: Probability of dropping the residual branch of a sample in training.
         mid_chs: Middle width, as in the released ParameterNet; None: 2 * in_chs, as in the articles.
-        num_experts, conv_layer: See this file's first lines. The strided depthwise convolution is always static.
+        num_experts, conv_layer: As in GhostModule. The strided depthwise convolution is always static.
 
     Source: GhostNet, arXiv:1911.11907; ParameterNet, arXiv:2306.14525.
     """

@@ -59,8 +59,8 @@ class Router(_Affine):
             sqrt(in_channels)) and starts the last layer at zero, so that every image has the same routing weights at
             first. With in_channels=1, the normalised average is constant, so all images keep the same routing weights.
             'none' is the router of the released code. The wider the layer, the further an optimizer step moves its
-            logits, until routers saturate (benchmarks/router_dynamics.py). None means 'none', but timm.create_model
-            drops it.
+            logits, until routers saturate (benchmarks/router_dynamics.py). Write 'none', not None:
+            timm.create_model drops arguments that are None.
 
     `bias` is (1, num_experts) with normalisation and (num_experts,) without, as in 0.1.0; only a softmax router has a
     `temperature`. Loading a state dict switches the router to the kind that its tensors show. Images do not depend on

@@ -407,6 +407,9 @@ def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 
 @register_model
 def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
-    """Build the official 600M network of the released code: its own stages at width 1.9, Hardswish, 4 experts."""
+    """Build the official 600M network of the released code: its own stages at width 1.9, Hardswish, 4 experts.
+
+    Its sigmoid routers are not normalised: clip gradients when training it.
+    """
     defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing": "sigmoid", "routing_norm": "none"}
     return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))

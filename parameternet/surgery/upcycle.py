@@ -109,8 +109,8 @@ def upcycle(
             parameters. By default they stay dense: they are constants, such as the table of YOLO's box distribution, or
             frozen stages, whose experts would never diverge. In a network that is frozen as a whole, only tables of
             whole numbers stay dense.
-        routing, routing_hidden, routing_norm: As in DynamicConv. After fine-tuning, softmax routers chose among
-            experts, and sigmoid ones scaled the whole kernel (benchmarks/finetune.py).
+        routing, routing_hidden, routing_norm: As in DynamicConv. The default routers start at zero and change little in
+            short fine-tuning (benchmarks/finetune.py).
         share_routers: Use one router for convolutions that read the same tensor.
         noise: Standard deviation of the noise relative to that of the dense kernel.
         redraw: Fraction of each expert's output channels to re-initialise with the mean and standard deviation of

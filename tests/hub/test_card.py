@@ -48,10 +48,11 @@ def test_the_shipped_card_is_what_the_command_writes(tmp_path):
 
 def test_the_header_is_one_that_the_hub_reads():
     header = metadata_load(SHIPPED / "README.md")
-    assert {key: header[key] for key in ("library_name", "pipeline_tag", "license", "datasets")} == {
+    assert {key: header[key] for key in ("library_name", "pipeline_tag", "license", "license_name", "datasets")} == {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
-        "license": "apache-2.0",
+        "license": "other",
+        "license_name": "apache-2.0-and-terms-of-the-data",
         "datasets": ["tiny-imagenet"],
     }
     assert {"timm", "parameternet"} <= set(header["tags"])
