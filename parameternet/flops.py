@@ -299,6 +299,7 @@ def _thop_linear(layer: nn.Linear, inputs: tuple, output: Tensor) -> None:
 # Most versions compare types exactly, so subclasses of torch's layers in our networks need rules too.
 THOP_RULES = {
     DynamicConv: _thop_mixed_convolution,
+    CompactConv: _thop_mixed_convolution,
     CondConv2d: _thop_mixed_convolution,
     Router: _thop_routing,
     DepthwiseConv: _thop_convolution,

@@ -35,7 +35,9 @@ def param_groups(
     Returns:
         Dictionaries with `params`, `lr` and `weight_decay`.
     """
-    exclude = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    exclude = {*model.no_weight_decay()} if hasattr(model, "no_weight_decay") else set()
+    # With `layer_decay`, timm decays biases of two dimensions, as those of normalised routers.
+    exclude |= {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exclude)
     else:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parameternet import DynamicConv
+from parameternet import DynamicConv, fuse
 from parameternet.flops import count_flops, register_thop
 
 ROOT = Path(__file__).parent.parent
@@ -194,6 +194,9 @@ def test_thop_reports_our_count_and_its_own_extras(kwargs, batch):
             module.register_forward_hook(lambda layer, x, y: extras.append(x[0].numel() + y.numel()))
     macs, _ = thop.profile(model, inputs=(torch.zeros(batch, 3, 64, 64),), verbose=False)
     assert macs == ours + sum(extras)
+    if not kwargs:
+        compact = fuse(model, expert_dtype="int8")
+        assert thop.profile(compact, inputs=(torch.zeros(batch, 3, 64, 64),), verbose=False)[0] >= ours
     layer = DynamicConv(3, 8, 3)  # alone, its router counts neither twice nor not at all
     assert thop.profile(layer, inputs=(torch.zeros(batch, 3, 9, 9),), verbose=False)[0] == (
         count_flops(layer, (3, 9, 9), batch).total

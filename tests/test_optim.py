@@ -68,3 +68,12 @@ def test_names_that_a_network_does_not_decay_are_not_decayed():
             return {"token"}
 
     assert rates(Network()) == {"token": (0.1, 0.0), "matrix": (0.1, 0.05)}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+@pytest.mark.parametrize("name", ["parameternet_50m", "parameternet_600m", "dynamic_ghostnet_050"])
+def test_biases_of_routers_are_not_decayed(name, layer_decay):
+    found = rates(timm.create_model(name, num_classes=3), layer_decay=layer_decay)
+    biases = {decay for name, (_, decay) in found.items() if name.endswith(".bias")}
+    assert biases == {0.0} and any(name.endswith("routing.bias") for name in found)
+    assert {decay for name, (_, decay) in found.items() if name.endswith("routing.weight")} == {0.05}

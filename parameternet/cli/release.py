@@ -17,10 +17,10 @@ from parameternet.hub import release as make
 @click.option("--destination", type=OutputFolder(), help="[default: weights/]")
 @click.option("--data-name", help="Name of the data set, for the card.  [default: the recipe's]")
 @click.option("--data-terms", help="Terms of its images, for the card.  [default: the recipe's]")
-@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
-@click.option("--workers", default=2, show_default=True, help="Data loading workers.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images per step.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(min=0), help="Data loading workers.")
 @device_option
-@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @handle_errors
 def release(run: Path, name: str, data: str, **options) -> None:
     """Write the checkpoint NAME (architecture.tag) from the run folder RUN.

@@ -13,10 +13,10 @@ from parameternet.cli.terminal import Terminal, handle_errors
 @click.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Labelled images: a folder, a .tar, hfds/NAME, wds/FOLDER:shards.")
-@click.option("--batch-size", default=128, show_default=True, help="Images per step.")
-@click.option("--workers", default=2, show_default=True, help="Data loading workers.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1), help="Images per step.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(min=0), help="Data loading workers.")
 @device_option
-@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--amp", type=click.Choice(["float16", "bfloat16"]), help="Mixed precision.")
 @click.option("--channels-last", is_flag=True, help="Use the channels_last memory format.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

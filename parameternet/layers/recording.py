@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compact import CompactConv
 from .dynamic_conv import DynamicConv
 
 __all__ = ["Recording", "dynamic_layers", "record_routing_weights", "replace_routing_weights"]
@@ -30,13 +31,13 @@ class Recording:
         return torch.cat(self.calls[name])
 
 
-def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
-    """Return the dynamic convolutions of a network by name.
+def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv | CompactConv]:
+    """Return the dynamic convolutions of a network by name, those with experts in 8 or 16 bits as well.
 
     Raises:
         ValueError: There are none.
     """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv | CompactConv)}
     if not convs:
         raise ValueError(
             f"expected a network with dynamic convolutions, but this {type(model).__name__} has none: choose one of "
@@ -59,7 +60,7 @@ def record_routing_weights(model: nn.Module) -> Iterator[Recording]:
     """
     recording = Recording({name: [] for name in dynamic_layers(model)})
 
-    def note(name: str, conv: DynamicConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(name: str, conv: DynamicConv | CompactConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, routing_weights = _given(*args, **kwargs)
         if len(args) > 1 or kwargs:
             recording.from_caller.add(name)
@@ -83,7 +84,7 @@ def replace_routing_weights(model: nn.Module, replace: Callable[[str, Tensor], T
         ValueError: There are no dynamic convolutions.
     """
 
-    def change(name: str, conv: DynamicConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def change(name: str, conv: DynamicConv | CompactConv, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, routing_weights = _given(*args, **kwargs)
         if routing_weights is None and conv.routing is not None:
             routing_weights = conv.routing(x)

@@ -25,6 +25,7 @@ __all__ = [
     "build_model",
     "build_on_meta",
     "buildable",
+    "check_routers",
     "forget_tensors",
     "hub_layout",
     "model_arguments",
@@ -45,10 +46,18 @@ PLACES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
 DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACES
 
 
-def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_model(
+    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, given: Mapping[str, Any], **kwargs: Any
+) -> nn.Module:
     """Call `timm.models.build_model_with_cfg`, but read weights for `pretrained=True` through `parameternet.weights`.
 
     The verified tensors go through timm's own loading (filter, input channels, classes, strictness) as a state dict.
+
+    Args:
+        given: The caller's arguments, without defaults.
+
+    Raises:
+        ValueError: `given` asks for other routers than the weights have.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
@@ -66,7 +75,32 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
     for module in model.modules():
         forget_tensors(module, cfg.source)
+    check_routers(model, given, variant)
     return model
+
+
+def check_routers(model: nn.Module, given: Mapping[str, Any], weights_of: str) -> None:
+    """Check that a network with loaded weights, to which its routers adapt, has the routers that the caller asked for.
+
+    Args:
+        given: The caller's arguments of the network, of which `routing`, `routing_norm` and `temperature` count.
+        weights_of: What the weights are called in the error.
+
+    Raises:
+        ValueError: It has others.
+    """
+    kinds = _kinds(model)
+    for name, found in kinds.items():
+        if given.get(name) is not None and found and found != [given[name]]:
+            raise ValueError(
+                f"{name}={given[name]!r} was asked for, but the routers of {weights_of} have {name}={found[0]!r}: "
+                f"leave {name} out to get them, or start from random weights"
+            )
+    if given.get("temperature") is not None and kinds["routing"] == ["sigmoid"]:
+        raise ValueError(
+            f"temperature={given['temperature']!r} was asked for, but the routers of {weights_of} are sigmoid routers, "
+            "which have no temperature: leave it out"
+        )
 
 
 def build_from_config(config: Mapping[str, Any], **source: Any) -> nn.Module:

@@ -135,7 +135,8 @@ def _dense(source: Source, output_stride: int = 32, **kwargs: Any) -> nn.Module:
 
 
 def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any) -> nn.Module:
-    experts = Experts(**{name: kwargs.pop(name) for name in Experts._fields if name in kwargs})
+    given = {name: kwargs.pop(name) for name in Experts._fields if name in kwargs}
+    experts = Experts(**given)
 
     def build(**own: Any) -> nn.Module:
         return _build(source, experts, **own)
@@ -147,6 +148,7 @@ def _create(variant: str, source: Source, pretrained: bool, feature_cfg: dict[st
         build,
         variant,
         pretrained,
+        given,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         **kwargs,

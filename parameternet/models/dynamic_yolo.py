@@ -280,7 +280,7 @@ def _entrypoint(scale: str, variant: str) -> Callable[..., YoloBackbone]:
     def create(pretrained: bool = False, **kwargs: Any) -> YoloBackbone:
         arguments = dict({"scale": SCALES[scale], "kind": variant}, **kwargs)
         return build_model(
-            YoloBackbone, create.__name__, pretrained, feature_cfg={"flatten_sequential": True}, **arguments
+            YoloBackbone, create.__name__, pretrained, kwargs, feature_cfg={"flatten_sequential": True}, **arguments
         )
 
     create.__name__ = create.__qualname__ = f"yolov8{scale}_{variant}"

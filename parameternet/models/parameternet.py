@@ -333,14 +333,15 @@ def _adapt_stem_router(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         state_dict[reader] = torch.cat([weight] * repeats, 1)[:, :in_chans] * share
 
 
-def _create_parameternet(variant: str, pretrained: bool = False, **kwargs: Any) -> ParameterNet:
+def _create_parameternet(variant: str, pretrained: bool, given: dict[str, Any], **defaults: Any) -> ParameterNet:
     return build_model(
         ParameterNet,
         variant,
         pretrained,
+        given,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True},
-        **kwargs,
+        **{**defaults, **given},
     )
 
 
@@ -386,13 +387,13 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def parameternet_50m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     """Build our 50M network: GhostNet 1.0's stages at width 0.5, Hardswish, 4 experts."""
-    return _create_parameternet("parameternet_50m", pretrained, **dict({"width": 0.5}, **kwargs))
+    return _create_parameternet("parameternet_50m", pretrained, kwargs, width=0.5)
 
 
 @register_model
 def parameternet_150m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     """Build our 150M network: GhostNet 1.0's stages at width 1.0, Hardswish, 4 experts."""
-    return _create_parameternet("parameternet_150m", pretrained, **dict({"width": 1.0}, **kwargs))
+    return _create_parameternet("parameternet_150m", pretrained, kwargs, width=1.0)
 
 
 @register_model
@@ -402,7 +403,7 @@ def parameternet_300m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
     It was never released. The static baseline and the network with 8 experts have the paper's 8.6 M and 25.2 M
     parameters.
     """
-    return _create_parameternet("parameternet_300m", pretrained, **dict({"width": 1.45}, **kwargs))
+    return _create_parameternet("parameternet_300m", pretrained, kwargs, width=1.45)
 
 
 @register_model
@@ -411,5 +412,5 @@ def parameternet_600m(pretrained: bool = False, **kwargs: Any) -> ParameterNet:
 
     Its sigmoid routers are not normalised: clip gradients when training it.
     """
-    defaults = {"stages": RELEASED_STAGES, "width": 1.9, "routing": "sigmoid", "routing_norm": "none"}
-    return _create_parameternet("parameternet_600m", pretrained, **dict(defaults, **kwargs))
+    released = {"routing": "sigmoid", "routing_norm": "none"}
+    return _create_parameternet("parameternet_600m", pretrained, kwargs, stages=RELEASED_STAGES, width=1.9, **released)

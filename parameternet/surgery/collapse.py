@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..deprecation import renamed
 from ..layers import DynamicConv
 from ..layers.altered import alteration
+from ..layers.compact import CompactConv
 from ..layers.recording import dynamic_layers, record_routing_weights
 from ..layers.replacing import replace_layer
 from ..layers.static import CollapsedConv, CollapsedConvSame
@@ -79,7 +80,7 @@ def _images(batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
-def _router_called(convs: dict[str, DynamicConv], seen: Observation | None) -> set[str]:
+def _router_called(convs: dict[str, DynamicConv | CompactConv], seen: Observation | None) -> set[str]:
     """Return layers whose router is called from outside dynamic layers."""
     calls = seen.calls if seen else {}
     asked = {name for name, made in calls.items() if any(not call.inside & convs.keys() for call in made)}
@@ -91,14 +92,16 @@ def _owner(router: str) -> str | None:
     return router.removesuffix(".routing") if router.endswith(".routing") else None
 
 
-def _left(model: nn.Module, convs: dict[str, DynamicConv], seen: Observation | None) -> dict[str, str]:
+def _left(model: nn.Module, convs: dict[str, DynamicConv | CompactConv], seen: Observation | None) -> dict[str, str]:
     """Return, for each layer that cannot become static, the reason."""
     shared = set(tied(model, DynamicConv))
     elsewhere = read_elsewhere(seen)
     found = {}
     for name, conv in convs.items():
-        if type(conv).forward is not DynamicConv.forward:
-            why: str | None = f"a {type(conv).__name__} may compute something else from its weights"
+        if isinstance(conv, CompactConv):
+            why: str | None = f"its experts are stored in {conv.expert_dtype}: collapse before `fuse(expert_dtype=...)`"
+        elif type(conv).forward is not DynamicConv.forward:
+            why = f"a {type(conv).__name__} may compute something else from its weights"
         elif name in shared:
             why = "is shared, or shares its weight"
         else:
@@ -132,10 +135,13 @@ def collapse(
     return model, variations
 
 
-def _variation(name: str, conv: DynamicConv, routing_weights: Tensor, from_caller: bool, left: str | None) -> Variation:
+def _variation(
+    name: str, conv: DynamicConv | CompactConv, routing_weights: Tensor, from_caller: bool, left: str | None
+) -> Variation:
     """Compute a `Variation` from routing weights (samples, E)."""
     mean = routing_weights.mean(0)
-    kernels = conv.weight.detach().double().cpu().reshape(conv.num_experts, -1)
+    experts = conv.experts() if isinstance(conv, CompactConv) else conv.weight
+    kernels = experts.detach().double().cpu().reshape(conv.num_experts, -1)
     # Norms of mixtures need only the E x E inner products of the experts.
     products = kernels @ kernels.T
     apart = routing_weights - mean

@@ -2,6 +2,8 @@
 
 import fnmatch
 import math
+import sys
+import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -395,6 +397,12 @@ def _convert(model: Any, done: Upcycling, start: _Start) -> nn.Module:
     model.upcycling = done
     if callable(getattr(type(model), "fuse", None)):
         model.fuse = FuseDynamicFirst(model)
+    if type(model).__module__.startswith("ultralytics.") and "parameternet.yolo" not in sys.modules:
+        warnings.warn(
+            "Ultralytics' trainer rebuilds a network from its YAML, without experts: import parameternet.yolo before "
+            "you train this one",
+            stacklevel=3,
+        )
     return model
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from parameternet import weights
 from parameternet.layers import match_routers
 from parameternet.models import catalogue, dynamic_timm, loading
-from parameternet.models.builder import forget_tensors
+from parameternet.models.builder import check_routers, forget_tensors
 from parameternet.optim import param_groups
 from parameternet.surgery import upcycle_state_dict
 from parameternet.training.errors import CheckpointError, RecipeError, missing_model, nearest
@@ -84,6 +84,10 @@ def make_model(r: Recipe, num_classes: int, *, start: bool = True) -> nn.Module:
             load_for_finetuning(model, state, r.init)
         except CheckpointError as error:
             raise CheckpointError(f"init: {error}") from error
+        try:
+            check_routers(model, r.model_kwargs, r.init)
+        except ValueError as error:
+            raise RecipeError(f"model_kwargs: {error}") from error
     return model
 
 

@@ -108,9 +108,12 @@ def validate(
 
 
 def interval(top1: float, images: int) -> float:
-    """Return half the width of the 95 % confidence interval of an accuracy (percent) on `images`, in points."""
-    share = top1 / 100
-    return 196 * math.sqrt(share * (1 - share) / images)
+    """Return half the width of the 95 % confidence interval of an accuracy (percent) on `images`, in points.
+
+    Source: E. B. Wilson, 1927. Unlike the normal approximation, it is not 0 if all or none of a few images are right.
+    """
+    share, z = top1 / 100, 1.96
+    return 100 * z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2) / (1 + z**2 / images)
 
 
 def _compare(results: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from parameternet import DynamicConv, Router, layers
+from parameternet import DynamicConv, Router, fuse, layers
+from parameternet.layers.compact import CompactConv
 from parameternet.layers.recording import record_routing_weights, replace_routing_weights
 
 
@@ -74,3 +75,19 @@ def test_a_static_network_is_an_error(context):
 
 def test_package_exports_it():
     assert layers.record_routing_weights is record_routing_weights
+
+
+@pytest.mark.parametrize("expert_dtype", ["int8", "bfloat16"])
+def test_layers_with_experts_in_fewer_bytes_are_recorded_and_replaced(expert_dtype):
+    model = timm.create_model("parameternet_50m", pretrained=True).eval()
+    compact, x = fuse(model, expert_dtype=expert_dtype), torch.randn(2, 3, 64, 64)
+    assert any(isinstance(module, CompactConv) for module in compact.modules())
+    with torch.no_grad(), record_routing_weights(compact) as recording:
+        y = compact(x)
+    with torch.no_grad(), record_routing_weights(model) as dense:
+        model(x)
+    assert recording.calls.keys() == dense.calls.keys() and all(recording.calls.values())
+    first = "blocks.0.0.ghost1.primary_conv.0"
+    assert torch.allclose(recording.samples(first), dense.samples(first), atol=0.01)
+    with torch.no_grad(), replace_routing_weights(compact, lambda name, weights: weights.flip(1)):
+        assert not torch.allclose(compact(x), y, atol=1e-3)

@@ -121,3 +121,35 @@ def test_training_goes_on_with_the_parameters_of_the_optimizer():
     conv(torch.randn(2, 4, 3, 3)).square().sum().backward()
     optimizer.step()
     assert not torch.equal(conv.routing.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"routing": "softmax"}, "routing='softmax'"),
+        ({"routing_norm": "none"}, "routing_norm='none'"),
+        ({"temperature": 4.0}, "temperature=4.0"),
+    ],
+    ids=str,
+)
+def test_other_routers_than_those_of_the_weights_are_refused(asked, named):
+    with pytest.raises(ValueError, match=f"{named} was asked for, but the routers of parameternet_50m"):
+        timm.create_model("parameternet_50m", pretrained=True, **asked)
+    assert timm.create_model("parameternet_50m", **asked)
+
+
+@pytest.mark.parametrize("name", ["parameternet_50m", "parameternet_300m", "parameternet_600m"])
+def test_the_routers_of_the_weights_may_be_named(name):
+    def kinds(**asked):
+        model = timm.create_model(name, pretrained=True, **asked)
+        return {(m.activation, m.norm) for m in model.modules() if isinstance(m, Router)}
+
+    ((routing, norm),) = kinds()
+    assert kinds(routing=routing, routing_norm=norm) == {(routing, norm)}
+
+
+@pytest.mark.parametrize("arguments", [{"num_experts": 8}, {"width": 1.0}], ids=str)
+def test_weights_of_another_shape_are_not_reported_as_missing_temperatures(arguments):
+    with pytest.raises(RuntimeError, match=r"size mismatch for stem\.conv\.weight") as caught:
+        timm.create_model("parameternet_50m", pretrained=True, **arguments)
+    assert "temperature" not in str(caught.value)

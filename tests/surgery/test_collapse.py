@@ -1,5 +1,7 @@
 """Routing that hardly varies is folded back; routing that does is measured and left."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from trained import trained
 
 from parameternet import fuse
 from parameternet.layers import DynamicConv
+from parameternet.layers.compact import CompactConv
 from parameternet.surgery import collapse, measure_routing, upcycle
 
 
@@ -75,3 +78,12 @@ def test_nothing_to_measure_is_an_error():
         collapse(timm.create_model("resnet18"), [torch.randn(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="no image reached a, b: data must contain at least one batch"):
         collapse(Two(1.0), [])
+
+
+def test_experts_in_fewer_bytes_are_measured_and_left():
+    model = fuse(timm.create_model("parameternet_50m", pretrained=True).eval(), expert_dtype="int8")
+    x = torch.randn(4, 3, 64, 64)
+    _, variations = collapse(model, [x], tolerance=10.0)
+    left = {v.name for v in variations if v.left and "int8" in v.left}
+    assert left == {name for name, module in model.named_modules() if isinstance(module, CompactConv)}
+    assert len(variations) == 76 and all(math.isfinite(v.error) for v in variations)

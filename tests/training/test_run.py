@@ -459,6 +459,8 @@ def test_a_run_keeps_the_routers_of_its_start_and_its_config_names_them(tmp_path
     run(recipe(**plain, model_kwargs={"routing": "sigmoid"}), tmp_path / "old")
     old = make_model(recipe(**plain, init=str(tmp_path / "old")), 3).eval()
     assert old.stem.conv.routing.activation == "sigmoid"
+    with pytest.raises(RecipeError, match="routing='softmax' was asked for, but the routers of"):
+        make_model(recipe(**plain, init=str(tmp_path / "old"), model_kwargs={"routing": "softmax"}), 3)
     run(recipe(**plain, init=str(tmp_path / "old")), tmp_path / "new")
     with safe_open(tmp_path / "new" / "best.safetensors", "pt") as file:
         assert json.loads(file.metadata()["config"])["model_args"] == {"routing": "sigmoid"}

@@ -113,9 +113,10 @@ def test_a_damaged_file_is_refused(trained, tmp_path, pictures):
         validate(tmp_path / "best.safetensors", str(pictures / "val"))
 
 
-def test_the_interval_is_the_textbook_one():
-    assert interval(50, 10_000) == pytest.approx(0.98)
-    assert interval(100, 15) == 0
+def test_the_interval_is_wilsons():
+    assert interval(50, 10_000) == pytest.approx(0.98, rel=1e-3)  # that of the normal approximation
+    # Half of 0.796 to 1, the textbook's interval for 15 of 15.
+    assert interval(100, 15) == interval(0, 15) == pytest.approx(10.2, abs=0.01)
 
 
 def test_an_architecture_alone_means_its_checkpoint_with_its_class_names():

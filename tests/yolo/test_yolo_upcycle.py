@@ -4,8 +4,10 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
+import torch
 
 
 def run(code, folder):
@@ -102,3 +104,27 @@ def test_fuse_of_a_whole_network_folds_every_batch_norm(tmp_path):
         """,
         tmp_path,
     )
+
+
+def test_training_without_the_import_is_warned_of(tmp_path):
+    run(
+        """
+        import warnings
+        model = YOLO("yolov8n.yaml").model.eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            upcycle(model, probe=torch.zeros(1, 3, 64, 64))
+        assert any("import parameternet.yolo before you train" in str(w.message) for w in caught), caught
+        """,
+        tmp_path,
+    )
+
+
+def test_training_with_the_import_is_not_warned_of():
+    import parameternet.yolo
+    from parameternet import upcycle
+
+    model = parameternet.yolo.YOLO("yolov8n.yaml").model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upcycle(model, probe=torch.zeros(1, 3, 64, 64))
