@@ -92,13 +92,16 @@ def test_networks_compute_what_their_weights_did(mine, theirs):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 7}, {"in_chans": 1}, {"num_classes": 0}], ids=str)
-@pytest.mark.parametrize("name", ["parameternet_50m", "parameternet_300m"])
-def test_shipped_weights_keep_their_sigmoid(name, arguments):
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [("parameternet_50m", "sigmoid"), ("parameternet_300m", "softmax"), ("parameternet_600m", "sigmoid")],
+)
+def test_shipped_weights_keep_their_routers(name, routing, arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = timm.create_model(name, pretrained=True, **arguments)
-    assert routers(model) == {"sigmoid"}
-    assert routers(timm.create_model(name, pretrained=True, features_only=True)) == {"sigmoid"}
+    assert routers(model) == {routing}
+    assert routers(timm.create_model(name, pretrained=True, features_only=True)) == {routing}
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -152,7 +152,7 @@ def test_the_card_tells_of_the_run_that_this_one_started_from(tmp_path, recipe, 
     assert load_recipe(folder / "init_recipe.yaml").model_kwargs == {"dynamic": False}
     assert (folder / "init_history.csv").read_text() == (tmp_path / "static" / "history.csv").read_text()
     card = (folder / "README.md").read_text()
-    assert "Over 15 validation images, a layer uses" in card and "![Routing weights by layer" in card
+    assert "Averaged over 15 validation images, a layer uses" in card and "![Routing weights by layer" in card
     assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "config.json").read_text())["results"]
     assert [*results["ablation"]] == ["own", "mean weights", "mean shares", "mean sum"]
