@@ -1,4 +1,4 @@
-"""Where does an exported network spend its time, beside its static baseline?
+"""Where does an exported network spend its time, compared with its static baseline?
 
     python benchmarks/export_profile.py                        parameternet_600m at 224 px, a minute
 

@@ -1,6 +1,6 @@
 """How many images per second do the networks train at, and where does the time go?
 
-    python benchmarks/throughput.py                                       5 minutes
+    python benchmarks/throughput.py                                       10 minutes
     python benchmarks/throughput.py --networks parameternet_50m --sides 64
 
 A step of training (forward, backward, update by AdamW) on random images, for 200 classes, on one core of a CPU as in

@@ -87,7 +87,7 @@ def check_routers(model: nn.Module, given: Mapping[str, Any], weights_of: str) -
         weights_of: What the weights are called in the error.
 
     Raises:
-        ValueError: It has others.
+        ValueError: The weights have other routers.
     """
     kinds = _kinds(model)
     for name, found in kinds.items():
@@ -96,7 +96,7 @@ def check_routers(model: nn.Module, given: Mapping[str, Any], weights_of: str) -
                 f"{name}={given[name]!r} was asked for, but the routers of {weights_of} have {name}={found[0]!r}: "
                 f"leave {name} out to get them, or start from random weights"
             )
-    if given.get("temperature") is not None and kinds["routing"] == ["sigmoid"]:
+    if given.get("temperature") not in (None, 1) and kinds["routing"] == ["sigmoid"]:
         raise ValueError(
             f"temperature={given['temperature']!r} was asked for, but the routers of {weights_of} are sigmoid routers, "
             "which have no temperature: leave it out"

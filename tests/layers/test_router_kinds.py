@@ -148,7 +148,7 @@ def test_the_routers_of_the_weights_may_be_named(name):
         return {(m.activation, m.norm) for m in model.modules() if isinstance(m, Router)}
 
     ((routing, norm),) = kinds()
-    assert kinds(routing=routing, routing_norm=norm) == {(routing, norm)}
+    assert kinds(routing=routing, routing_norm=norm, temperature=1.0) == {(routing, norm)}
 
 
 @pytest.mark.parametrize("arguments", [{"num_experts": 8}, {"width": 1.0}], ids=str)
