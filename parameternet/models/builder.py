@@ -47,14 +47,18 @@ DESCRIBING = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACE
 
 
 def build_model(
-    model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, given: Mapping[str, Any], **kwargs: Any
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    given: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Call `timm.models.build_model_with_cfg`, but read weights for `pretrained=True` through `parameternet.weights`.
 
     The verified tensors go through timm's own loading (filter, input channels, classes, strictness) as a state dict.
 
     Args:
-        given: The caller's arguments, without defaults.
+        given: The caller's arguments, where `kwargs` also has defaults. Default: `kwargs`.
 
     Raises:
         ValueError: `given` asks for other routers than the weights have.
@@ -75,7 +79,7 @@ def build_model(
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
     for module in model.modules():
         forget_tensors(module, cfg.source)
-    check_routers(model, given, variant)
+    check_routers(model, kwargs if given is None else given, variant)
     return model
 
 

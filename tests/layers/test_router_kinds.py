@@ -11,7 +11,7 @@ from torch import nn
 import parameternet
 from parameternet import DynamicConv, Router
 from parameternet.layers import match_routers, set_temperature
-from parameternet.models.builder import build_from_config, hub_layout
+from parameternet.models.builder import build_from_config, build_model, hub_layout
 
 KINDS = {
     f"{activation}, {norm}{', hidden' if hidden else ''}": {"activation": activation, "norm": norm, "hidden": hidden}
@@ -139,6 +139,12 @@ def test_other_routers_than_those_of_the_weights_are_refused(asked, named):
     with pytest.raises(ValueError, match=f"{named} was asked for, but the routers of parameternet_50m"):
         timm.create_model("parameternet_50m", pretrained=True, **asked)
     assert timm.create_model("parameternet_50m", **asked)
+
+
+def test_a_network_built_without_defaults_refuses_too():
+    """A network of one's own may hand all its arguments to `build_model` as keywords."""
+    with pytest.raises(ValueError, match="routing='softmax' was asked for, but the routers of parameternet_50m"):
+        build_model(parameternet.ParameterNet, "parameternet_50m", True, width=0.5, num_classes=200, routing="softmax")
 
 
 @pytest.mark.parametrize("name", ["parameternet_50m", "parameternet_300m", "parameternet_600m"])
