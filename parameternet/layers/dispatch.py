@@ -18,6 +18,7 @@ from .gradients import MixedConvolution, gains_by_float32_gradients, gains_by_ow
 from .strategies import (
     ConvParams,
     are_few,
+    are_few_in_half,
     batched_matmul,
     batched_matmul_in_parts,
     gated_inputs,
@@ -135,10 +136,12 @@ def choose_strategy(
         out = weight.shape[0] // routing_weights.shape[1]
         if x.is_cuda:
             return _pointwise_on_cuda(x, weight, routing_weights, positions)
-        # With more than 4 times as many outputs as inputs, gating the inputs takes 0.9 to 1.0 of the time of gating the
-        # outputs; otherwise up to twice as long.
-        if are_few(positions):
-            return "gated_outputs" if out <= 4 * x.shape[1] else "gated_inputs"
+        if torch.jit.is_scripting() or x.dtype not in (torch.bfloat16, torch.float16):
+            few = are_few(positions)
+        else:
+            few = are_few_in_half(positions, weight, routing_weights)
+        if few:  # gating more channels than there are on the other side takes up to twice as long
+            return "gated_outputs" if out <= x.shape[1] else "gated_inputs"
         return "wide" if one else "batched_matmul"
     if one and not is_depthwise(weight, groups, 1):
         return "wide"

@@ -16,7 +16,9 @@ from . import native
 from .autocast import without_autocast
 from .strategies import (
     ConvParams,
+    in_float32,
     is_channels_last,
+    is_depthwise,
     is_pointwise,
     mix,
     runs_channels_last,
@@ -25,8 +27,10 @@ from .strategies import (
 )
 
 __all__ = [
+    "ChannelSums",
     "DepthwiseConvolution",
     "MixedConvolution",
+    "channel_sums",
     "directional_derivative",
     "gains_by_float32_gradients",
     "gains_by_own_gradient",
@@ -115,6 +119,45 @@ class DepthwiseConvolution(torch.autograd.Function):
         return torch.vmap(DepthwiseConvolution.plain, in_dims)(*inputs), 0
 
 
+class ChannelSums(torch.autograd.Function):
+    """Sum (B, C, H, W) over positions in another dtype.
+
+    The gradient is the same at all positions: it is converted before it is expanded, not after, so no memory is
+    written for it. (Converting an expanded tensor also makes it contiguous, which slows down what is channels last.)
+    """
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.sum((2, 3), dtype=dtype)
+
+    plain = forward
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.of = inputs[0].dtype, inputs[0].shape
+        keep(ctx, inputs[:0], inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        dtype, shape = ctx.of
+        return grad.to(dtype)[:, :, None, None].expand(shape), None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return ChannelSums.plain(tangents[0], *ctx.options)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return torch.vmap(ChannelSums.plain, in_dims)(*inputs), 0
+
+
+def channel_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x.sum((2, 3), dtype=dtype)`, (B, C), with a gradient that needs no memory."""
+    if x.dtype == dtype or not (torch.is_grad_enabled() and x.requires_grad):
+        return x.sum((2, 3), dtype=dtype)
+    return ChannelSums.apply(x, dtype)
+
+
 def _own_tensor(y: Tensor) -> Tensor:
     """Return `y` as a tensor that is not a view: autograd forbids in-place changes of views returned by a Function."""
     return y.new_empty(0).set_(y)  # type: ignore[call-overload]  # torch's types lack this form
@@ -144,12 +187,16 @@ def mixed_gradients(
     """Return the `needed` gradients of input, experts and routing, mixing kernels again a few samples at a time."""
     # With gradients enabled, this is itself being differentiated.
     if not torch.is_grad_enabled():
-        tensors = (x, weight, routing_weights, None, conv_params)
-        channels_last = runs_channels_last(*tensors)
-        if channels_last or runs_natively(*tensors):
-            grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-            if native.readable(grad):
-                return _native_gradients(x, weight, routing_weights, grad, conv_params, needed, channels_last)
+        tensors = x, weight, routing_weights
+        if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]):
+            tensors = in_float32(*tensors)
+        channels_last = runs_channels_last(*tensors, None, conv_params)
+        if channels_last or runs_natively(*tensors, None, conv_params):
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            grad_y = grad.to(tensors[0].dtype).contiguous(memory_format=layout)
+            if native.readable(grad_y):
+                grads = _native_gradients(*tensors, grad_y, conv_params, needed, channels_last)
+                return [None if g is None else g.to(x.dtype) for g in grads]
     form = _matmul_gradients if is_pointwise(weight, conv_params.padding, conv_params.groups) else _grouped_gradients
     experts = weight.reshape(routing_weights.shape[1], -1)
     grads_x: list[Tensor] = []
@@ -281,10 +328,12 @@ def _gains_by_native_gradients(x: Tensor, kernels: Tensor, grad: Tensor, conv_pa
     float32, one core with AVX-512). For tensors in float32, training gained nothing.
     """
     (pad_h, pad_w), dilation = conv_params.padding, conv_params.dilation
+    if torch.is_grad_enabled() or x.shape[0] == 1:  # with gradients enabled, this is being differentiated
+        return False
+    if native.ready_channels_last(x, kernels):
+        return native.readable(grad) and runs_channels_last(x, kernels, x.new_ones(x.shape[0], 1), None, conv_params)
     return (
-        not torch.is_grad_enabled()  # otherwise this is being differentiated
-        and x.shape[0] > 1
-        and dilation[0] == dilation[1] == 1
+        dilation[0] == dilation[1] == 1
         and pad_h < kernels.shape[2] <= x.shape[2] + 2 * pad_h
         and pad_w < kernels.shape[3] <= x.shape[3] + 2 * pad_w
         and native.ready(x, kernels)
@@ -294,12 +343,16 @@ def _gains_by_native_gradients(x: Tensor, kernels: Tensor, grad: Tensor, conv_pa
 
 def _static_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
     """Return gradients of a depthwise convolution by native kernels: one expert, and zeros between strided outputs."""
-    (stride_h, stride_w), (pad_h, pad_w) = conv_params.stride, conv_params.padding
-    if (stride_h, stride_w) != (1, 1):
-        rows, columns = x.shape[2] + 2 * pad_h - kernels.shape[2] + 1, x.shape[3] + 2 * pad_w - kernels.shape[3] + 1
-        grad = _spread(grad, torch.Size((*x.shape[:2], rows, columns)), conv_params.stride)
+    stride, padding, dilation, _ = conv_params
     alone = x.new_ones(x.shape[0], 1)
-    return native.depthwise_gradients(x, kernels, alone, grad, (pad_h, pad_w), of_x, of_kernels)[:2]
+    if not x.is_contiguous():
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        geometry = stride, padding, dilation
+        return native.depthwise_last_gradients(x, kernels, alone, grad, *geometry, of_x, of_kernels)[:2]
+    if stride != (1, 1):
+        rows, columns = (x.shape[2 + i] + 2 * padding[i] - kernels.shape[2 + i] + 1 for i in range(2))
+        grad = _spread(grad, torch.Size((*x.shape[:2], rows, columns)), stride)
+    return native.depthwise_gradients(x, kernels, alone, grad, padding, of_x, of_kernels)[:2]
 
 
 def gains_by_own_gradient(x: Tensor, weight: Tensor) -> bool:

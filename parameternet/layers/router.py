@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import native
 from .autocast import autocast_dtype, without_autocast
 from .compiled import records_a_graph, runs_eagerly
+from .gradients import channel_sums
 
 __all__ = ["Router", "match_routers", "set_temperature"]
 
@@ -198,7 +199,7 @@ class Router(_Affine):
         first = self if hidden is None else hidden
         weight, bias = _cast(first.weight, dtype), _cast(last_bias if hidden is None else hidden.bias, dtype)
         positions = x.shape[2] * x.shape[3]
-        pooled = x.sum((2, 3), dtype=dtype)
+        pooled = channel_sums(x, dtype)
         if last_bias.ndim == 1:
             logits = torch.addmm(bias, pooled, weight.t(), alpha=1 / positions)
         else:

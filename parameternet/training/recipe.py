@@ -168,7 +168,7 @@ class Recipe:
 
     # execution
     amp: str | None = setting(None, "mixed precision: null | float16 | bfloat16", one_of(None, "float16", "bfloat16"))
-    channels_last: bool = setting(False, "memory format of images and weights")
+    channels_last: bool = setting(False, "memory format of images and weights", free=True)
     compile: bool = setting(False, "use torch.compile")
     cuda_graph: bool = setting(
         False,

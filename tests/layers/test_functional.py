@@ -244,15 +244,30 @@ def test_small_maps_gate_inputs_or_outputs_but_not_in_graphs():
     routing = torch.rand(2, 4)
     pointwise, depthwise, dense = torch.rand(32, 6, 1, 1), torch.rand(24, 1, 3, 3), torch.rand(32, 6, 3, 3)
     small, large = torch.rand(2, 6, 2, 2), torch.rand(2, 6, 7, 7)
-    assert choose_strategy(small, pointwise, routing) == "gated_outputs"
-    assert choose_strategy(small, torch.rand(4 * 30, 6, 1, 1), routing) == "gated_inputs"
+    assert choose_strategy(small, pointwise, routing) == "gated_inputs"
+    assert choose_strategy(small, torch.rand(4 * 5, 6, 1, 1), routing) == "gated_outputs"
     assert choose_strategy(large, pointwise, routing) == "batched_matmul"
-    assert choose_strategy(large, pointwise, routing, stride=(4, 4)) == "gated_outputs"
+    assert choose_strategy(large, pointwise, routing, stride=(4, 4)) == "gated_inputs"
     assert choose_strategy(small, pointwise, routing, recorded=True) == "batched_matmul"
     assert choose_strategy(large, depthwise, routing, groups=6) == "grouped"
     # Recorded for one batch size; graphs with a free batch are tested where they are recorded.
     assert choose_strategy(large, depthwise, routing, groups=6, recorded=True) == "grouped"
     assert choose_strategy(large, dense, routing, recorded=True) == "grouped"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "side", "strategy"),
+    [(2, 3, "gated_inputs"), (2, 4, "batched_matmul"), (128, 4, "gated_inputs"), (128, 5, "batched_matmul")],
+)
+def test_in_half_precision_more_positions_are_few(dtype, batch, side, strategy):
+    """And yet more if the kernels of the batch are large."""
+    with FakeTensorMode():
+        x, weight = torch.empty(batch, 232, side, side, dtype=dtype), torch.empty(4 * 696, 232, 1, 1, dtype=dtype)
+        routing = torch.empty(batch, 4, dtype=dtype)
+        assert choose_strategy(x, weight, routing) == strategy
+        assert choose_strategy(x, weight, routing, recorded=True) == "batched_matmul"
+        assert choose_strategy(x.float(), weight.float(), routing.float()) == "batched_matmul"
 
 
 @pytest.mark.parametrize(

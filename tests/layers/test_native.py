@@ -592,12 +592,36 @@ def test_autocast_decides_the_dtype(layer, x):
     close(got.float(), without_kernels(run).float(), 0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_other_dtypes_use_torch(layer, x, unused, dtype):
-    layer, x = layer.to(dtype), x.to(dtype)
-    assert layer(x).dtype == dtype
+def test_float64_uses_torch(layer, x, unused):
+    layer, x = layer.double(), x.double()
+    assert layer(x).dtype == torch.float64
     assert torch.equal(layer(x), without_kernels(lambda: layer(x)))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-8), (torch.bfloat16, 2**-5)], ids=str)
+@torch.no_grad()
+def test_layers_in_half_precision(layer, x, calls, dtype, rounding):
+    layer, x = layer.to(dtype), x.to(dtype)
+    got = layer(x)
+    assert set(calls) <= {"depthwise"}
+    close(got, without_kernels(lambda: layer(x)), rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_depthwise_convolutions_in_half_precision_are_rounded_once(calls, dtype, form, batch):
+    x, weight, routing_weights, _ = (t.to(dtype) for t in operands(batch, 7, 7, 4, (9, 8), (5, 3)))
+    bias = torch.randn(7, dtype=dtype)
+    conv = {"padding": (2, 1), "groups": 7}
+    x = x.contiguous(memory_format=form)
+    got = dynamic_conv2d(x, weight, routing_weights, output_bias=bias, **conv)
+    exact = dynamic_conv2d(x.double(), weight.double(), routing_weights.double(), output_bias=bias.double(), **conv)
+    assert calls == ["depthwise" if form is torch.contiguous_format else "depthwise_last"]
+    assert got.is_contiguous(memory_format=form)
+    close(got.double(), exact.to(dtype).double(), torch.finfo(dtype).eps)  # where float32 rounds to the other side
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from parameternet import DynamicConv, GhostModule, fuse
+from parameternet import DynamicConv, GhostModule, dynamic_conv2d, fuse
 from parameternet.layers import Router, native
 from parameternet.layers.compact import EXPERT_DTYPES, CompactConv
 from parameternet.layers.static import DepthwiseConv
@@ -611,7 +611,7 @@ def test_torch_func_has_the_same_gradients(layer, x, gradient_calls):
     assert len(gradient_calls) == 4
 
 
-def test_autocast_does_not_meet_the_kernels(layer, x, gradient_calls):
+def test_under_autocast_depthwise_layers_meet_the_kernels(layer, x, gradient_calls):
     def run():
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
@@ -620,9 +620,28 @@ def test_autocast_does_not_meet_the_kernels(layer, x, gradient_calls):
         return taken(layer, x)
 
     got = run()
-    assert not gradient_calls
-    assert_same(got, without_kernels(run), 1e-6)
+    depthwise = layer.groups > 1
+    assert gradient_calls == ["depthwise_gradients"] * depthwise
+    assert_same(got, without_kernels(run), 0.02 if depthwise else 1e-6)
     assert_same(got, gradients(layer, x, squares), 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_depthwise_layers_in_half_precision_are_rounded_once(gradient_calls, dtype, form):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 9, 8, dtype=dtype).contiguous(memory_format=form)
+    tensors = [t.requires_grad_() for t in (x, torch.randn(18, 1, 3, 3, dtype=dtype), torch.rand(4, 3, dtype=dtype))]
+    slope = torch.randn_like(x)
+    got = torch.autograd.grad(dynamic_conv2d(*tensors, padding=1, groups=6), tensors, slope)
+    name = "depthwise_gradients" if form is torch.contiguous_format else "depthwise_last_gradients"
+    assert gradient_calls == [name]
+    assert got[0].is_contiguous(memory_format=form)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(dynamic_conv2d(*exact, padding=1, groups=6), exact, slope.double())
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == dtype
+        close(ours.double(), theirs, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(
@@ -630,13 +649,15 @@ def test_autocast_does_not_meet_the_kernels(layer, x, gradient_calls):
     [({}, 3), ({"stride": (2, 1)}, 3), ({"stride": 3, "padding": 2}, 5), ({"padding": (0, 1)}, 3), ({"padding": 1}, 2)],
     ids=str,
 )
-def test_static_depthwise_convolutions_in_half_precision_have_native_gradients(gradient_calls, conv, kernel):
-    x, layer = static_depthwise(kernel=kernel, **conv)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_static_depthwise_convolutions_in_half_precision_have_native_gradients(gradient_calls, conv, kernel, form):
+    x, layer = static_depthwise(kernel=kernel, form=form, **conv)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     slope = torch.randn_like(y)
     got = torch.autograd.grad(y, (x, layer.weight), slope)
-    assert gradient_calls == ["depthwise_gradients"]
+    assert gradient_calls == ["depthwise_gradients" if form is torch.contiguous_format else "depthwise_last_gradients"]
+    assert got[0].is_contiguous(memory_format=form)
     exact = F.conv2d(x.double(), layer.weight.double(), None, layer.stride, layer.padding, 1, layer.groups)
     expected = torch.autograd.grad(exact, (x, layer.weight), slope.double())
     for ours, theirs in zip(got, expected, strict=True):
@@ -644,7 +665,7 @@ def test_static_depthwise_convolutions_in_half_precision_have_native_gradients(g
 
 
 @pytest.mark.parametrize(
-    "conv", [{"padding": 3}, {"dilation": 2}, {"form": torch.channels_last}, {"batch": 1}], ids=str
+    "conv", [{"padding": 3}, {"dilation": 2}, {"batch": 1}, {"batch": 1, "form": torch.channels_last}], ids=str
 )
 def test_static_depthwise_convolutions_beyond_the_kernels_have_torchs_gradients(gradient_calls, conv):
     x, layer = static_depthwise(**conv)
