@@ -296,7 +296,7 @@ def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tu
     half = depthwise and gains_by_float32_gradients(x)
     if half:
         x, kernels, grad = x.float(), kernels.float(), grad.float()
-    if half and _gains_by_native_gradients(x, kernels, grad, conv_params):
+    if depthwise and (half or is_channels_last(x)) and _gains_by_native_gradients(x, kernels, grad, conv_params):
         grads = _static_gradients(x, kernels, grad, conv_params, of_x, of_kernels)
     else:
         grads = _torch_gradients(x, kernels, grad, conv_params, of_x, of_kernels, depthwise)
@@ -325,7 +325,9 @@ def _gains_by_native_gradients(x: Tensor, kernels: Tensor, grad: Tensor, conv_pa
 
     They take 0.2 to 1.0 of the time of torch's: 7 ms instead of 16 for 164 channels at 8 x 8 with 5 x 5 kernels and
     stride 2, 28 instead of 51 for 68 channels at 32 x 32 with 3 x 3 kernels (128 samples of bfloat16, converted to
-    float32, one core with AVX-512). For tensors in float32, training gained nothing.
+    float32, one core with AVX-512). In float32, contiguous tensors gained nothing; in channels last, forward and
+    backward take 6.6 ms instead of 11.8 for 32 x 92 x 28 x 28 with 5 x 5 kernels and stride 2, and 3.7 instead of 4.3
+    with 3 x 3.
     """
     (pad_h, pad_w), dilation = conv_params.padding, conv_params.dilation
     if torch.is_grad_enabled() or x.shape[0] == 1:  # with gradients enabled, this is being differentiated

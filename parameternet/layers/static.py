@@ -8,7 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import triton_depthwise
+from . import native, triton_depthwise
 from .autocast import autocast_dtype, without_autocast
 from .compiled import compiles_for_python, records_a_graph
 from .gradients import DepthwiseConvolution
@@ -82,9 +82,12 @@ def depthwise_conv2d(
 
     In training on a CPU, with kernels of 5 x 5 and larger, the batch is folded into the channels: 7.7 and 10.7 ms
     against oneDNN's 18.6 and 30.2 for 128 x 36 x 16 x 16 and 128 x 336 x 4 x 4 with stride 2, forward and backward on
-    one core. In half precision its gradients are computed in float32, see `gains_by_float32_gradients`.
+    one core. In channels last, gradients are computed by native kernels, and in half precision in float32, see
+    `gains_by_float32_gradients`.
     """
     if not torch.jit.is_scripting() and training and bias is None:
+        if _trains_channels_last(x, weight):
+            return DepthwiseConvolution.apply(x, weight, ConvParams(stride, padding, dilation, weight.shape[0]))
         if _gains_by_folding(x, weight):
             return _depthwise_by_samples(x, weight, ConvParams(stride, padding, dilation, x.shape[0] * weight.shape[0]))
         if _trains_in_half(x, weight):
@@ -99,6 +102,12 @@ def _gains_by_folding(x: Tensor, weight: Tensor) -> bool:
     large = x.ndim == 4 and x.shape[0] > 0 and min(weight.shape[2], weight.shape[3]) >= 5
     eager = not records_a_graph() and autocast_dtype(x.device.type) is None
     return large and x.device.type == "cpu" and weight.requires_grad and eager
+
+
+@torch.jit.unused
+def _trains_channels_last(x: Tensor, weight: Tensor) -> bool:
+    trains = weight.requires_grad and not records_a_graph() and autocast_dtype(x.device.type) is None
+    return trains and native.ready_channels_last(x, weight)
 
 
 @torch.jit.unused

@@ -665,6 +665,23 @@ def test_static_depthwise_convolutions_in_half_precision_have_native_gradients(g
 
 
 @pytest.mark.parametrize(
+    ("conv", "kernel"), [({}, 3), ({"stride": (2, 1)}, 3), ({"stride": 3, "padding": 2, "dilation": 2}, 5)], ids=str
+)
+def test_static_depthwise_convolutions_in_channels_last_have_native_gradients(gradient_calls, conv, kernel):
+    x, layer = static_depthwise(kernel=kernel, form=torch.channels_last, **conv)
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    slope = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, layer.weight), slope)
+    assert gradient_calls == ["depthwise_last_gradients"]
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    exact = F.conv2d(x.double(), layer.weight.double(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    expected = torch.autograd.grad(exact, (x, layer.weight), slope.double())
+    for ours, theirs in zip(got, expected, strict=True):
+        close(ours, theirs.float())
+
+
+@pytest.mark.parametrize(
     "conv", [{"padding": 3}, {"dilation": 2}, {"batch": 1}, {"batch": 1, "form": torch.channels_last}], ids=str
 )
 def test_static_depthwise_convolutions_beyond_the_kernels_have_torchs_gradients(gradient_calls, conv):
