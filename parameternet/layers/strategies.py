@@ -125,7 +125,9 @@ def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, con
     stride, padding, dilation, groups = conv_params
     if batch == 1:
         return F.conv2d(x, kernels, output_bias, stride, padding, dilation, groups)
-    last = is_channels_last(x)
+    # In float32, contiguous even if x is not: native kernels are faster then (parameternet_600m with AVX-512, batch 8:
+    # 153 ms instead of 205).
+    last = is_channels_last(x) and x.dtype in (torch.bfloat16, torch.float16)
     x = x.reshape(1, batch * x.shape[1], x.shape[2], x.shape[3])
     bias = None if output_bias is None else output_bias.repeat(batch)
     y = F.conv2d(x, kernels, bias, stride, padding, dilation, batch * groups)
@@ -194,6 +196,10 @@ def batched_matmul_in_parts(
     if runs_channels_last(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1))):
         return native.pointwise_last(x, weight, routing_weights, output_bias)
     if is_channels_last(x):
+        first = x.contiguous()  # of few images; a transposed kernel would be larger
+        if native.ready(first, weight, routing_weights, output_bias):
+            y = native.pointwise(first, weight, routing_weights, output_bias)
+            return y.contiguous(memory_format=torch.channels_last)
         return batched_matmul(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1)))
     columns = x.reshape(batch, channels, height * width)
     step = 1 if batch == 1 else samples_at_a_time(weight, routing_weights)
