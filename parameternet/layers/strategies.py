@@ -371,7 +371,8 @@ def runs_channels_last(
 
 def in_float32(*tensors: Any) -> Any:
     """Convert what native kernels read from half precision, which they lack, to float32."""
-    if tensors[0].dtype not in (torch.bfloat16, torch.float16) or not native.level():
+    half = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.bfloat16, torch.float16)
+    if not half or not native.level():
         return tensors
     return tuple(None if t is None else t.float() for t in tensors)
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parameternet import ConvBnAct, DynamicConv, GhostModule, Router, dynamic_conv2d, fuse
 from parameternet.layers import native, record_routing_weights
+from parameternet.layers.strategies import in_float32
 
 LEVEL = native.level()
 FOLDER = Path(native.__file__).parent
@@ -622,6 +623,19 @@ def test_depthwise_convolutions_in_half_precision_are_rounded_once(calls, dtype,
     assert calls == ["depthwise" if form is torch.contiguous_format else "depthwise_last"]
     assert got.is_contiguous(memory_format=form)
     close(got.double(), exact.to(dtype).double(), torch.finfo(dtype).eps)  # where float32 rounds to the other side
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "converted"),
+    [(torch.bfloat16, "cpu", True), (torch.float16, "cpu", True), (torch.float64, "cpu", False),
+     (torch.bfloat16, "meta", False), (torch.float16, "meta", False)],
+    ids=str,
+)  # fmt: skip
+def test_only_half_precision_on_cpus_is_converted(dtype, device, converted):
+    x = torch.ones(2, dtype=dtype, device=device)
+    wide, none = in_float32(x, None)
+    assert none is None and (wide.dtype == torch.float32) is converted and (wide is x) is not converted
+    assert without_kernels(lambda: in_float32(x))[0] is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
