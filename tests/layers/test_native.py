@@ -625,6 +625,7 @@ def test_depthwise_convolutions_in_half_precision_are_rounded_once(calls, dtype,
     close(got.double(), exact.to(dtype).double(), torch.finfo(dtype).eps)  # where float32 rounds to the other side
 
 
+@needs_library
 @pytest.mark.parametrize(
     ("dtype", "device", "converted"),
     [(torch.bfloat16, "cpu", True), (torch.float16, "cpu", True), (torch.float64, "cpu", False),
