@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import native
 from .autocast import autocast_dtype, without_autocast
+from .channel_sums import channel_sums
 from .compiled import records_a_graph, runs_eagerly
-from .gradients import channel_sums
 
 __all__ = ["Router", "match_routers", "set_temperature"]
 

@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call, jvp, vmap
 
 from parameternet import DynamicConv
-from parameternet.layers.gradients import channel_sums
+from parameternet.layers.channel_sums import channel_sums
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
