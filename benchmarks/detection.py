@@ -254,13 +254,14 @@ def plot() -> Path:
     from matplotlib.figure import Figure
 
     head, _ = read_csv(RESULT)
+    architectures = list(dict.fromkeys(name.removesuffix("+pretrained") for name in by_network() if name != STOCK))
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("mAP50", "mAP50-95"), strict=True):
-        for index, (name, seeds) in enumerate(by_network().items()):
+        for name, seeds in by_network().items():
             curves = [[100 * float(row[key]) for row in rows] for rows in seeds]
             mean = [statistics.mean(values) for values in zip(*curves, strict=False)]
             style = "--" if name.endswith("+pretrained") else "-"
-            colour = "0.2" if name == STOCK else f"C{index}"
+            colour = "0.2" if name == STOCK else f"C{architectures.index(name.removesuffix('+pretrained'))}"
             axes.plot(range(1, len(mean) + 1), mean, style, color=colour, label=name, linewidth=1.5)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{key} on validation images, %")
