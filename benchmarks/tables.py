@@ -143,8 +143,8 @@ def speed() -> list[str]:
 def _speed(key: tuple[str, ...], found: dict[str, Row]) -> str:
     everybody = [found[name] for name in ("static", "condconv", "ours")]
     cells = ["{}, {}, {}, batch {}".format(*key)]
-    cells += [f"{float(row['ms']):.1f} ms" if row["ms"] else "too inaccurate" for row in everybody]
-    cells += [_ratio(found["ours"], base) if found[base]["ms"] else "-" for base in ("static", "condconv")]
+    cells += [f"{float(row['ms']):.1f} ms" if row["ms"] else "-" for row in everybody]
+    cells += [_ratio(found["ours"], base) if found["ours"][f"vs_{base}"] else "-" for base in ("static", "condconv")]
     cells += [" / ".join(row["peak_mib"] for row in everybody) + " MiB"]
     return f"| {' | '.join(cells)} |"
 

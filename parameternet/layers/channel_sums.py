@@ -12,7 +12,7 @@ class ChannelSums(torch.autograd.Function):
     """Sum (B, C, H, W) over positions in another dtype.
 
     The gradient is the same at all positions: it is converted before it is expanded, not after, so no memory is
-    written for it. (Converting an expanded tensor also makes it contiguous, which slows down what is channels last.)
+    written for it.
     """
 
     @staticmethod

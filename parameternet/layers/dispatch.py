@@ -136,11 +136,13 @@ def choose_strategy(
         out = weight.shape[0] // routing_weights.shape[1]
         if x.is_cuda:
             return _pointwise_on_cuda(x, weight, routing_weights, positions)
-        if torch.jit.is_scripting() or x.dtype not in (torch.bfloat16, torch.float16):
+        if torch.jit.is_scripting() or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
             few = are_few(positions)
         else:
             few = are_few_in_half(positions, weight, routing_weights)
-        if few:  # gating more channels than there are on the other side takes up to twice as long
+        # The side with fewer channels: training 912 -> 304 at 16 positions in bfloat16 takes 43 ms by outputs and 61 by
+        # inputs, 152 -> 1824 takes 54 and 42 (64 samples, one core with AVX-512 BF16).
+        if few:
             return "gated_outputs" if out <= x.shape[1] else "gated_inputs"
         return "wide" if one else "batched_matmul"
     if one and not is_depthwise(weight, groups, 1):

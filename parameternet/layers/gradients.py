@@ -16,6 +16,7 @@ from . import native
 from .autocast import without_autocast
 from .strategies import (
     ConvParams,
+    fits_depthwise_kernels,
     in_float32,
     is_channels_last,
     is_depthwise,
@@ -147,7 +148,8 @@ def mixed_gradients(
     # With gradients enabled, this is itself being differentiated.
     if not torch.is_grad_enabled():
         tensors = x, weight, routing_weights
-        if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]):
+        depthwise = is_depthwise(weight, conv_params.groups, routing_weights.shape[1])
+        if depthwise and (is_channels_last(x) or fits_depthwise_kernels(x, weight, conv_params)):
             tensors = in_float32(*tensors)
         channels_last = runs_channels_last(*tensors, None, conv_params)
         if channels_last or runs_natively(*tensors, None, conv_params):
@@ -249,7 +251,7 @@ def _grouped_gradients(x, kernels, grad, shape, conv_params, needed) -> tuple[Te
 
 
 def convolution_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
-    """Return gradients of a static convolution; for depthwise ones use float32 or our own formulas if faster."""
+    """Return gradients of a static convolution; depthwise ones by native kernels, float32 or our formulas if faster."""
     grad, dtype = grad.to(x.dtype), x.dtype
     depthwise = kernels.shape[0] == conv_params.groups == x.shape[1]
     half = depthwise and gains_by_float32_gradients(x)
@@ -303,7 +305,7 @@ def _gains_by_native_gradients(x: Tensor, kernels: Tensor, grad: Tensor, conv_pa
 
 
 def _static_gradients(x, kernels, grad, conv_params, of_x, of_kernels) -> tuple[Tensor | None, Tensor | None]:
-    """Return gradients of a depthwise convolution by native kernels: one expert, and zeros between strided outputs."""
+    """Return gradients of a depthwise convolution by native kernels, as those of a single expert."""
     stride, padding, dilation, _ = conv_params
     alone = x.new_ones(x.shape[0], 1)
     if not x.is_contiguous():

@@ -22,6 +22,7 @@ __all__ = [
     "batched_matmul",
     "batched_matmul_in_parts",
     "convolve_each",
+    "fits_depthwise_kernels",
     "gated_inputs",
     "gated_outputs",
     "grouped",
@@ -127,7 +128,7 @@ def _grouped_product(x: Tensor, kernels: Tensor, output_bias: Tensor | None, con
         return F.conv2d(x, kernels, output_bias, stride, padding, dilation, groups)
     # In float32, contiguous even if x is not: native kernels are faster then (parameternet_600m with AVX-512, batch 8:
     # 153 ms instead of 205).
-    last = is_channels_last(x) and x.dtype in (torch.bfloat16, torch.float16)
+    last = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and is_channels_last(x)
     x = x.reshape(1, batch * x.shape[1], x.shape[2], x.shape[3])
     bias = None if output_bias is None else output_bias.repeat(batch)
     y = F.conv2d(x, kernels, bias, stride, padding, dilation, batch * groups)
@@ -139,7 +140,9 @@ def grouped_in_parts(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> Tensor:
     if is_depthwise(weight, conv_params.groups, routing_weights.shape[1]):
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor | None] = in_float32(x, weight, routing_weights, output_bias)
+        tensors = x, weight, routing_weights, output_bias
+        if is_channels_last(x) or fits_depthwise_kernels(x, weight, conv_params):
+            tensors = in_float32(*tensors)
         if runs_natively(*tensors, conv_params):
             return native.depthwise(*tensors, conv_params.padding).to(x.dtype)
         if runs_channels_last(*tensors, conv_params):
@@ -173,12 +176,18 @@ def _transposed_kernels(weight: Tensor, routing_weights: Tensor, out: int) -> Te
     """Mix pointwise experts (E * out, in, 1, 1) into (B, in, out)."""
     batch, experts = routing_weights.shape
     channels = weight.shape[1]
-    if torch.is_grad_enabled() and batch > experts:
+    if not torch.jit.is_scripting() and _transposes_experts(batch, experts):
         # Products give the gradient of what they read, which is transposed if they read a transposed tensor: it is
         # cheaper to transpose the experts than a gradient for each sample.
         turned = weight.reshape(experts, out, channels).transpose(1, 2).reshape(experts * channels, out)
         return mix(turned, routing_weights).reshape(batch, channels, out)
     return mix(weight, routing_weights).reshape(batch, out, channels).transpose(1, 2)
+
+
+@torch.jit.unused
+def _transposes_experts(batch: int, experts: int) -> bool:
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # the batch size of a graph may be free
+    return torch.is_grad_enabled() and not recorded and batch > experts
 
 
 def _product(a: Tensor, b: Tensor, output_bias: Tensor | None) -> Tensor:
@@ -191,12 +200,14 @@ def batched_matmul_in_parts(
     """Compute `batched_matmul` by a native kernel, or for as many samples at a time as have kernels in the cache."""
     x = _subsample(x, conv_params.stride)
     batch, channels, height, width = x.shape
+    if is_channels_last(x) and native.readable(x):
+        x = x.contiguous(memory_format=torch.channels_last)  # if it is strided
     if native.ready(x, weight, routing_weights, output_bias):
         return native.pointwise(x, weight, routing_weights, output_bias)
     if runs_channels_last(x, weight, routing_weights, output_bias, conv_params._replace(stride=(1, 1))):
         return native.pointwise_last(x, weight, routing_weights, output_bias)
     if is_channels_last(x):
-        first = x.contiguous()  # of few images; a transposed kernel would be larger
+        first = x.contiguous() if native.readable(x) else x  # with so few images, kernels are larger than x
         if native.ready(first, weight, routing_weights, output_bias):
             y = native.pointwise(first, weight, routing_weights, output_bias)
             return y.contiguous(memory_format=torch.channels_last)
@@ -334,21 +345,24 @@ def runs_natively(
     x: Tensor, weight: Tensor, routing_weights: Tensor, output_bias: Tensor | None, conv_params: ConvParams
 ) -> bool:
     """Return whether native kernels compute this convolution and its first gradients, channels first."""
-    stride, padding, dilation, groups = conv_params
-    if stride[0] != 1 or stride[1] != 1 or not native.ready(x, weight, routing_weights, output_bias):
+    if not native.ready(x, weight, routing_weights, output_bias):
         return False
-    if is_pointwise(weight, padding, groups):
-        return True
+    if is_pointwise(weight, conv_params.padding, conv_params.groups):
+        return conv_params.stride == (1, 1)
+    depthwise = is_depthwise(weight, conv_params.groups, routing_weights.shape[1])
+    return depthwise and fits_depthwise_kernels(x, weight, conv_params)
+
+
+def fits_depthwise_kernels(x: Tensor, weight: Tensor, conv_params: ConvParams) -> bool:
+    """Return whether there are native kernels for this depthwise convolution, channels first."""
+    stride, padding, dilation, _ = conv_params
     # For several samples, torch's operators are faster for large kernels: 0.57 to 0.87 of the time for 7 x 7.
     large = weight.shape[2] * weight.shape[3] > 25 and x.shape[0] > 1
     return (
         not large
-        and dilation[0] == dilation[1] == 1
-        and weight.shape[2] <= x.shape[2] + 2 * padding[0]
-        and weight.shape[3] <= x.shape[3] + 2 * padding[1]
-        and is_depthwise(weight, groups, routing_weights.shape[1])
-        and padding[0] < weight.shape[2]
-        and padding[1] < weight.shape[3]
+        and stride[0] == stride[1] == dilation[0] == dilation[1] == 1
+        and padding[0] < weight.shape[2] <= x.shape[2] + 2 * padding[0]
+        and padding[1] < weight.shape[3] <= x.shape[3] + 2 * padding[1]
     )
 
 
@@ -370,8 +384,9 @@ def runs_channels_last(
 
 
 def in_float32(*tensors: Any) -> Any:
-    """Convert what native kernels read from half precision, which they lack, to float32."""
-    half = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.bfloat16, torch.float16)
+    """Convert tensors in half precision, which native kernels do not read, to float32; return others as they are."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    half = dtypes in ({torch.bfloat16}, {torch.float16}) and tensors[0].device.type == "cpu"
     if not half or not native.level():
         return tensors
     return tuple(None if t is None else t.float() for t in tensors)

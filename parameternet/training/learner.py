@@ -178,7 +178,15 @@ class Learner:
         match_routers(self.model, state["model"])  # of a run that an older release began
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._match_memory_formats()
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             match_routers(self.ema.module, state["ema"])
             self.ema.module.load_state_dict(state["ema"])
+
+    def _match_memory_formats(self) -> None:
+        """Store moments as their parameters are: fused optimizers pair them by memory, whatever their strides say."""
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)

@@ -150,18 +150,36 @@ def test_gradients_of_gradients_are_torchs(make, forward, backward):
             close(got, expected, 1e-4)
 
 
-def test_few_samples_strides_and_other_layouts_are_left_to_torch(calls):  # noqa: F811
+def test_other_layouts_are_left_to_torch(calls):  # noqa: F811
     torch.manual_seed(0)
-    pointwise, strided = DynamicConv(8, 12).eval(), DynamicConv(8, 12, stride=2).eval()
     depthwise = DynamicConv(8, 8, 3, groups=8).eval()
-    x = last(torch.randn(4, 8, 7, 9))
-    turned = torch.randn(4, 8, 9, 7).transpose(2, 3)
-    cases = [(pointwise, x[:3]), (strided, x), (depthwise, x[:, :, 1:]), (depthwise, turned), (depthwise, x.double())]
-    for layer, given in cases:
+    x, turned = last(torch.randn(4, 8, 7, 9)), torch.randn(4, 8, 9, 7).transpose(2, 3)
+    for given in (x[:, :, 1:], turned, x.double()):
+        layer = depthwise.to(given.dtype)
         with torch.inference_mode():
-            layer = layer.to(given.dtype)
             close(layer(given), without_kernels(lambda: layer(given)))  # noqa: B023
-    assert not {"pointwise_last", "depthwise_last"} & set(calls)
+    assert not {"pointwise_last", "depthwise_last", "pointwise"} & set(calls)
+
+
+@pytest.mark.parametrize(
+    ("batch", "stride", "kernel"),
+    [(1, 1, "pointwise"), (3, 1, "pointwise"), (3, 2, "pointwise"), (4, 1, "pointwise_last"), (4, 2, "pointwise_last")],
+)
+def test_pointwise_layers_of_few_images_and_with_strides(calls, batch, stride, kernel):  # noqa: F811
+    torch.manual_seed(0)
+    layer, x = DynamicConv(8, 12, stride=stride).eval(), last(torch.randn(batch, 8, 7, 9))
+    with torch.inference_mode():
+        got = layer(x)
+        assert kernel in calls and is_last(got)
+        close(got, without_kernels(lambda: layer(x)))
+
+
+def test_a_network_in_channels_last_exports_with_gradients_enabled():
+    layer, x = DynamicConv(8, 16).eval(), last(torch.randn(6, 8, 7, 9))
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    for batch in (2, 9):
+        given = last(torch.randn(batch, 8, 7, 9))
+        close(program.module()(given), layer(given).detach())
 
 
 def test_wrong_weights_are_refused(kernels):  # noqa: F811

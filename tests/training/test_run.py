@@ -108,6 +108,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, recipe, whole,
     same_state(whole, tmp_path)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_resumes_in_another_memory_format(tmp_path, recipe, before):
+    """A fused optimizer pairs parameters and moments by memory, so the moments must change their format, too."""
+    fused = dict(opt="adamw", opt_kwargs={"fused": True}, lr=1e-3, workers=0)
+    with pytest.raises(Interrupted):
+        run(recipe(**fused, channels_last=before), tmp_path / "changed", Stop(6))
+    run(recipe(**fused, channels_last=not before), tmp_path / "changed")
+    run(recipe(**fused, channels_last=before), tmp_path / "whole")
+    changed, whole = (load_last(tmp_path / name)["optimizer"]["state"] for name in ("changed", "whole"))
+    kernels = [key for key in whole if whole[key]["exp_avg"].ndim == 4 and min(whole[key]["exp_avg"].shape[1:3]) > 1]
+    assert kernels  # of several channels and positions
+    for key in kernels:
+        for name in ("exp_avg", "exp_avg_sq"):
+            got, expected = changed[key][name], whole[key][name]
+            assert (got - expected).norm() < 0.1 * expected.norm(), (key, name)
+
+
 def test_run_with_cache_device_learns_and_resumes_bitwise(tmp_path, recipe):
     device = dict(cache="device", cache_size=32, auto_augment=None, workers=0)
     with pytest.raises(Interrupted):
